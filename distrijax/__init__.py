@@ -1,0 +1,28 @@
+"""distrijax: the lowest latency for one large Stable Diffusion XL image, on a mesh of accelerators, in JAX."""
+
+from pathlib import Path
+
+from distrijax.config import DistriConfig, DistriError, Parallelism, SyncMode
+from distrijax.mesh import MeshPlan, plan_mesh
+from distrijax.pipeline import DistriSDXLPipeline, PipelineOutput
+from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
+from distrijax.tokenizer import DistriWarning
+
+DEFAULT_MODEL = Path(__file__).parent / "tiny"
+"""The embedded model: a small SDXL-shaped pipeline, trained by examples/train_tiny.py on scenes of coloured shapes."""
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "SCHEDULERS",
+    "DistriConfig",
+    "DistriError",
+    "DistriSDXLPipeline",
+    "DistriWarning",
+    "MeshPlan",
+    "Parallelism",
+    "PipelineOutput",
+    "SyncMode",
+    "load_scheduler",
+    "plan_mesh",
+    "with_class",
+]

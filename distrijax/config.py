@@ -1,0 +1,147 @@
+"""Frozen, validated configuration: how a run is spread over devices, and what the models look like."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+
+
+class DistriError(ValueError):
+    """Bad input, told in one sentence: what was got, what is allowed, what to do."""
+
+
+class SyncMode(enum.StrEnum):
+    """What a patch knows of the others after the warm-up (names as in DistriFusion's `mode`)."""
+
+    CORRECTED_ASYNC_GN = "corrected_async_gn"
+    FULL_SYNC = "full_sync"
+
+
+class Parallelism(enum.StrEnum):
+    """How the UNet is divided among the devices."""
+
+    PATCH = "patch"
+
+
+Choice = TypeVar("Choice", bound=enum.StrEnum)
+
+
+def choose(kind: type[Choice], value: str, name: str) -> Choice:
+    """The member of `kind` called `value`; raises DistriError that lists the allowed names."""
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = ", ".join(member.value for member in kind)
+        raise DistriError(f"{name} is {value!r}; use one of: {allowed}") from None
+
+
+def positive(value: Any, name: str, *, least: int = 1) -> int:
+    """`value` as an int of at least `least`; raises DistriError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise DistriError(f"{name} is {value!r}; give a whole number of at least {least}")
+    return value
+
+
+def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
+    """`value` as a float of at least `least`; raises DistriError for NaN, infinity and what is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise DistriError(f"{name} is {value!r}; give a finite number{bound}")
+    return float(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistriConfig:
+    """How one picture is spread over devices; field names are those of the original DistriFusion.
+
+    devices: how many devices to use; None means all that JAX shows.
+    sync_mode: what the patches exchange after the warm-up (`SyncMode`).
+    warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
+    split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
+    parallelism: how the UNet is divided (`Parallelism`).
+    data, cfg, patch: sizes of the mesh axes; None lets the planner choose.
+    """
+
+    devices: int | None = None
+    sync_mode: SyncMode = SyncMode.CORRECTED_ASYNC_GN
+    warmup_steps: int = 4
+    split_batch: bool = True
+    parallelism: Parallelism = Parallelism.PATCH
+    data: int | None = None
+    cfg: int | None = None
+    patch: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "sync_mode", choose(SyncMode, self.sync_mode, "sync_mode"))
+        object.__setattr__(self, "parallelism", choose(Parallelism, self.parallelism, "parallelism"))
+        positive(self.warmup_steps, "warmup_steps", least=0)
+        for name in ("devices", "data", "cfg", "patch"):
+            if getattr(self, name) is not None:
+                positive(getattr(self, name), name)
+        if self.cfg not in (None, 1, 2):
+            raise DistriError(f"cfg is {self.cfg}; guidance has two branches, so use 1 or 2")
+        if self.cfg == 2 and not self.split_batch:
+            raise DistriError(
+                "cfg=2 splits the guidance branches and split_batch=False forbids it; drop one of the two"
+            )
+
+
+class ModelConfig:
+    """Mix-in for dataclasses that are read from a model's config.json.
+
+    `INERT` names keys that change nothing at inference; `FIXED` names keys with the one value (or values) that
+    this implementation computes. Everything else must be a field; an unknown key or value raises DistriError.
+    """
+
+    INERT: frozenset[str] = frozenset()
+    FIXED: Mapping[str, tuple] = {}
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads a diffusers / transformers config; raises DistriError for what is not supported."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        chosen = {}
+        for key, value in config.items():
+            value = freeze(value)
+            if key.startswith("_") or key in cls.INERT:
+                continue
+            if key in fields:
+                chosen[key] = value
+            elif key not in cls.FIXED:
+                hint = difflib.get_close_matches(key, fields, 1)
+                raise DistriError(
+                    f"{cls.__name__}: unknown key {key!r} (value {value!r}){f', did you mean {hint[0]!r}' if hint else ''}; "
+                    "remove it if it has no effect, or use a model of the SDXL family"
+                )
+            elif value not in cls.FIXED[key]:
+                raise DistriError(
+                    f"{cls.__name__}: {key} is {value!r}; supported: {', '.join(map(repr, cls.FIXED[key]))}"
+                )
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in chosen]
+        if missing:
+            raise DistriError(f"{cls.__name__}: the config lacks {', '.join(missing)}; fetch the file again")
+        return cls(**chosen)
+
+
+def freeze(value: Any) -> Any:
+    """Lists become tuples, so that a config can be hashed."""
+    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def per_block(value: Any, blocks: int, name: str) -> tuple:
+    """One value for each block: a scalar is repeated; raises DistriError on a wrong length."""
+    values = value if isinstance(value, tuple) else (value,) * blocks
+    if len(values) != blocks:
+        raise DistriError(f"{name} has {len(values)} entries for {blocks} blocks; give one, or one for each block")
+    return values
+
+
+def check_choice(value: Any, allowed: tuple, name: str) -> None:
+    """Raises DistriError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise DistriError(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")

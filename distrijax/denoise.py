@@ -1,0 +1,252 @@
+"""The denoising loop: noise, guidance, warm-up, scan, and the one shard_map around them.
+
+    warm-up     step ... step -> latents, stale     every exchange fresh; the last of these steps keeps what it published
+    displaced   step ... step -> latents            every exchange of the previous step's values
+
+Both run as one compiled program (`whole`), or in chunks with the host between them (`warm_up`, `displaced`): the same
+functions, so the same numbers. `Layout` says which mesh axes cut the rows and which the guidance branches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
+
+from distrijax.exchange import (
+    Axis,
+    Displaced,
+    Exchange,
+    Stale,
+    Synchronous,
+    branch_sum,
+    first_row,
+    for_each_branch,
+    whole_image_std,
+)
+from distrijax.mesh import CFG, DATA, PATCH
+from distrijax.schedulers import Scheduler
+from distrijax.unet import Conditioning, UNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a call lies on the mesh. With guidance `cfg` holds its branches; without, it cuts the rows further."""
+
+    mesh: Mesh
+    guided: bool
+
+    @property
+    def rows(self) -> Axis:
+        return PATCH if self.guided else (PATCH, CFG)
+
+    @property
+    def patches(self) -> int:
+        return self.mesh.shape[PATCH] * (1 if self.guided else self.mesh.shape[CFG])
+
+    @property
+    def latents(self) -> P:
+        """Images, rows."""
+        return P(DATA, self.rows)
+
+    @property
+    def branches(self) -> P:
+        """Guidance branches, images."""
+        return P(CFG if self.guided else None, DATA)
+
+    @property
+    def stale(self) -> P:
+        """Every leaf: images of all branches, then the axis that concatenates the patches."""
+        return P((DATA, CFG) if self.guided else DATA, self.rows)
+
+    def sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What the compiled programs of a call depend on besides shapes; a static argument of jit."""
+
+    layout: Layout
+    unet: jax.tree_util.PyTreeDef  # of the UNet module; its leaves are the `params` of the programs
+    scheduler: Scheduler
+    dtype: Any
+
+
+class Inputs(NamedTuple):
+    """What is constant over the steps of a call and may change from call to call.
+
+    conditioning: leaves [branches, images, ...]; the unconditional branch first.
+    weights: [branches, 2]; guidance as a weighted sum of the branches, and the text branch alone.
+    rescale: guidance_rescale, or None to leave it out.
+    keys: [images], from which all noise of an image is drawn.
+    """
+
+    conditioning: Conditioning
+    weights: Float[Array, "branches 2"]
+    rescale: Float[Array, ""] | None
+    keys: Key[Array, "images"]
+
+
+def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
+    """`Inputs.weights`: uncond + scale * (text - uncond), as weights of the two branches (arXiv 2207.12598)."""
+    return [[1.0 - scale, 0.0], [scale, 1.0]] if guided else [[1.0, 1.0]]
+
+
+def band_noise(
+    keys: Key[Array, "b"], number: Array | int, first: Array | int, shape: tuple[int, int, int]
+) -> Float[Array, "b h w c"]:
+    """Normal noise of some rows of images; each row has its own key, so the cut into bands changes no value.
+
+    number: which noise of the image (0 is the starting one). first: global index of the first row. shape: [h, w, c].
+    """
+    rows, width, channels = shape
+
+    def row(key, index):
+        return jax.random.normal(jax.random.fold_in(key, index), (width, channels), jnp.float32)
+
+    def image(key):
+        return jax.vmap(lambda index: row(jax.random.fold_in(key, number), index))(first + jnp.arange(rows))
+
+    return jax.vmap(image)(keys)
+
+
+def draw_latents(layout: Layout, shape: tuple[int, int, int], keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
+    """The starting noise of whole images, drawn band by band on the devices; shape: [h, w, c] of the whole latent."""
+    rows, width, channels = shape[0] // layout.patches, *shape[1:]
+
+    def band(keys):
+        return band_noise(keys, 0, first_row(rows, layout.rows), (rows, width, channels))
+
+    return jax.shard_map(band, mesh=layout.mesh, in_specs=P(DATA), out_specs=layout.latents)(keys)
+
+
+def condition(
+    loop: Loop,
+    params: Any,
+    encoder_hidden_states: Float[Array, "branches images t e"],
+    text_embeds: Float[Array, "branches images p"] | None,
+    time_ids: Float[Array, "branches images i"] | None,
+) -> Conditioning:
+    """`UNet.condition` for all branches and images, each on the devices that will use it."""
+
+    def local(params, arguments):
+        lead = arguments[0].shape[:2]
+        merged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), arguments)
+        result = jax.tree.unflatten(loop.unet, params).condition(*merged)
+        return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
+
+    spec = loop.layout.branches
+    mapped = jax.shard_map(local, mesh=loop.layout.mesh, in_specs=(P(), spec), out_specs=spec)
+    return mapped(params, (encoder_hidden_states, text_embeds, time_ids))
+
+
+def warm_up(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
+    """Synchronous steps; the last one keeps what it published."""
+
+    def local(params, inputs, state, xs):
+        return _warm_up(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
+
+    return _on_mesh(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
+
+
+def synchronous(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> Any:
+    """Synchronous steps that keep nothing: full_sync."""
+
+    def local(params, inputs, state, xs):
+        return _scan_synchronous(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
+
+    return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
+
+
+def displaced(loop: Loop, params: Any, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
+    """Displaced steps from the stale state of the step before."""
+
+    def local(params, inputs, state, stale, xs):
+        return _scan_displaced(loop, jax.tree.unflatten(loop.unet, params), inputs, state, stale, xs)
+
+    specs = (loop.layout.latents, loop.layout.stale)
+    return _on_mesh(loop, local, stale=True, out=specs)(params, inputs, state, stale, xs)
+
+
+def whole(loop: Loop, params: Any, inputs: Inputs, state: Any, warm_xs: Any, xs: Any) -> Any:
+    """Warm-up and displaced steps in one program."""
+
+    def local(params, inputs, state, all_xs):
+        unet = jax.tree.unflatten(loop.unet, params)
+        state, stale = _warm_up(loop, unet, inputs, state, all_xs[0])
+        return _scan_displaced(loop, unet, inputs, state, stale, all_xs[1])[0]
+
+    return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, (warm_xs, xs))
+
+
+def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
+    layout = loop.layout
+    inputs = Inputs(layout.branches, P(CFG) if layout.guided else P(), P(), P(DATA))
+    specs = (P(), inputs, layout.latents, *((layout.stale,) if stale else ()), P())
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out)
+
+
+def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
+    """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
+    state = _scan_synchronous(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
+    exchange = Synchronous(loop.layout.rows)
+    state = _step(loop, unet, inputs, state, jax.tree.map(lambda a: a[-1], xs), exchange)
+    return state, exchange.finish()
+
+
+def _scan_synchronous(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
+    def body(state, x):
+        return _step(loop, unet, inputs, state, x, Synchronous(loop.layout.rows)), None
+
+    return _scan(body, state, xs)
+
+
+def _scan_displaced(loop: Loop, unet: UNet, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
+    def body(carry, x):
+        state, stale = carry
+        exchange = Displaced(stale, loop.layout.rows)
+        return (_step(loop, unet, inputs, state, x, exchange), exchange.finish()), None
+
+    return _scan(body, (state, stale), xs)
+
+
+def _scan(body, carry, xs):
+    """lax.scan without results; a scan of no steps compiles no body."""
+    return lax.scan(body, carry, xs)[0] if jax.tree.leaves(xs)[0].shape[0] else carry
+
+
+def _step(loop: Loop, unet: UNet, inputs: Inputs, state: Any, x: Any, exchange: Exchange) -> Any:
+    """One denoising step of one patch. x: (the scheduler's constants of this step, the number of its noise)."""
+    step, number = x
+    images, *shape = state.latents.shape
+    branches = inputs.weights.shape[0]
+    sample = loop.scheduler.scale_input(state.latents, step).astype(loop.dtype)
+    conditioning = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), inputs.conditioning)
+    if loop.layout.guided:
+        sample = for_each_branch(sample)
+    output = unet(jnp.tile(sample, (branches, 1, 1, 1)), step.timestep, conditioning, exchange)
+    output = output.astype(jnp.float32).reshape(branches, images, *output.shape[1:])
+    noise = None
+    if loop.scheduler.needs_noise:
+        noise = band_noise(inputs.keys, number, first_row(shape[0], loop.layout.rows), tuple(shape))
+    return loop.scheduler.update(state, _guide(loop.layout, inputs, output), step, noise)
+
+
+def _guide(layout: Layout, inputs: Inputs, output: Float[Array, "k b h w c"]) -> Float[Array, "b h w c"]:
+    """Classifier-free guidance; with `rescale`, the text prediction's contrast is restored (arXiv 2305.08891, 3.4)."""
+    columns = inputs.weights if inputs.rescale is not None else inputs.weights[:, :1]
+    sums = jnp.einsum("kn,kbhwc->nbhwc", columns, output, precision=lax.Precision.HIGHEST)
+    if layout.guided:
+        sums = branch_sum(sums)
+    if inputs.rescale is None:
+        return sums[0]
+    guided, text = sums
+    ratio = whole_image_std(text, layout.rows) / whole_image_std(guided, layout.rows)
+    return guided * (inputs.rescale * ratio + (1 - inputs.rescale))

@@ -1,0 +1,246 @@
+"""The layers of the UNet, the VAE and the text encoders.
+
+Parameters are named as in diffusers. Layers that look beyond their own rows ask the exchange and know no mesh axis;
+they are told their own path in the model once, by `name_layers`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from distrijax.exchange import Exchange
+
+ATTENTION_CHUNK = 2**24
+"""Queries are processed in chunks such that no matrix of scores has more elements than this."""
+
+
+def variance_scaling(key: Array, shape: tuple[int, ...], dtype) -> Array:
+    """Normal with variance 1 / fan_in."""
+    return jax.random.normal(key, shape, dtype) * (1 / math.prod(shape[:-1])) ** 0.5
+
+
+def as_dtype(param: nnx.Param, x: Array) -> Array:
+    """A parameter's value in the dtype of the activations (a cast only where a caller mixes the two on purpose)."""
+    return param.get_value().astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x kernel + bias; kernel [in, out]."""
+
+    def __init__(self, features_in: int, features_out: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(variance_scaling(rngs.params(), (features_in, features_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features_out,))) if bias else None
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        y = x @ as_dtype(self.kernel, x)
+        return y if self.bias is None else _plus(y, as_dtype(self.bias, x))
+
+
+class Conv(nnx.Module):
+    """Convolution, NHWC, kernel HWIO. A 3x3 kernel asks the exchange for the rows above and below; 1x1 does not.
+
+    stride: 1 or 2. trailing: pad below and to the right only (the VAE's downsampling); otherwise one on each side.
+    """
+
+    def __init__(self, channels_in, channels_out, kernel=3, *, stride=1, trailing=False, rngs: nnx.Rngs):
+        shape = (kernel, kernel, channels_in, channels_out)
+        self.kernel = nnx.Param(variance_scaling(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels_out,)))
+        self.stride, self.trailing, self.path = stride, trailing, ""
+
+    def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange | None = None) -> Float[Array, "b H W C"]:
+        kernel = as_dtype(self.kernel, x)
+        before, after = (0, 1) if self.trailing else (kernel.shape[0] // 2,) * 2
+        if kernel.shape[0] > 1:
+            # with stride 2 and an even number of rows, padding (1, 1) never reads the row below
+            below = 0 if self.stride == 2 and not self.trailing and x.shape[1] % 2 == 0 else after
+            x = exchange.halo(self.path, x, before, below)
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            ((0, 0), (before, after)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return _plus(y, as_dtype(self.bias, x))
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over the whole image, statistics in float32, as torch.nn.GroupNorm (population variance)."""
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        self.scale, self.bias = nnx.Param(jnp.ones((channels,))), nnx.Param(jnp.zeros((channels,)))
+        self.groups, self.eps, self.path = groups, eps, ""
+
+    def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange) -> Float[Array, "b h w c"]:
+        b, _, _, c = x.shape
+        x32 = x.astype(jnp.float32)
+
+        def group_mean(values):  # pixels first and channels last: both reductions run along contiguous memory
+            return jnp.mean(jnp.mean(values, (1, 2)).reshape(b, self.groups, -1), -1)
+
+        def spread(values):
+            return jnp.repeat(values, c // self.groups, axis=1)
+
+        own_mean = group_mean(x32)
+        own_variance = group_mean(jnp.square(x32 - spread(own_mean)[:, None, None]))
+        mean, variance = jnp.moveaxis(exchange.moments(self.path, jnp.stack([own_mean, own_variance], -1)), -1, 0)
+        factor = _times(spread(lax.rsqrt(variance + self.eps)), as_dtype(self.scale, x32))
+        shift = _plus(-spread(mean) * factor, as_dtype(self.bias, x32))
+        return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalisation over the last axis, statistics in float32, as torch.nn.LayerNorm."""
+
+    def __init__(self, features: int, eps: float = 1e-5):
+        self.scale, self.bias = nnx.Param(jnp.ones((features,))), nnx.Param(jnp.zeros((features,)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(x32, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
+        y = (x32 - mean) * lax.rsqrt(variance + self.eps)
+        return _plus(_times(y, as_dtype(self.scale, y)), as_dtype(self.bias, y)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by id."""
+
+    def __init__(self, entries: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (entries, features)))
+
+    def __call__(self, ids: Array) -> Array:
+        return self.embedding.get_value()[ids]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of diffusers: `to_q`, `to_k`, `to_v`, `to_out.0`.
+
+    Without a context it is self-attention over the whole image: the exchange turns the patch's keys and values into
+    everyone's. With `kv` (from `project_context`) it is cross-attention, which never leaves the patch.
+    """
+
+    def __init__(self, channels, heads, *, context=None, qkv_bias=False, rngs: nnx.Rngs):
+        self.to_q = Linear(channels, channels, bias=qkv_bias, rngs=rngs)
+        self.to_k = Linear(context or channels, channels, bias=qkv_bias, rngs=rngs)
+        self.to_v = Linear(context or channels, channels, bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
+        self.heads, self.path = heads, ""
+
+    def project_context(self, context: Float[Array, "b t c"]) -> Float[Array, "b t c2"]:
+        """Keys and values side by side."""
+        return jnp.concatenate([self.to_k(context), self.to_v(context)], -1)
+
+    def __call__(self, x: Float[Array, "b q c"], exchange: Exchange, kv: Array | None = None) -> Float[Array, "b q c"]:
+        query = self.to_q(x)
+        if kv is None:
+            kv = exchange.tokens(self.path, self.project_context(x))
+        key, value = jnp.split(kv, 2, -1)
+        heads = [t.reshape(*t.shape[:2], self.heads, -1) for t in (query, key, value)]
+        return self.to_out[0](attend(*heads).reshape(x.shape))
+
+
+def attend(
+    query: Float[Array, "b q n d"], key: Float[Array, "b k n d"], value: Float[Array, "b k n d"]
+) -> Float[Array, "b q n d"]:
+    """Softmax attention that never holds a whole query x key matrix of a large image.
+
+    cuDNN on NVIDIA where it can (16-bit, head size a multiple of 8 up to 128), queries in chunks everywhere else.
+    """
+    head = query.shape[-1]
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and head % 8 == 0 and head <= 128
+    if fits and _cudnn_is_there():
+        return lax.platform_dependent(query, key, value, cuda=_cudnn_attention, default=_chunked_attention)
+    return _chunked_attention(query, key, value)
+
+
+def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+@functools.cache
+def _cudnn_is_there() -> bool:
+    """Whether JAX finds cuDNN; where it does not, even tracing the call for another platform fails."""
+    example = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    try:
+        jax.eval_shape(_cudnn_attention, example, example, example)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _chunked_attention(query: Array, key: Array, value: Array) -> Array:
+    b, q, n, d = query.shape
+    rows = max(1, ATTENTION_CHUNK // (b * n * key.shape[1]))
+    chunks = math.ceil(q / rows)
+    while q % chunks:  # equal chunks; ends at q at the latest
+        chunks += 1
+    if chunks == 1:
+        return _plain_attention(query, key, value)
+    parts = jnp.moveaxis(query.reshape(b, chunks, q // chunks, n, d), 1, 0)
+    out = lax.map(lambda part: _plain_attention(part, key, value), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(b, q, n, d)
+
+
+def _plain_attention(query: Array, key: Array, value: Array) -> Array:
+    scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, -1).astype(query.dtype)
+    return jnp.einsum("bnqk,bknd->bqnd", weights, value)
+
+
+def sinusoidal(
+    values: Float[Array, "n"], size: int, *, flip_sin_to_cos: bool, shift: float
+) -> Float[Array, "n {size}"]:
+    """Sinusoidal embedding of timesteps, as diffusers' get_timestep_embedding (float32)."""
+    half = size // 2
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angles = values.astype(jnp.float32)[:, None] * frequencies[None, :]
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(parts, -1), ((0, 0), (0, size % 2)))
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    """Each pixel becomes 2 x 2."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU (erf), as torch's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x: Array) -> Array:
+    """x sigmoid(1.702 x), as in OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu, "silu": jax.nn.silu}
+
+
+def name_layers(module: nnx.Module, path: str = "") -> None:
+    """Tells every exchanging layer its own path, e.g. `down_blocks.0.resnets.1.conv1`."""
+    if hasattr(module, "path"):
+        module.path = path
+    children = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
+    for key, child in children:
+        if isinstance(child, nnx.Module):
+            name_layers(child, f"{path}.{key}" if path else str(key))
+
+
+def _plus(x: Array, bias: Array) -> Array:
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _times(x: Array, scale: Array) -> Array:
+    return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)

@@ -1,0 +1,339 @@
+"""The pipeline: a prompt becomes a picture, on the devices of a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+from tqdm import tqdm
+
+from distrijax import denoise
+from distrijax.config import DistriConfig, DistriError, SyncMode, check_choice, finite_number, positive
+from distrijax.denoise import Inputs, Layout, Loop
+from distrijax.exchange import Synchronous
+from distrijax.loading import Components, find_folder, load_components, resolve_dtype
+from distrijax.mesh import CFG, DATA, PATCH, check_sizes, plan_mesh
+from distrijax.programs import Programs
+from distrijax.prompt import Embeddings, Prompt, PromptEncoder
+
+Size = tuple[int, int]
+Callback = Callable[["DistriSDXLPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOutput:
+    """What a call returns.
+
+    images: PIL pictures; or float32 [b, h, w, 3] in 0 to 1 (`np`); or latents [b, c, h, w] (`latent`).
+    """
+
+    images: list[Image.Image] | np.ndarray | jax.Array
+
+
+class DistriSDXLPipeline:
+    """Stable Diffusion XL by displaced patch parallelism; a call mirrors diffusers' StableDiffusionXLPipeline.
+
+    Heights, widths, steps, guidance, schedulers and numbers of images may change from call to call; only new shapes
+    compile. `scheduler` may be replaced (`distrijax.schedulers.with_class`). `programs` counts what was compiled.
+    """
+
+    def __init__(self, components: Components, mesh: jax.sharding.Mesh, config: DistriConfig, dtype: jnp.dtype):
+        self.mesh, self.config, self.dtype = mesh, config, dtype
+        self.scheduler = components.scheduler
+        self.unet_config, self.vae_config = components.unet.config, components.vae.config
+        self.programs = Programs()
+        self._everywhere = jax.sharding.NamedSharding(mesh, P())
+        self._prompts = PromptEncoder(
+            components.tokenizers,
+            components.text_encoders,
+            bool(components.index.get("force_zeros_for_empty_prompt", True)),
+            self._everywhere,
+            self.programs,
+        )
+        (unet, self._unet), (vae, self._vae) = map(jax.tree.flatten, (components.unet, components.vae))
+        self._unet_params, self._vae_params = tuple(unet), tuple(vae)
+        self._progress: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        distri_config: DistriConfig | None = None,
+        *,
+        dtype: Any = None,
+        variant: str | None = None,
+        scheduler: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
+        """Reads a folder in the diffusers layout, or a hub id, onto the devices.
+
+        dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs. variant: of the weight
+        files, e.g. "fp16". scheduler: a name out of `distrijax.schedulers.SCHEDULERS` instead of the checkpoint's.
+        Raises DistriError for a checkpoint that is not whole or not of the SDXL family, and for devices that are not there.
+        """
+        config = distri_config or DistriConfig()
+        devices = jax.devices()
+        count = config.devices or len(devices)
+        if count > len(devices):
+            raise DistriError(
+                f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
+            )
+        mesh = plan_mesh(config, count).build(devices[:count])
+        everywhere = jax.sharding.NamedSharding(mesh, P())
+        dtype = resolve_dtype(dtype, devices[0].platform)
+        folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
+        components = load_components(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            scheduler=scheduler,
+            place=lambda tensor: jax.device_put(tensor, everywhere),
+        )
+        return cls(components, mesh, config, dtype)
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Settings of the tqdm progress bar, e.g. disable=True."""
+        self._progress = settings
+
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        prompt_2: Prompt | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        negative_prompt: Prompt | None = None,
+        negative_prompt_2: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        clip_skip: int = 0,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        chunk_size: int | None = 1,
+    ) -> PipelineOutput:
+        """Paints prompts; arguments as in diffusers, except those below.
+
+        height, width: pixels; None takes the size the model was trained for. guidance_scale: above 1 both branches run.
+        seed: one for all images (image i draws from the i-th stream of it), or one for each image; the same on any mesh.
+        latents: starting noise [images, c, height/f, width/f], instead of `seed`'s; `output_type="latent"` gives the same
+        layout. sizes: (height, width). callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return
+        {"latents": ...} to go on from. chunk_size: steps for each visit of the host, for progress and callback; None runs
+        the whole loop as one program. Raises DistriError for arguments that cannot be used.
+        """
+        check_choice(output_type, ("pil", "np", "latent"), "output_type")
+        repeats = positive(num_images_per_prompt, "num_images_per_prompt")
+        guidance_scale = finite_number(guidance_scale, "guidance_scale")
+        guidance_rescale = finite_number(guidance_rescale, "guidance_rescale", least=0)
+        if chunk_size is not None:
+            positive(chunk_size, "chunk_size")
+        positive(clip_skip, "clip_skip", least=0)
+        steps, init_noise_sigma = self.scheduler.schedule(positive(num_inference_steps, "num_inference_steps"))
+        default = self.default_size
+        height, width = default[0] if height is None else height, default[1] if width is None else width
+        layout = Layout(self.mesh, guided=guidance_scale > 1)
+        check_sizes(
+            height=height,
+            width=width,
+            patches=layout.patches,
+            vae_scale=self.vae_config.scale,
+            levels=len(self.unet_config.block_out_channels),
+        )
+        loop = Loop(layout, self._unet, self.scheduler, self.dtype)
+        branches = self._prompts.read(
+            prompt,
+            prompt_2,
+            negative_prompt,
+            negative_prompt_2,
+            self._prompts.given(prompt_embeds, pooled_prompt_embeds, "", self.dtype),
+            self._prompts.given(negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_", self.dtype),
+            guided=layout.guided,
+        )
+        images = len(branches[-1][0]) * repeats
+        if images % self.mesh.shape[DATA]:
+            data = self.mesh.shape[DATA]
+            raise DistriError(f"{images} images do not divide among data={data}; make a multiple of {data}")
+        time_ids = _time_ids((height, width), original_size, crops_coords_top_left, target_size)
+        negative_ids = time_ids
+        if negative_original_size is not None and negative_target_size is not None:
+            crop = negative_crops_coords_top_left
+            negative_ids = _time_ids((height, width), negative_original_size, crop, negative_target_size)
+        ids = (negative_ids, time_ids) if layout.guided else (time_ids,)
+
+        keys = jax.device_put(_image_keys(seed, images), layout.sharding(P(DATA)))
+        shape = (height // self.vae_config.scale, width // self.vae_config.scale, self.unet_config.in_channels)
+        if latents is not None:
+            latents = _given_latents(latents, layout, images, shape)
+        embeddings = self._prompts.encode(branches, clip_skip=clip_skip)
+        inputs = self._inputs(loop, embeddings, ids, repeats, guidance_scale, guidance_rescale, keys)
+        noise = self.programs(_draw_latents, (layout, shape), (), keys) if latents is None else latents
+        state = self.scheduler.init(noise, np.float32(init_noise_sigma))
+        numbers = np.arange(1, num_inference_steps + 1, dtype=np.int32)
+        state = self._denoise(loop, inputs, state, (steps, numbers), chunk_size, callback_on_step_end)
+        if output_type == "latent":
+            return PipelineOutput(jnp.moveaxis(state.latents, -1, 1))
+        pictures = self._decode(layout, state.latents)
+        return PipelineOutput(pictures if output_type == "np" else to_pil(pictures))
+
+    @property
+    def default_size(self) -> Size:
+        """Height and width in pixels that the model was trained for."""
+        size = self.unet_config.sample_size or 128
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return height * self.vae_config.scale, width * self.vae_config.scale
+
+    def _inputs(self, loop, branches: Sequence[Embeddings], time_ids, repeats, scale, rescale, keys) -> Inputs:
+        images = branches[0].tokens.shape[0] * repeats
+        sharding = loop.layout.sharding(loop.layout.branches)
+        tokens, pooled = (
+            jax.device_put(jnp.stack([jnp.repeat(part, repeats, 0) for part in parts]), sharding)
+            for parts in zip(*branches, strict=True)
+        )
+        ids = np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1)
+        conditioning = self.programs(
+            denoise.condition, loop, self._unet_params, tokens, pooled, jax.device_put(ids, sharding)
+        )
+        weights = np.asarray(denoise.guidance_weights(scale, guided=loop.layout.guided), np.float32)
+        weights_sharding = loop.layout.sharding(P(CFG) if loop.layout.guided else P())
+        factor = None
+        if loop.layout.guided and rescale > 0:
+            factor = jax.device_put(np.float32(rescale), self._everywhere)
+        return Inputs(conditioning, jax.device_put(weights, weights_sharding), factor, keys)
+
+    def _denoise(self, loop: Loop, inputs: Inputs, state, xs, chunk_size: int | None, callback: Callback | None):
+        """All steps: as one program, or in chunks with the host between them."""
+        total = len(xs[1])
+        stale_modes = self.config.sync_mode != SyncMode.FULL_SYNC
+        warm = min(total, self.config.warmup_steps + 1) if stale_modes else total
+
+        def part(start: int, stop: int):
+            return jax.device_put(jax.tree.map(lambda column: column[start:stop], xs), self._everywhere)
+
+        def run(function, *arguments, donate):
+            return self.programs(function, loop, self._unet_params, inputs, *arguments, donate=donate)
+
+        if chunk_size is None and callback is None:
+            if warm == total:
+                return run(denoise.synchronous, state, part(0, total), donate=(1,))
+            return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
+
+        size = positive(1 if chunk_size is None else chunk_size, "chunk_size")
+        starts = [*range(0, warm, size), *range(warm, total, size)]
+        stale = None
+        with tqdm(total=total, **{"disable": jax.process_index() != 0, **self._progress}) as progress:
+            for start, stop in zip(starts, [*starts[1:], total], strict=True):
+                piece = part(start, stop)
+                if start >= warm:
+                    state, stale = run(denoise.displaced, state, stale, piece, donate=(1, 2))
+                elif stale_modes:
+                    state, stale = run(denoise.warm_up, state, piece, donate=(1,))
+                else:
+                    state = run(denoise.synchronous, state, piece, donate=(1,))
+                if callback is not None:
+                    state = self._call_back(loop.layout, callback, stop - 1, float(xs[0].timestep[stop - 1]), state)
+                if not progress.disable:
+                    jax.block_until_ready(state)  # else the bar would run ahead of the devices
+                progress.update(stop - start)
+        return state
+
+    def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
+        before = jnp.moveaxis(state.latents, -1, 1)
+        after = (callback(self, step, timestep, {"latents": before}) or {}).get("latents", before)
+        if after is before:
+            return state
+        if after.shape != before.shape:
+            raise DistriError(f"the callback's latents are {list(after.shape)} and {list(before.shape)} is needed")
+        moved = np.moveaxis(np.asarray(after, np.float32), 1, -1)
+        return state._replace(latents=jax.device_put(moved, layout.sharding(layout.latents)))
+
+    def _decode(self, layout: Layout, latents: jax.Array) -> np.ndarray:
+        """Pictures [b, h, w, 3] in 0 to 1, on the host of process 0's devices."""
+        devices = self.mesh.shape[PATCH] * self.mesh.shape[CFG]
+        rows = (PATCH, CFG) if latents.shape[1] % devices == 0 else PATCH
+        static = (self.mesh, rows, self._vae, self._vae_params[0].dtype)
+        pictures = np.asarray(self.programs(_decode, static, self._vae_params, latents))
+        if not np.isfinite(pictures).all():
+            raise DistriError(
+                f"the picture has values that are not finite in {self.dtype.name}; use dtype float32 or bfloat16"
+            )
+        return pictures
+
+
+def to_pil(pictures: np.ndarray) -> list[Image.Image]:
+    """Pictures [b, h, w, 3] in 0 to 1 as PIL images, rounded to 8 bit."""
+    return [Image.fromarray(picture) for picture in np.round(pictures * 255).astype(np.uint8)]
+
+
+def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None) -> list[float]:
+    """SDXL's micro-conditioning: original size, top left corner of the crop, target size."""
+    original, target = (size if given is None else given for given in (original, target))
+    pairs = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
+    for name, pair in pairs.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise DistriError(f"{name} is {pair!r}; give two numbers, (height, width)")
+    return [finite_number(value, name) for name, pair in pairs.items() for value in pair]
+
+
+def _image_keys(seed: int | Sequence[int], images: int) -> jax.Array:
+    """A random key for each image: streams of one seed, or the first stream of each image's own seed."""
+    several = isinstance(seed, list | tuple | range | np.ndarray)
+    seeds, streams = (list(seed), [0] * images) if several else ([seed] * images, range(images))
+    if len(seeds) != images:
+        raise DistriError(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
+    for value in seeds:
+        if not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
+            raise DistriError(f"seed is {value!r}; give a whole number from 0 to 2**63 - 1")
+    return jnp.stack([jax.random.fold_in(jax.random.key(s), i) for s, i in zip(seeds, streams, strict=True)])
+
+
+def _given_latents(latents: Any, layout: Layout, images: int, shape: tuple[int, int, int]) -> jax.Array:
+    """A caller's starting noise [b, c, h, w], in this project's layout on the devices; shape: [h, w, c] of one image."""
+    try:
+        latents = np.asarray(latents, np.float32)
+    except (TypeError, ValueError):
+        raise DistriError(f"latents is {latents!r:.60}; give an array of numbers") from None
+    needed = (images, shape[2], *shape[:2])
+    if latents.shape != needed:
+        raise DistriError(
+            f"latents is {list(latents.shape)}; give [images, channels, rows, columns], here {list(needed)}"
+        )
+    return jax.device_put(np.moveaxis(latents, 1, -1), layout.sharding(layout.latents))
+
+
+def _draw_latents(static, params, keys):
+    layout, shape = static
+    return denoise.draw_latents(layout, shape, keys)
+
+
+def _decode(static, params, latents):
+    """VAE decoding on bands of rows, synchronous and so exact, one image after another."""
+    mesh, rows, structure, dtype = static
+
+    def local(params, latents):
+        vae = jax.tree.unflatten(structure, params)
+        unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        pixels = jax.lax.map(lambda one: vae.decode(one[None], Synchronous(rows))[0], unscaled.astype(dtype))
+        return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA, rows)), out_specs=P(DATA, rows))(params, latents)

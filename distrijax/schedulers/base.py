@@ -1,0 +1,191 @@
+"""What the schedulers share: reading scheduler_config.json, and the four questions that the denoising loop asks.
+
+    steps, init_noise_sigma = scheduler.schedule(20)          on the host, numpy
+    state = scheduler.init(noise, init_noise_sigma)
+    scan over steps:  model_output = model(scheduler.scale_input(state.latents, step), step.timestep)
+                      state = scheduler.update(state, model_output, step, noise)
+    state.latents
+
+A scheduler is frozen and hashable, so it can be a static argument of `jax.jit`. Whatever differs from step to step is a
+number in `steps`; no method looks at an index, so one compiled body serves every step and every number of steps.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from distrijax.config import DistriError, ModelConfig, choose, freeze, positive
+from distrijax.schedulers import common
+
+ELSEWHERE = frozenset(
+    "algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final "
+    "final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final original_inference_steps "
+    "predict_x0 sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min skip_prk_steps solver_order "
+    "solver_p solver_type thresholding time_shift_type timestep_scaling timestep_type use_beta_sigmas "
+    "use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas variance_type".split()
+)
+"""Options that only some of diffusers' schedulers have. A config may carry those of other classes (SDXL's does) so that
+the class can be exchanged; in a class that does not have them they mean nothing, there as here."""
+
+Steps = TypeVar("Steps", bound=tuple)
+
+Column = Float[Array | np.ndarray, "*steps"]
+"""One constant of all steps, float32 [steps]; or, in the slice that a step is given, a scalar."""
+
+
+class State(NamedTuple):
+    """What goes from step to step: the latents, float32."""
+
+    latents: Float[Array, "b h w c"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheduler(ModelConfig, abc.ABC):
+    """The options that every scheduler has; names, defaults and meaning are diffusers'.
+
+    trained_betas: the variances themselves, instead of `beta_schedule` from `beta_start` to `beta_end`.
+    steps_offset: added to the timesteps of `leading` spacing.
+    Raises DistriError for values that are not supported.
+    """
+
+    diffusers_name: ClassVar[str]
+    needs_noise: ClassVar[bool] = False
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: common.BetaSchedule = common.BetaSchedule.LINEAR
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: common.Prediction = common.Prediction.EPSILON
+    timestep_spacing: common.Spacing = common.Spacing.LINSPACE
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    _source: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), repr=False, compare=False)
+
+    def __post_init__(self):
+        self._choose(common.BetaSchedule, "beta_schedule")
+        self._choose(common.Prediction, "prediction_type")
+        self._choose(common.Spacing, "timestep_spacing")
+        self._flag("rescale_betas_zero_snr")
+        positive(self.num_train_timesteps, "num_train_timesteps", least=2)
+        positive(self.steps_offset, "steps_offset", least=0)
+        for name in ("beta_start", "beta_end"):
+            self._between_zero_and_one(getattr(self, name), name)
+        if self.trained_betas is not None:
+            self._check_trained_betas()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Scheduler:
+        """Reads the content of a scheduler_config.json, whatever class it names.
+
+        Keys with a leading underscore are bookkeeping; those of `ELSEWHERE` mean nothing in a class without them.
+        Raises DistriError for an unknown key, and for a value that would change the result and is not supported.
+        """
+        handled = {field.name for field in dataclasses.fields(cls)} | cls.FIXED.keys()
+        meant = {key: value for key, value in config.items() if key in handled or key not in ELSEWHERE}
+        source = tuple((key, freeze(value)) for key, value in config.items() if not key.startswith("_"))
+        return dataclasses.replace(cls.from_dict(meant), _source=source)
+
+    def to_config(self) -> dict[str, Any]:
+        """The config it was read from, options of other classes included, and every option not at its default."""
+        config = dict(self._source)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not field.name.startswith("_") and (field.name in config or value != field.default):
+                config[field.name] = value
+        return config
+
+    @abc.abstractmethod
+    def schedule(self, num_inference_steps: int) -> tuple[Steps, float]:
+        """The constants of every step, and the standard deviation of the noise to start from.
+
+        Returns a NamedTuple of float32 numpy arrays [num_inference_steps], to be scanned; `timestep` is for the model.
+        Raises DistriError when the number of steps does not suit the scheduler.
+        """
+
+    def init(self, noise: Float[Array, "b h w c"], init_noise_sigma: float | np.floating | Float[Array, ""]) -> State:
+        """The state before the first step, from noise of standard deviation 1."""
+        return State(jnp.asarray(noise, jnp.float32) * init_noise_sigma)
+
+    def scale_input(self, latents: Float[Array, "b h w c"], step: Steps) -> Float[Array, "b h w c"]:
+        """The latents as the model wants to see them, float32."""
+        return latents
+
+    @abc.abstractmethod
+    def update(
+        self,
+        state: State,
+        model_output: Float[Array, "b h w c"],
+        step: Steps,
+        noise: Float[Array, "b h w c"] | None = None,
+    ) -> State:
+        """One step: pointwise, so that it may run on any part of the latents; float32, whatever model_output is.
+
+        step: one slice of what `schedule` returned, scalars.
+        noise: fresh standard normal noise if `needs_noise`, otherwise None.
+        """
+
+    def cumulative_alphas(self) -> common.Table:
+        """alpha^2 at every training timestep, float32 (diffusers' `alphas_cumprod`)."""
+        if self.trained_betas is not None:
+            betas = np.asarray(self.trained_betas, np.float32)
+        else:
+            betas = common.betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps)
+        return common.cumulative_alphas(betas, rescale_zero_snr=self.rescale_betas_zero_snr)
+
+    def spaced_timesteps(self, num_inference_steps: int, *, omit_zero: bool = False) -> common.Levels:
+        """The timesteps to visit, descending; raises DistriError for a number of steps below 1 or above the trained."""
+        positive(num_inference_steps, "num_inference_steps")
+        # without timestep 0 `leading` needs one more timestep than it takes steps
+        leading = self.timestep_spacing == common.Spacing.LEADING
+        most = self.num_train_timesteps - (1 if omit_zero and leading else 0)
+        if num_inference_steps > most:
+            raise DistriError(
+                f"num_inference_steps is {num_inference_steps} and the model knows {self.num_train_timesteps} "
+                f"timesteps; with timestep_spacing {self.timestep_spacing.value!r} use at most {most}"
+            )
+        return common.spaced_timesteps(
+            self.timestep_spacing, self.num_train_timesteps, num_inference_steps, self.steps_offset, omit_zero=omit_zero
+        )
+
+    def _choose(self, kind, name: str) -> None:
+        object.__setattr__(self, name, choose(kind, getattr(self, name), name))
+
+    def _flag(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise DistriError(f"{name} is {value!r}; use true or false")
+            object.__setattr__(self, name, bool(value))
+
+    def _positive_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < float("inf"):
+            raise DistriError(f"{name} is {value!r}; give a number above 0")
+
+    def _between_zero_and_one(self, value: Any, name: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
+            raise DistriError(f"{name} is {value!r}; give a number between 0 and 1")
+
+    def _check_trained_betas(self) -> None:
+        object.__setattr__(self, "trained_betas", freeze(self.trained_betas))
+        if not isinstance(self.trained_betas, tuple) or len(self.trained_betas) != self.num_train_timesteps:
+            raise DistriError(
+                f"trained_betas is {self.trained_betas!r:.60}; give null or a list of {self.num_train_timesteps} "
+                "numbers, one for each training timestep"
+            )
+        for value in self.trained_betas:
+            self._between_zero_and_one(value, "an entry of trained_betas")
+
+
+def to_float32(steps: Steps) -> Steps:
+    """The constants of all steps as they are shipped to the device."""
+    return jax.tree.map(lambda column: np.ascontiguousarray(column, np.float32), steps)

@@ -1,0 +1,90 @@
+"""DDIM without added noise (arXiv 2010.02502, equation 12 with sigma = 0); agrees with diffusers' DDIMScheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from distrijax.config import DistriError
+from distrijax.schedulers import common
+from distrijax.schedulers.base import Column, Scheduler, State, to_float32
+
+
+class DDIMSteps(NamedTuple):
+    """Image and noise, each a weighted sum of latents and model output; then how much the next level has of both."""
+
+    timestep: Column
+    image_from_latents: Column
+    image_from_output: Column
+    noise_from_latents: Column
+    noise_from_output: Column
+    next_alpha: Column
+    next_sigma: Column
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDIM(Scheduler):
+    """diffusers' DDIMScheduler with eta = 0.
+
+    clip_sample: clip the predicted image to plus or minus clip_sample_range (the predicted noise stays as it is).
+    set_alpha_to_one: end without noise, instead of at the level of training timestep 0.
+    """
+
+    diffusers_name: ClassVar[str] = "DDIMScheduler"
+    FIXED = {"thresholding": (False, None)}
+
+    timestep_spacing: common.Spacing = common.Spacing.LEADING
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._flag("clip_sample", "set_alpha_to_one")
+        self._positive_number("clip_sample_range")
+
+    def schedule(self, num_inference_steps: int) -> tuple[DDIMSteps, float]:
+        timesteps = np.round(self.spaced_timesteps(num_inference_steps)).astype(int)
+        table = self.cumulative_alphas().astype(np.float64)
+        self._check_reach(timesteps, table)
+        # as in diffusers the step down is always train // steps, even where the spacing's next timestep is another
+        following = timesteps - self.num_train_timesteps // num_inference_steps
+        final = 1.0 if self.set_alpha_to_one else table[0]
+        next_squared = np.where(following < 0, final, table[np.maximum(following, 0)])
+        alpha, sigma = np.sqrt(table[timesteps]), np.sqrt(1 - table[timesteps])
+        on_latents, on_output = common.image_weights(self.prediction_type, alpha, sigma)
+        steps = DDIMSteps(
+            timestep=timesteps,
+            image_from_latents=on_latents,
+            image_from_output=on_output,
+            noise_from_latents=(1 - alpha * on_latents) / sigma,
+            noise_from_output=-alpha * on_output / sigma,
+            next_alpha=np.sqrt(next_squared),
+            next_sigma=np.sqrt(1 - next_squared),
+        )
+        return to_float32(steps), 1.0
+
+    def update(self, state: State, model_output, step: DDIMSteps, noise=None) -> State:
+        latents, output = state.latents, model_output.astype(jnp.float32)
+        image = step.image_from_latents * latents + step.image_from_output * output
+        predicted_noise = step.noise_from_latents * latents + step.noise_from_output * output
+        if self.clip_sample:
+            image = jnp.clip(image, -self.clip_sample_range, self.clip_sample_range)
+        return State(step.next_alpha * image + step.next_sigma * predicted_noise)
+
+    def _check_reach(self, timesteps: np.ndarray, table: np.ndarray) -> None:
+        last = self.num_train_timesteps - 1
+        if timesteps[0] > last:
+            raise DistriError(
+                f"{len(timesteps)} steps with steps_offset {self.steps_offset} reach timestep {timesteps[0]} and the "
+                f"model's last is {last}; use fewer steps or a smaller steps_offset"
+            )
+        if table[timesteps[0]] == 0 and self.prediction_type == common.Prediction.EPSILON:
+            raise DistriError(
+                f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
+                f"{timesteps[0]}, so DDIM cannot find it; use timestep_spacing 'leading', another scheduler, or a "
+                "model with 'v_prediction'"
+            )

@@ -1,0 +1,146 @@
+"""DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); agrees with diffusers' DPMSolverMultistepScheduler.
+
+The predicted image is extrapolated linearly in lambda = log(alpha / sigma) from this step's and the previous step's.
+A step is h = -log(ratio) wide in lambda, with `ratio` the next sigma / alpha over this one: exp(-h) is `ratio` itself,
+so a step to sigma = 0 needs no infinity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from distrijax.config import check_choice
+from distrijax.schedulers import common
+from distrijax.schedulers.base import Column, Scheduler, to_float32
+
+
+class SolverType(enum.StrEnum):
+    """How the slope of the predicted image enters a second-order step."""
+
+    MIDPOINT = "midpoint"
+    HEUN = "heun"
+
+
+class DPMSolverSteps(NamedTuple):
+    """How the image is predicted; then how much of the latents, of it and of the previous one the next latents have."""
+
+    timestep: Column
+    image_from_latents: Column
+    image_from_output: Column
+    from_latents: Column
+    from_image: Column
+    from_previous_image: Column
+
+
+class MultistepState(NamedTuple):
+    """The latents, and the image that the previous step predicted (zeros before the first); float32."""
+
+    latents: Float[Array, "b h w c"]
+    previous_image: Float[Array, "b h w c"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPMSolverPP2M(Scheduler):
+    """diffusers' DPMSolverMultistepScheduler with algorithm_type dpmsolver++, of order 1 or 2.
+
+    solver_type: `midpoint` or `heun`.
+    lower_order_final, euler_at_final: make the last step one of first order, if there are fewer than 15 steps or in any
+        case, respectively. A step to sigma = 0 is always of first order.
+    use_karras_sigmas: space the noise levels as in arXiv 2206.00364, equation 5; timesteps are rounded.
+    final_sigmas_type: the noise level to end at.
+    """
+
+    diffusers_name: ClassVar[str] = "DPMSolverMultistepScheduler"
+    FIXED = {
+        "algorithm_type": ("dpmsolver++",),
+        "thresholding": (False, None),
+        "lambda_min_clipped": (-float("inf"), None),
+        "variance_type": (None, "fixed_small", "fixed_large"),
+        "use_beta_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_lu_lambdas": (False, None),
+        "use_flow_sigmas": (False, None),
+        "use_dynamic_shifting": (False, None),
+    }
+
+    solver_order: int = 2
+    solver_type: SolverType = SolverType.MIDPOINT
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_karras_sigmas: bool = False
+    final_sigmas_type: common.FinalSigma = common.FinalSigma.ZERO
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._choose(SolverType, "solver_type")
+        self._choose(common.FinalSigma, "final_sigmas_type")
+        self._flag("lower_order_final", "euler_at_final", "use_karras_sigmas")
+        check_choice(self.solver_order, (1, 2), "solver_order")
+
+    def schedule(self, num_inference_steps: int) -> tuple[DPMSolverSteps, float]:
+        timesteps, sigmas = self._levels(num_inference_steps)
+        alphas = 1 / np.sqrt(sigmas**2 + 1)
+        image_from_latents, image_from_output = common.image_weights(
+            self.prediction_type, alphas[:-1], (sigmas * alphas)[:-1]
+        )
+        ratio = sigmas[1:] / sigmas[:-1]
+        slope = self._slope_weights(ratio, alphas[1:])
+        steps = DPMSolverSteps(
+            timestep=timesteps,
+            image_from_latents=image_from_latents,
+            image_from_output=image_from_output,
+            from_latents=ratio * alphas[1:] / alphas[:-1],
+            from_image=alphas[1:] * (1 - ratio) + slope,
+            from_previous_image=-slope,
+        )
+        return to_float32(steps), 1.0
+
+    def init(self, noise, init_noise_sigma) -> MultistepState:
+        latents = super().init(noise, init_noise_sigma).latents
+        return MultistepState(latents, jnp.zeros_like(latents))
+
+    def update(self, state: MultistepState, model_output, step: DPMSolverSteps, noise=None) -> MultistepState:
+        latents = state.latents
+        image = step.image_from_latents * latents + step.image_from_output * model_output.astype(jnp.float32)
+        history = step.from_image * image + step.from_previous_image * state.previous_image
+        return MultistepState(step.from_latents * latents + history, image)
+
+    def _levels(self, count: int) -> tuple[common.Levels, common.Boundaries]:
+        """The timesteps, whole numbers, and the sigmas (divided by alpha) before each step and after the last."""
+        table = common.sigma_table(self.cumulative_alphas())
+        timesteps = np.round(self.spaced_timesteps(count, omit_zero=True))
+        if self.use_karras_sigmas:
+            sigmas = common.karras_sigmas(float(table[-1]), float(table[0]), count)
+            timesteps = common.sigmas_to_timesteps(sigmas, table)
+            # diffusers keeps the fractions of the cosine schedule only to cut them off afterwards
+            cosine = self.beta_schedule == common.BetaSchedule.SQUAREDCOS_CAP_V2
+            timesteps = np.trunc(timesteps) if cosine else np.round(timesteps)
+        else:
+            sigmas = np.interp(timesteps, np.arange(len(table)), table)
+        return timesteps, common.with_final(sigmas, self.final_sigmas_type, table)
+
+    def _slope_weights(self, ratio: common.Levels, next_alpha: common.Levels) -> common.Levels:
+        """The weight of (this image - previous image) in each step: 0 where the step is of first order."""
+        second = np.full(len(ratio), self.solver_order == 2)
+        if (
+            self.final_sigmas_type == common.FinalSigma.ZERO
+            or self.euler_at_final
+            or (self.lower_order_final and len(ratio) < 15)
+        ):
+            second[-1] = False
+        h = -np.log(np.where(ratio > 0, ratio, 1.0))
+        h_before = np.append(0.0, h[:-1])
+        # nothing comes before the first step; and two predictions at one noise level (linspace with nearly all training
+        # timesteps) do not give a slope
+        second &= h_before > 0
+        if self.solver_type == SolverType.MIDPOINT:
+            weight = 0.5 * (1 - ratio) * h
+        else:
+            weight = ratio - 1 + h
+        return next_alpha * np.divide(weight, h_before, out=np.zeros_like(h), where=second)

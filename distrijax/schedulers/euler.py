@@ -1,0 +1,100 @@
+"""Euler's method on the probability flow (arXiv 2206.00364); agrees with diffusers' EulerDiscreteScheduler.
+
+The latents are kept as image + sigma * noise. A step leaves a part of the noise, `ratio`: the next latents are
+ratio * latents + (1 - ratio) * image. The predicted image is linear in latents and model output, so the step is, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from distrijax.schedulers import common
+from distrijax.schedulers.base import Column, Scheduler, State, to_float32
+
+
+class EulerSteps(NamedTuple):
+    """The next latents are from_latents * latents + from_output * model_output."""
+
+    timestep: Column
+    input_scale: Column
+    from_latents: Column
+    from_output: Column
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmaScheduler(Scheduler):
+    """A scheduler whose latents are image + sigma * noise, visited at a descending series of sigmas."""
+
+    def scale_input(self, latents: Float[Array, "b h w c"], step) -> Float[Array, "b h w c"]:
+        """Latents of variance about 1, whatever the noise level."""
+        return latents * step.input_scale
+
+    def levels(self, num_inference_steps: int) -> tuple[common.Levels, common.Levels, common.Table]:
+        """Timesteps, the sigmas at them, and the table of sigmas of all training timesteps."""
+        table = common.sigma_table(self.cumulative_alphas())
+        timesteps = self.spaced_timesteps(num_inference_steps)
+        return timesteps, np.interp(timesteps, np.arange(len(table)), table), table
+
+    def init_noise_sigma(self, sigmas: common.Boundaries) -> float:
+        """Standard deviation of the first latents; as in diffusers, only `leading` counts the image's own variance."""
+        leading = self.timestep_spacing == common.Spacing.LEADING
+        return float(np.sqrt(sigmas.max() ** 2 + leading))
+
+    def weights(self, sigma: common.Levels, ratio: common.Levels) -> dict[str, common.Levels]:
+        """What turns latents at `sigma` into those with `ratio` times the noise."""
+        alpha = 1 / np.sqrt(sigma**2 + 1)
+        on_latents, on_output = common.image_weights(self.prediction_type, alpha, sigma * alpha)
+        return {
+            "input_scale": alpha,
+            "from_latents": ratio + (1 - ratio) * on_latents * alpha,
+            "from_output": (1 - ratio) * on_output,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Euler(SigmaScheduler):
+    """diffusers' EulerDiscreteScheduler without churn.
+
+    use_karras_sigmas: space the noise levels as in arXiv 2206.00364, equation 5, from sigma_max to sigma_min (None: the
+        levels of the first and the last timestep).
+    final_sigmas_type: the noise level to end at.
+    """
+
+    diffusers_name: ClassVar[str] = "EulerDiscreteScheduler"
+    FIXED = {
+        "interpolation_type": ("linear",),
+        "timestep_type": ("discrete",),
+        "use_beta_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+    }
+
+    use_karras_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: common.FinalSigma = common.FinalSigma.ZERO
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._choose(common.FinalSigma, "final_sigmas_type")
+        self._flag("use_karras_sigmas")
+        for name in ("sigma_min", "sigma_max"):
+            if getattr(self, name) is not None:
+                self._positive_number(name)
+
+    def schedule(self, num_inference_steps: int) -> tuple[EulerSteps, float]:
+        timesteps, sigmas, table = self.levels(num_inference_steps)
+        if self.use_karras_sigmas:
+            largest, smallest = self.sigma_max or sigmas[0], self.sigma_min or sigmas[-1]
+            sigmas = common.karras_sigmas(largest, smallest, num_inference_steps)
+            timesteps = common.sigmas_to_timesteps(sigmas, table)
+        sigmas = common.with_final(sigmas, self.final_sigmas_type, table)
+        steps = EulerSteps(timestep=timesteps, **self.weights(sigmas[:-1], sigmas[1:] / sigmas[:-1]))
+        return to_float32(steps), self.init_noise_sigma(sigmas)
+
+    def update(self, state: State, model_output, step: EulerSteps, noise=None) -> State:
+        return State(step.from_latents * state.latents + step.from_output * model_output.astype(jnp.float32))

@@ -1,0 +1,213 @@
+"""CLIP's tokenizer, read from a diffusers folder through the `tokenizers` library.
+
+    prompt -> NFC, one blank for any whitespace, lower case -> split into words -> bytes -> BPE with "</w>" at word ends
+           -> <|startoftext|> ids <|endoftext|> padding
+
+The ids are those of transformers' CLIPTokenizer, for every text and every folder it reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from distrijax.config import DistriError, check_choice, positive
+from distrijax.weights import read_json
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""CLIP's words: contractions, runs of letters, single digits, runs of anything else."""
+
+LENGTH = 77
+"""Tokens of CLIP's input, where the folder names no number."""
+
+SPECIAL_TOKENS = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+"""The special tokens, where the folder does not name them; in the order in which transformers adds them."""
+
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]
+"""Ids of the tokens, merges in their order, and the tokens that a folder adds, by id."""
+
+
+class DistriWarning(UserWarning):
+    """Something asked for could not be honoured in full; the picture is made all the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTokenizer:
+    """Prompts to ids, as transformers' CLIPTokenizer; `from_folder` reads one.
+
+    bpe: the vocabulary and its pipeline up to the ids, without begin, end and padding.
+    length: how many ids a prompt gets, begin and end of text included.
+    """
+
+    bpe: Tokenizer
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    length: int = LENGTH
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Reads `tokenizer.json`, or else `vocab.json` and `merges.txt`, and the special tokens that the folder names.
+
+        Raises DistriError for missing and corrupt files, and for a vocabulary that lacks the special tokens.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DistriError(f"{folder} is not a folder; give a tokenizer in the diffusers layout")
+        settings = _read_settings(folder)
+        special = {key: _added_token(settings[key], folder) for key in SPECIAL_TOKENS}
+        vocabulary, merges, added = _read_vocabulary(folder, settings, {token.content for token in special.values()})
+        try:
+            bpe = byte_pair_encoder(vocabulary, merges, special["unk_token"].content)
+        except Exception as error:  # the library raises nothing narrower
+            raise DistriError(f"{folder} holds no usable vocabulary ({error}); fetch its files again") from None
+        _add_tokens(bpe, added, list(special.values()), folder)
+        ids = {key: bpe.token_to_id(token.content) for key, token in special.items()}
+        length = settings.get("model_max_length", LENGTH)
+        if isinstance(length, int | float) and length > 2**31:  # transformers writes 10**30 for "not known"
+            length = LENGTH
+        positive(length, f"model_max_length of {folder}", least=3)
+        return cls(bpe, ids["bos_token"], ids["eos_token"], ids["pad_token"], length)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are; a text encoder needs as many embeddings."""
+        return self.bpe.get_vocab_size()
+
+    def __call__(self, prompts: Sequence[str]) -> Int32[np.ndarray, "b length"]:
+        """Ids of every prompt; warns (DistriWarning) with the words that do not fit. Raises DistriError for no text."""
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise DistriError(f"prompts is {prompts!r}; give a list of at least one text")
+        return np.asarray(list(map(self._ids, prompts)), np.int32)
+
+    def _ids(self, prompt: str) -> list[int]:
+        if not isinstance(prompt, str):
+            raise DistriError(f"a prompt is {prompt!r}, of type {type(prompt).__name__}; give a text")
+        try:
+            encoding = self.bpe.encode(prompt, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise DistriError(f"the prompt {prompt!r} is not valid Unicode; write it in UTF-8") from None
+        room = self.length - 2
+        if len(encoding) > room:
+            self._warn(prompt, encoding, room)
+        ids = [self.bos_token_id, *encoding.ids[:room], self.eos_token_id]
+        return ids + [self.pad_token_id] * (self.length - len(ids))
+
+    def _warn(self, prompt: str, encoding: Encoding, room: int) -> None:
+        lost = prompt[encoding.offsets[room][0] :].strip()
+        warnings.warn(
+            f"the prompt has {len(encoding)} tokens and the text encoder reads {room}; not seen by it: {lost!r}",
+            DistriWarning,
+            stacklevel=4,
+        )
+
+
+def byte_pair_encoder(
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], unknown: str = END
+) -> Tokenizer:
+    """CLIP's pipeline over a vocabulary; raises what `tokenizers` raises for merges outside the vocabulary."""
+    bpe = Tokenizer(BPE(dict(vocabulary), list(merges), end_of_word_suffix=WORD_END, unk_token=unknown))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return bpe
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of tokenizer_config.json and special_tokens_map.json; the latter counts as in transformers."""
+    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    if not any(file.exists() for file in files):
+        raise DistriError(f"{folder} has no tokenizer_config.json, which names the padding; fetch the whole folder")
+    settings, special = (read_json(file) if file.exists() else {} for file in files)
+    settings = SPECIAL_TOKENS | settings | ({} if "added_tokens_decoder" in settings else special)
+    check_choice(settings.get("padding_side", "right"), ("right",), f"padding_side of {folder}")
+    return settings
+
+
+def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collection[str]) -> Vocabulary:
+    """Reads the files; `special` are the added tokens that are matched in the text as it was written."""
+    content = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
+    vocabulary, merges = _from_tokenizer_json(content, folder) if content else _from_vocab_and_merges(folder)
+    if not all(isinstance(index, int) for index in vocabulary.values()):
+        raise DistriError(f"{folder}: the vocabulary has ids that are no whole numbers; fetch its files again")
+    added = settings.get("added_tokens_decoder")
+    if added is None:
+        added = {}
+        if (folder / "added_tokens.json").exists():
+            for text, index in read_json(folder / "added_tokens.json").items():
+                added[index] = {"content": text, "normalized": text not in special}
+        added |= {token.get("id"): token for token in content.get("added_tokens", [])}
+    try:
+        return vocabulary, merges, {int(index): _added_token(added[index], folder) for index in sorted(added, key=int)}
+    except (TypeError, ValueError):
+        raise DistriError(f"{folder}: an added token has no number for an id; fetch the files again") from None
+
+
+def _from_tokenizer_json(content: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    model = content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        raise DistriError(
+            f"{folder / 'tokenizer.json'} holds no byte pair encoding; use the tokenizer of an SDXL model"
+        )
+    check_choice(model.get("end_of_word_suffix"), (WORD_END,), f"end_of_word_suffix of {folder / 'tokenizer.json'}")
+    return model["vocab"], [_pair(merge, folder) for merge in model["merges"]]
+
+
+def _from_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]
+    if missing:
+        raise DistriError(f"{folder} lacks {' and '.join(missing)} (and has no tokenizer.json); fetch the whole folder")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DistriError(f"{folder / 'merges.txt'} is not readable ({error}); fetch the file again") from None
+    merges = [_pair(line, folder) for line in lines if line.strip() and not line.startswith("#version")]
+    return read_json(folder / "vocab.json"), merges
+
+
+def _pair(merge: str | list[str], folder: Path) -> tuple[str, str]:
+    parts = merge.split() if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or len(parts) != 2:
+        raise DistriError(f"{folder}: the merge {merge!r} is not a pair of tokens; fetch the file again")
+    return tuple(parts)
+
+
+def _added_token(token: Any, folder: Path) -> AddedToken:
+    """A token that is looked for in the prompt before it is split into words."""
+    settings = {"content": token} if isinstance(token, str) else token
+    if not isinstance(settings, dict) or not isinstance(settings.get("content"), str):
+        raise DistriError(f"{folder} names the special token {token!r}; a text is needed, fetch its files again")
+    flags = {key: bool(settings[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in settings}
+    return AddedToken(settings["content"], special=True, **flags)
+
+
+def _add_tokens(bpe: Tokenizer, added: Mapping[int, AddedToken], special: Sequence[AddedToken], folder: Path) -> None:
+    """Adds tokens in transformers' order: one that is added twice, with different flags, keeps the later ones."""
+    bpe.add_tokens(list(added.values()))
+    for index, token in added.items():
+        if bpe.token_to_id(token.content) != index:
+            raise DistriError(
+                f"{folder} gives {token.content!r} the id {index} and its vocabulary the id "
+                f"{bpe.token_to_id(token.content)}; use the files that belong together"
+            )
+    lost = sorted({token.content for token in special if bpe.token_to_id(token.content) is None})
+    if lost:
+        raise DistriError(f"{folder}: the vocabulary lacks {', '.join(lost)}; use the files that belong together")
+    declared = {token.content for token in added.values()}
+    bpe.add_tokens([token for token in special if token.content not in declared])

@@ -1,0 +1,162 @@
+"""Do the default model's pictures show what their captions say? Generates held-out captions and looks at the pixels.
+
+    python examples/check_scenes.py --captions 64 --at-least 0.8 --contact-sheet scenes.png
+
+A named shape is found when its colour is in the place that the caption names (`scenes.found` has the exact rule). Two
+figures are printed: the share of named shapes found, which `--at-least` judges, and the stricter share of captions of
+which every shape is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from scenes import Scene, found, held_out_example
+
+
+@dataclass(frozen=True)
+class Result:
+    """A caption, the picture generated for it, and which of the scene's shapes were found in that picture."""
+
+    caption: str
+    scene: Scene
+    picture: np.ndarray
+    found: list[bool]
+
+
+def check(
+    generate: Callable[[list[str], int], np.ndarray], captions: int, batch: int, height: int, width: int, seed: int
+) -> list[Result]:
+    """Generates and judges `captions` held-out captions.
+
+    `generate(prompts, seed)` returns [batch, height, width, 3] in 0..1. Every call gets `batch` prompts, the last
+    one by repeating its own, so that only one program is compiled.
+    """
+    results = []
+    for start in range(0, captions, batch):
+        indices = range(start, min(start + batch, captions))
+        examples = [held_out_example(seed, index, height, width) for index in indices]
+        prompts = [caption for _, caption, _ in examples]
+        pictures = generate((prompts * batch)[:batch], seed + start)
+        for (_, caption, scene), picture in zip(examples, pictures, strict=False):
+            results.append(Result(caption, scene, picture, found(picture, scene)))
+        print(f"{len(results)} of {captions} captions", end="\r", file=sys.stderr, flush=True)
+    return results
+
+
+def rates(results: Sequence[Result]) -> tuple[float, float]:
+    """The share of named shapes found, and the share of captions of which every shape was found."""
+    shapes = [one for result in results for one in result.found]
+    return float(np.mean(shapes)), float(np.mean([all(result.found) for result in results]))
+
+
+def report(results: Sequence[Result]) -> str:
+    """Each shape that was not found, then the two figures."""
+    shapes, captions = rates(results)
+    lines = []
+    for result in results:
+        missed = [
+            f"{s.colour} {s.kind} {s.place}" for s, ok in zip(result.scene.shapes, result.found, strict=True) if not ok
+        ]
+        if missed:
+            lines.append(f"not found: {'; '.join(missed)}   in: {result.caption}")
+    total = sum(len(result.found) for result in results)
+    lines.append(f"named shapes found: {shapes:.1%} of {total}")
+    lines.append(f"captions with every shape found: {captions:.1%} of {len(results)}")
+    return "\n".join(lines)
+
+
+def contact_sheet(results: Sequence[Result], columns: int = 8) -> Image.Image:
+    """All pictures with their captions; a caption in red has a shape that was not found."""
+    height, width = results[0].picture.shape[:2]
+    font = ImageFont.load_default(size=11)
+    margin, text_height = 8, 72
+    cell_width, cell_height = width + margin, height + text_height
+    columns = min(columns, len(results))
+    rows = -(-len(results) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), "white")
+    pen = ImageDraw.Draw(sheet)
+    for position, result in enumerate(results):
+        row, column = divmod(position, columns)
+        corner = (margin + column * cell_width, margin + row * cell_height)
+        sheet.paste(Image.fromarray(np.round(np.clip(result.picture, 0, 1) * 255).astype(np.uint8)), corner)
+        words = textwrap.fill(result.caption, max(12, width // 6))
+        pen.text((corner[0], corner[1] + height + 2), words, "black" if all(result.found) else "red", font)
+    return sheet
+
+
+def pipeline_generator(args: argparse.Namespace) -> Callable[[list[str], int], np.ndarray]:
+    """The `generate` of `check` that runs a DistriSDXLPipeline."""
+    import jax
+
+    # Has an effect only where the devices are CPUs, and must come before JAX looks for them.
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    import distrijax
+
+    model = args.model or distrijax.DEFAULT_MODEL
+    pipe = distrijax.DistriSDXLPipeline.from_pretrained(model, distrijax.DistriConfig(devices=args.devices))
+    height, width = args.image_size
+
+    def generate(prompts: list[str], seed: int) -> np.ndarray:
+        return pipe(
+            prompt=prompts,
+            height=height,
+            width=width,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            seed=seed,
+            output_type="np",
+        ).images
+
+    return generate
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder in the diffusers layout; the embedded default model unless said")
+    parser.add_argument("--captions", type=int, default=64, help="how many held-out captions (default 64)")
+    parser.add_argument("--num-inference-steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=5.0)
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=8, help="captions per call of the pipeline (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the captions and the starting noise")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write all pictures into one file")
+    parser.add_argument("--at-least", type=float, metavar="SHARE", help="exit 1 when fewer named shapes are found")
+    args = parser.parse_args(argv)
+    if len(args.image_size) > 2:
+        parser.error(f"--image-size got {len(args.image_size)} numbers; give one, or height and width")
+    args.image_size = (args.image_size * 2)[:2]
+    if any(side % 8 or not 64 <= side <= 512 for side in args.image_size):
+        parser.error(f"--image-size is {args.image_size}; sides must be multiples of 8 from 64 to 512")
+    if min(args.captions, args.batch, args.devices) < 1:
+        parser.error("--captions, --batch and --devices must be at least 1")
+    if args.contact_sheet and not args.contact_sheet.absolute().parent.is_dir():
+        parser.error(f"--contact-sheet: there is no folder {args.contact_sheet.absolute().parent}; create it first")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    results = check(pipeline_generator(args), args.captions, args.batch, *args.image_size, args.seed)
+    if args.contact_sheet:
+        contact_sheet(results).save(args.contact_sheet)
+    print(report(results))
+    share, _ = rates(results)
+    if args.at_least is not None and share < args.at_least:
+        print(
+            f"{share:.1%} of the named shapes were found, and --at-least asks for {args.at_least:.1%}", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""How all tests run: eight virtual CPU devices, strict dtypes and ranks, checked shapes; a small random checkpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's idle threads spin, and would take the cores from JAX
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TYPED = ("clip", "denoise", "exchange", "layers", "schedulers", "unet", "vae")
+install_import_hook([f"distrijax.{module}" for module in TYPED], "array_types.check")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiled programs are kept from run to run, in pytest's cache unless the environment names another folder."""
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch():
+    """Torch draws the same numbers whatever ran before; tests without torch need not wait for its import."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A small random SDXL checkpoint, a folder in the diffusers layout; copy it before changing it."""
+    from tiny_pipeline import save_tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torch_pipe(tiny_checkpoint):
+    """`tiny_checkpoint` in torch diffusers (StableDiffusionXLPipeline); tests share it, so leave it as it is."""
+    from tiny_pipeline import load_torch_pipeline
+
+    return load_torch_pipeline(tiny_checkpoint)

@@ -1,0 +1,260 @@
+"""The denoising loop with small models in closed form: guidance, warm-up, noise, and the cut into chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+from oracle import nhwc, relative_error
+
+from distrijax import denoise
+from distrijax.denoise import Inputs, Layout, Loop
+from distrijax.mesh import MeshPlan
+from distrijax.schedulers import State, load_scheduler
+from distrijax.unet import Conditioning
+
+ONE = MeshPlan(1, 1, 1)
+PLANS = [ONE, MeshPlan(1, 1, 4), MeshPlan(1, 2, 1), MeshPlan(1, 2, 4), MeshPlan(2, 2, 2)]
+EVERY_MESH = pytest.mark.parametrize("plan", PLANS, ids=str)
+SHAPE = (2, 8, 4, 3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    """Looks one row up and down and at the whole image's mean, in place of a UNet."""
+
+    gain: jax.Array
+
+    def __call__(self, sample, timestep, conditioning, exchange):
+        wide = exchange.halo("rows", sample, 1, 1)
+        pixels = sample.astype(jnp.float32)
+        mean = jnp.mean(pixels, (1, 2))
+        variance = jnp.mean(jnp.square(pixels - mean[:, None, None]), (1, 2))
+        mean, variance = jnp.moveaxis(exchange.moments("norm", jnp.stack([mean, variance], -1)), -1, 0)
+        nearby = sample + 0.5 * wide[:, :-2] - 0.25 * wide[:, 2:]
+        normal = (nearby - mean[:, None, None]) / jnp.sqrt(variance + 0.1)[:, None, None]
+        return self.gain * (normal + conditioning.embedding[:, None, None])
+
+
+class Prompt:
+    """A model that says what its prompt says, whatever it sees."""
+
+    def __call__(self, sample, timestep, conditioning, exchange):
+        return 0 * sample + conditioning.embedding[:, None, None]
+
+
+jax.tree_util.register_static(Prompt)
+
+
+class Step(NamedTuple):
+    timestep: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """A scheduler that adds the model's output to the latents, and noise where it is asked to."""
+
+    needs_noise: bool = False
+    rate: float = 0.1
+
+    def scale_input(self, latents, step):
+        return latents
+
+    def update(self, state, output, step, noise):
+        return State(state.latents + self.rate * output + (0 if noise is None else noise))
+
+
+class Seen(NamedTuple):
+    latents: jax.Array
+    output: jax.Array
+
+
+class Still:
+    """A scheduler that leaves the latents as they are and keeps the model's output."""
+
+    needs_noise = False
+
+    def scale_input(self, latents, step):
+        return latents
+
+    def update(self, state, output, step, noise):
+        return Seen(state.latents, output)
+
+
+def keys(images: int = SHAPE[0]) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.arange(images))
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+class Call:
+    """What a call of the pipeline hands to the compiled programs, for a small model on some mesh."""
+
+    def __init__(
+        self, plan, scheduler, *, model=None, guided=True, scale=3.0, rescale=None, said=None, dtype=jnp.float32
+    ):
+        mesh = plan.build(jax.devices()[: plan.devices])
+        leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
+        self.params = tuple(leaves)
+        self.loop = Loop(Layout(mesh, guided), structure, scheduler, dtype)
+        branches = 2 if guided else 1
+        said = normal(2, *SHAPE[::3], seed=5) if said is None else said
+        weights = np.float32(denoise.guidance_weights(scale, guided=guided))
+        self.inputs = Inputs(
+            Conditioning({}, said[-branches:].astype(dtype)),
+            weights,
+            None if rescale is None else np.float32(rescale),
+            keys(),
+        )
+
+    def run(self, function, *arguments):
+        return jax.jit(function, static_argnums=0)(self.loop, self.params, self.inputs, *arguments)
+
+
+def steps(first: int, last: int) -> tuple[Step, np.ndarray]:
+    """The steps from `first` to before `last`: their constants, and the numbers of their noise."""
+    return Step(np.linspace(900, 0, 8, dtype=np.float32)[first:last]), np.arange(1, 9, dtype=np.int32)[first:last]
+
+
+def start() -> State:
+    return State(normal(*SHAPE))
+
+
+def test_noise_does_not_depend_on_the_cut_into_bands():
+    whole = denoise.band_noise(keys(), 3, 0, (8, 4, 3))
+    parts = [denoise.band_noise(keys(), 3, first, (2, 4, 3)) for first in range(0, 8, 2)]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_noise_is_normal_and_never_the_same_twice():
+    values = np.concatenate([denoise.band_noise(keys(), number, 0, (32, 16, 4)) for number in (0, 1)])
+    assert len(np.unique(values)) > 0.999 * values.size  # float32 normals coincide now and then
+    assert abs(values.mean()) < 0.03
+    assert abs(values.std() - 1) < 0.03
+    rows = values.reshape(-1, 16 * 4)
+    assert np.abs(np.corrcoef(rows)[~np.eye(len(rows), dtype=bool)]).max() < 0.7
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@EVERY_MESH
+def test_starting_noise_is_bit_identical_on_every_mesh(plan, guided):
+    def draw(plan, guided):
+        layout = Layout(plan.build(jax.devices()[: plan.devices]), guided)
+        return jax.jit(lambda keys: denoise.draw_latents(layout, (8, 4, 3), keys))(keys())
+
+    np.testing.assert_array_equal(draw(plan, guided), draw(ONE, True))
+
+
+@EVERY_MESH
+def test_guidance_goes_beyond_the_text_branch(plan):
+    said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
+    call = Call(plan, Still(), model=Prompt(), said=said, scale=5.0)
+    result = call.run(denoise.synchronous, Seen(start().latents, start().latents), steps(0, 1))
+    np.testing.assert_allclose(result.output, np.full(SHAPE, 1.0 + 5.0 * (3.0 - 1.0)), rtol=1e-6)
+
+
+@EVERY_MESH
+def test_without_guidance_the_text_branch_is_the_output(plan):
+    said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
+    call = Call(plan, Still(), model=Prompt(), said=said, guided=False, scale=1.0)
+    result = call.run(denoise.synchronous, Seen(start().latents, start().latents), steps(0, 1))
+    np.testing.assert_array_equal(result.output, np.full(SHAPE, 3.0))
+
+
+@EVERY_MESH
+def test_guidance_rescale_equals_diffusers(plan):
+    state = Seen(start().latents, start().latents)
+    scale, rescale = 4.0, 0.7
+    text = Call(ONE, Still(), guided=False).run(denoise.synchronous, state, steps(0, 1)).output
+    guided = Call(ONE, Still(), scale=scale).run(denoise.synchronous, state, steps(0, 1)).output
+    text, guided = (torch.from_numpy(np.moveaxis(np.array(value), -1, 1)) for value in (text, guided))
+    wanted = nhwc(rescale_noise_cfg(guided, text, guidance_rescale=rescale))
+    got = Call(plan, Still(), scale=scale, rescale=rescale).run(denoise.synchronous, state, steps(0, 1)).output
+    assert relative_error(got, wanted) < 1e-5
+    assert relative_error(got, nhwc(guided)) > 0.01
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@EVERY_MESH
+def test_synchronous_steps_with_noise_are_those_of_one_device(plan, guided):
+    scheduler = Add(needs_noise=True)
+    wanted = Call(ONE, scheduler, guided=guided).run(denoise.synchronous, start(), steps(0, 4))
+    got = Call(plan, scheduler, guided=guided).run(denoise.synchronous, start(), steps(0, 4))
+    assert relative_error(got.latents, wanted.latents) < 1e-5
+
+
+@EVERY_MESH
+def test_displaced_step_with_the_same_input_gives_the_synchronous_output(plan):
+    call = Call(plan, Still())
+    before, stale = call.run(denoise.warm_up, Seen(start().latents, 0 * start().latents), steps(0, 2))
+    after, _ = call.run(denoise.displaced, Seen(before.latents, 0 * before.output), stale, steps(2, 5))
+    assert relative_error(after.output, before.output) < 1e-5
+
+
+def test_chunks_and_the_whole_loop_give_the_same_numbers():
+    call = Call(MeshPlan(2, 2, 2), Add(needs_noise=True))
+    whole = call.run(denoise.whole, start(), steps(0, 3), steps(3, 8))
+    state, stale = call.run(denoise.warm_up, start(), steps(0, 3))
+    state, stale = call.run(denoise.displaced, state, stale, steps(3, 4))
+    state, stale = call.run(denoise.displaced, state, stale, steps(4, 8))
+    assert relative_error(state.latents, whole.latents) < 1e-6
+    one_by_one = start()
+    for i in range(3):
+        one_by_one, stale = call.run(denoise.warm_up, one_by_one, steps(i, i + 1))
+    for i in range(3, 8):
+        one_by_one, stale = call.run(denoise.displaced, one_by_one, stale, steps(i, i + 1))
+    assert relative_error(one_by_one.latents, whole.latents) < 1e-6
+
+
+def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
+    def difference(plan):
+        call = Call(plan, Add(rate=0.5))
+        return relative_error(
+            call.run(denoise.whole, start(), steps(0, 1), steps(1, 4)).latents,
+            call.run(denoise.synchronous, start(), steps(0, 4)).latents,
+        )
+
+    assert difference(MeshPlan(1, 1, 4)) > 1e-3
+    assert difference(MeshPlan(1, 2, 1)) < 1e-6  # two branches, each with its whole image: nothing is stale
+
+
+def test_state_and_guidance_are_float32_when_the_model_is_bfloat16():
+    call = Call(MeshPlan(1, 2, 2), Still(), model=Prompt(), dtype=jnp.bfloat16)
+    result = jax.eval_shape(
+        lambda *a: denoise.synchronous(call.loop, call.params, call.inputs, *a),
+        Seen(start().latents, start().latents),
+        steps(0, 1),
+    )
+    assert {leaf.dtype for leaf in result} == {jnp.dtype(jnp.float32)}
+
+
+def test_latents_stay_cut_by_rows():
+    call = Call(MeshPlan(2, 2, 2), load_scheduler({"_class_name": "EulerDiscreteScheduler"}))
+    table, sigma = call.loop.scheduler.schedule(4)
+    xs = table, np.arange(1, 5, dtype=np.int32)
+    state = call.loop.scheduler.init(jnp.asarray(normal(*SHAPE)), np.float32(sigma))
+    result = call.run(denoise.synchronous, state, xs).latents
+    assert {shard.data.shape for shard in result.addressable_shards} == {(1, 4, *SHAPE[2:])}
+
+
+@pytest.mark.parametrize(("guided", "sums"), [(True, 1), (False, 0)])
+def test_a_step_sums_over_the_branches_once_and_gathers_only_what_layers_ask_for(guided, sums):
+    call = Call(MeshPlan(1, 2, 4), Add(), guided=guided)
+    _, stale = jax.eval_shape(lambda *a: denoise.warm_up(call.loop, call.params, call.inputs, *a), start(), steps(0, 1))
+    program = str(
+        jax.make_jaxpr(lambda *a: denoise.displaced(call.loop, call.params, call.inputs, *a))(
+            start(), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stale), steps(1, 4)
+        )
+    )
+    assert program.count(" psum") == sums
+    assert program.count(" all_gather[") == 1  # moments
+    assert program.count(" ppermute[") == 2  # one row up, one row down

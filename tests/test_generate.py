@@ -1,0 +1,89 @@
+"""The command that makes a picture, run as users run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distrijax import DistriConfig, DistriSDXLPipeline
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "generate.py"
+PROMPT = "a small green star in the center, on a black background — ★"
+NEGATIVE = "a red circle"
+
+
+def generate(folder: Path, model: Path, *flags: str) -> str:
+    """What the script prints; four virtual devices, two patches for each branch, two of three steps exact."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    shared = ["--devices", "4", "--image-size", "64", "--warmup-steps", "1", "--guidance-scale", "4", "--seed", "7"]
+    flags = ["--model", str(model), "--prompt", PROMPT, "--negative-prompt", NEGATIVE, *shared, *flags]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *flags], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, tmp_path_factory) -> tuple[Path, str]:
+    """A folder with one picture in it, and what was printed."""
+    folder = tmp_path_factory.mktemp("generate")
+    return folder, generate(folder, tiny_checkpoint, "--num-inference-steps", "3", "--output", "star.png")
+
+
+def test_the_plan_and_the_times_are_printed(run):
+    _, printed = run
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    assert list(lines) == ["mesh", "image", "load", "compile", "run", "wrote"]
+    assert "data 1 x cfg 2 x patch 2 on 4 x virtual CPU, float32" in lines["mesh"]
+    assert "64x64" in lines["image"] and "each device has 32 rows of pixels, 4 of the latent" in lines["image"]
+    assert "star.png" in lines["wrote"]
+
+
+def test_the_picture_carries_its_settings(run):
+    folder, _ = run
+    assert [path.name for path in folder.iterdir()] == ["star.png"]
+    text = Image.open(folder / "star.png").text
+    assert text["prompt"] == PROMPT
+    expected = {
+        "negative_prompt": NEGATIVE,
+        "seed": "7",
+        "height": "64",
+        "width": "64",
+        "num_inference_steps": "3",
+        "guidance_scale": "4.0",
+        "scheduler": "EulerDiscreteScheduler",
+        "dtype": "float32",
+        "devices": "4",
+        "sync_mode": "corrected_async_gn",
+        "warmup_steps": "1",
+    }
+    assert {name: text[name] for name in expected} == expected
+
+
+def test_the_picture_is_the_pipelines(run, tiny_checkpoint):
+    pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(devices=4, warmup_steps=1))
+    pipe.set_progress_bar_config(disable=True)
+    needed = pipe(
+        PROMPT, negative_prompt=NEGATIVE, height=64, width=64, num_inference_steps=3, guidance_scale=4.0, seed=7
+    ).images[0]
+    written = Image.open(run[0] / "star.png")
+    assert written.size == (64, 64) and written.mode == "RGB"
+    difference = np.asarray(written, np.int16) - np.asarray(needed, np.int16)
+    assert np.abs(difference).max() <= 1
+
+
+def test_another_run_overwrites_the_picture(run, tiny_checkpoint):
+    folder, _ = run
+    before = (folder / "star.png").read_bytes()
+    generate(folder, tiny_checkpoint, "--num-inference-steps", "4", "--output", "star.png")
+    assert Image.open(folder / "star.png").text["num_inference_steps"] == "4"
+    assert (folder / "star.png").read_bytes() != before
+    assert [path.name for path in folder.iterdir()] == ["star.png"]

@@ -1,0 +1,281 @@
+"""The pipeline against torch diffusers on one device, many devices against one, and what a call promises.
+
+Pipelines are made once for each mesh and share what they have compiled; so nearly all calls have one size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from oracle import psnr, relative_error
+from PIL import Image
+
+from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
+from distrijax.schedulers import with_class
+
+PROMPT = "a red circle on the left"
+OTHER = "two blue squares on a green background"
+SIZE = {"height": 256, "width": 64}
+LATENT = (4, 32, 8)
+
+
+@pytest.fixture(scope="module")
+def pipe_on(tiny_checkpoint):
+    """A pipeline by its configuration: pipe_on(devices=4, split_batch=False)."""
+
+    @functools.cache
+    def load(**settings) -> DistriSDXLPipeline:
+        pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(**settings))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def one(pipe_on):
+    """One device."""
+    return pipe_on(devices=1, sync_mode="full_sync")
+
+
+@pytest.fixture(scope="module")
+def stale(pipe_on):
+    """Two branches of two bands, displaced after two exact steps."""
+    return pipe_on(devices=4, warmup_steps=1)
+
+
+def paint(pipe: DistriSDXLPipeline, *arguments, kind: str = "latent", **changes) -> np.ndarray:
+    settings = SIZE | {"num_inference_steps": 4} | changes
+    return np.asarray(pipe(*(arguments or (PROMPT,)), **settings, output_type=kind).images)
+
+
+ORACLES = {
+    "euler": (
+        EulerDiscreteScheduler,
+        {
+            "negative_prompt": "a blue square",
+            "original_size": (512, 300),
+            "crops_coords_top_left": (16, 8),
+            "target_size": (240, 80),
+        },
+    ),
+    "ddim": (
+        DDIMScheduler,
+        {
+            "guidance_scale": 7.5,
+            "guidance_rescale": 0.7,
+            "negative_original_size": (128, 100),
+            "negative_crops_coords_top_left": (4, 2),
+            "negative_target_size": (200, 50),
+        },
+    ),
+    "dpm++2m": (
+        DPMSolverMultistepScheduler,
+        {"prompt_2": OTHER, "negative_prompt": "", "negative_prompt_2": "a circle", "clip_skip": 1},
+    ),
+    "euler-karras": (EulerDiscreteScheduler, {"guidance_scale": 1.0, "num_inference_steps": 5}),
+}
+
+
+@pytest.mark.parametrize("scheduler", ORACLES)
+def test_one_device_equals_torch_diffusers(monkeypatch, one, torch_pipe, scheduler):
+    kind, settings = ORACLES[scheduler]
+    options = {"use_karras_sigmas": True} if "karras" in scheduler else {}
+    monkeypatch.setattr(torch_pipe, "scheduler", kind.from_config(torch_pipe.scheduler.config, **options))
+    monkeypatch.setattr(one, "scheduler", with_class(one.scheduler, scheduler))
+    noise = torch.randn(1, *LATENT)
+
+    def wanted(output_type):
+        defaults = SIZE | {"num_inference_steps": 4, "latents": noise.clone()}
+        return torch_pipe(PROMPT, **defaults | settings, output_type=output_type).images
+
+    assert relative_error(paint(one, latents=noise.numpy(), **settings), wanted("latent")) < 1e-3
+    assert psnr(paint(one, kind="np", latents=noise.numpy(), **settings), wanted("np")) > 50
+
+
+def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe):
+    with torch.no_grad():
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        given = dict(zip(names, torch_pipe.encode_prompt(PROMPT, negative_prompt=OTHER), strict=True))
+    got = paint(one, None, **{name: value.numpy() for name, value in given.items()})
+    assert relative_error(got, paint(one, negative_prompt=OTHER)) < 1e-4
+
+
+def test_missing_negative_prompt_is_zeros_and_not_the_empty_prompt(one):
+    assert relative_error(paint(one), paint(one, negative_prompt="")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"devices": 2},
+        {"devices": 2, "split_batch": False},
+        {"devices": 4},
+        {"devices": 4, "split_batch": False},
+        {"devices": 8},
+        {"devices": 8, "split_batch": False},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_full_sync_equals_one_device(pipe_on, one, settings):
+    many = pipe_on(**settings, sync_mode="full_sync")
+    assert relative_error(paint(many), paint(one)) < 1e-4
+    assert relative_error(paint(many, kind="np"), paint(one, kind="np")) < 1e-4
+
+
+def test_without_guidance_both_halves_of_the_mesh_share_the_rows(pipe_on, one):
+    many = pipe_on(devices=4, sync_mode="full_sync")
+    got = many(PROMPT, **SIZE, num_inference_steps=4, guidance_scale=1.0, output_type="latent").images
+    assert {shard.data.shape for shard in got.addressable_shards} == {(1, 4, 8, 8)}
+    assert relative_error(got, paint(one, guidance_scale=1.0)) < 1e-4
+
+
+def test_guidance_of_one_or_less_runs_the_text_branch_alone(one):
+    np.testing.assert_array_equal(paint(one, guidance_scale=1.0), paint(one, guidance_scale=0.0))
+    np.testing.assert_array_equal(paint(one, guidance_scale=1.0), paint(one, guidance_scale=1.0, negative_prompt=OTHER))
+
+
+@pytest.fixture(scope="module")
+def pair(one):
+    """Two prompts with a seed each, as a batch on one device."""
+    return paint(one, [PROMPT, OTHER], seed=[3, 4])
+
+
+def test_pictures_of_a_batch_are_those_of_single_calls(one, pair):
+    assert pair.shape == (2, *LATENT)
+    for i, (prompt, seed) in enumerate([(PROMPT, 3), (OTHER, 4)]):
+        assert relative_error(pair[i : i + 1], paint(one, prompt, seed=seed)) < 1e-4
+
+
+def test_prompts_on_different_devices_are_those_of_a_batch(pipe_on, pair):
+    many = pipe_on(devices=4, data=2, sync_mode="full_sync")
+    assert relative_error(paint(many, [PROMPT, OTHER], seed=[3, 4]), pair) < 1e-4
+    with pytest.raises(DistriError, match="1 images do not divide among data=2"):
+        paint(many, PROMPT)
+
+
+def test_images_of_one_prompt_differ_and_the_first_is_that_of_a_single_call(one):
+    got = paint(one, num_images_per_prompt=2, seed=7)
+    assert relative_error(got[:1], paint(one, seed=7)) < 1e-4
+    assert relative_error(got[1], got[0]) > 0.1
+    assert relative_error(got, paint(one, [PROMPT, PROMPT], seed=7)) < 1e-5
+
+
+def test_seeds_draw_different_noise(one):
+    assert relative_error(paint(one, seed=1), paint(one, seed=2)) > 0.1
+    np.testing.assert_array_equal(paint(one, seed=[1]), paint(one, seed=1))
+
+
+def trajectory(pipe: DistriSDXLPipeline, **changes) -> list[np.ndarray]:
+    """The latents after each step."""
+    seen = []
+    paint(pipe, callback_on_step_end=lambda *arguments: seen.append(np.asarray(arguments[3]["latents"])), **changes)
+    return seen
+
+
+def test_first_steps_are_exact_and_later_ones_are_displaced(pipe_on, stale):
+    got = trajectory(stale, num_inference_steps=5)
+    wanted = trajectory(pipe_on(devices=4, sync_mode="full_sync"), num_inference_steps=5)
+    errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
+    assert max(errors[:2]) < 1e-6
+    assert min(errors[2:]) > 1e-5
+
+
+def test_running_twice_gives_the_same_bits(stale):
+    first, second = (paint(stale, kind="np", seed=11) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_chunks_give_the_same_numbers(stale, chunk_size):
+    wanted = paint(stale, num_inference_steps=6)
+    assert relative_error(paint(stale, num_inference_steps=6, chunk_size=chunk_size), wanted) < 1e-5
+
+
+def test_fewer_steps_than_the_warm_up_are_all_exact(pipe_on, stale):
+    wanted = paint(pipe_on(devices=4, sync_mode="full_sync"), num_inference_steps=2)
+    assert relative_error(paint(stale, num_inference_steps=2), wanted) < 1e-6
+    assert relative_error(paint(stale, num_inference_steps=1), wanted) > 1e-3
+
+
+def test_only_new_shapes_compile(one, stale):
+    for pipe in (one, stale):
+        paint(pipe, kind="np", negative_prompt=OTHER)
+        count = pipe.programs.count
+        paint(pipe, OTHER, kind="np", seed=5, guidance_scale=8.0, num_inference_steps=7)
+        paint(pipe, negative_prompt=PROMPT, num_inference_steps=3, original_size=(1, 2), latents=np.ones((1, *LATENT)))
+        assert pipe.programs.count == count
+
+
+def test_another_size_compiles_again_and_only_once(one):
+    before = one.programs.count
+    first = paint(one, height=32, width=32)
+    after = one.programs.count
+    assert first.shape == (1, 4, 4, 4)
+    assert after > before
+    paint(one, height=32, width=32, seed=9)
+    assert one.programs.count == after
+    assert one.programs.seconds > 0
+
+
+def test_callback_sees_every_step_and_may_change_the_latents(one):
+    calls = []
+
+    def callback(pipe, step, timestep, tensors):
+        calls.append((pipe is one, step, timestep))
+        return {"latents": np.full((1, *LATENT), 0.5)} if step == 2 else None
+
+    changed = paint(one, seed=1, callback_on_step_end=callback)
+    timesteps = one.scheduler.schedule(4)[0].timestep
+    assert calls == [(True, step, float(timesteps[step])) for step in range(4)]
+    np.testing.assert_array_equal(changed, paint(one, seed=2, callback_on_step_end=callback))
+    assert relative_error(changed, paint(one, seed=1)) > 1e-3
+
+
+def test_callback_with_latents_of_another_shape_is_refused(one):
+    with pytest.raises(DistriError, match=r"the callback's latents are \[1, 4, 4, 4\] and \[1, 4, 32, 8\] is needed"):
+        paint(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, 4, 4, 4))})
+
+
+def test_progress_bar_counts_the_steps(monkeypatch, capsys, one):
+    monkeypatch.setattr(one, "_progress", {})
+    paint(one)
+    assert "4/4" in capsys.readouterr().err
+    one.set_progress_bar_config(disable=True)
+    paint(one)
+    assert capsys.readouterr().err == ""
+
+
+def test_output_types(one):
+    values = paint(one, kind="np")
+    assert values.shape == (1, 256, 64, 3)
+    assert values.dtype == np.float32
+    assert 0 <= values.min() < values.max() <= 1
+    (picture,) = one(PROMPT, **SIZE, num_inference_steps=4).images
+    assert isinstance(picture, Image.Image)
+    assert picture.size == (64, 256)
+    np.testing.assert_array_equal(np.asarray(picture), np.round(values[0] * 255).astype(np.uint8))
+    assert paint(one, kind="latent").shape == (1, *LATENT)
+
+
+def test_default_size_is_the_models(one):
+    (picture,) = one(PROMPT, num_inference_steps=1).images
+    assert picture.size == (128, 128)
+
+
+def test_bfloat16_is_close_to_float32(tiny_checkpoint, one):
+    short = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(devices=1), dtype="bfloat16")
+    short.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).standard_normal((1, *LATENT), np.float32)
+    settings = {"latents": latents, "kind": "np", "num_inference_steps": 2, "guidance_scale": 1.0}
+    assert psnr(paint(short, **settings), paint(one, **settings)) > 30
+
+
+def test_parameters_lie_on_every_device(stale):
+    devices = set(jax.devices()[:4])
+    assert all(leaf.sharding.device_set == devices for leaf in stale._unet_params)

@@ -1,0 +1,222 @@
+"""The training pictures of the default model, and the check that looks for a caption's shapes in pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import check_scenes
+import scenes
+
+SIZE = (96, 96)
+CAPTION_0 = "a large black circle at the top right and a red diamond in the center, on an orange dotted background"
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return [scenes.held_out_example(0, index, *SIZE) for index in range(200)]
+
+
+def share_found(pairs) -> float:
+    return float(np.mean([one for picture, scene in pairs for one in scenes.found(picture, scene)]))
+
+
+def disc_scene(colour="red", place="on the left", background="gray"):
+    return scenes.Scene((scenes.Shape("circle", colour, "medium", place),), background, "plain")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128), (256, 256), (128, 256), (192, 104)])
+def test_drawn_pictures_pass_their_own_check(size):
+    pairs = [(picture, scene) for picture, _, scene in (scenes.held_out_example(1, i, *size) for i in range(60))]
+    assert share_found(pairs) >= 0.98
+
+
+def test_float_pictures_are_judged_like_bytes(held_out):
+    for picture, _, scene in held_out[:20]:
+        assert scenes.found(picture / np.float32(255), scene) == scenes.found(picture, scene)
+
+
+def test_noise_and_moderate_shifts_do_not_hide_shapes(held_out):
+    rng = np.random.default_rng(0)
+    noisy = [(np.clip(p + rng.normal(0, 20, p.shape), 0, 255).astype(np.uint8), s) for p, _, s in held_out]
+    shifted = [(np.roll(p, (5, -5), (0, 1)), s) for p, _, s in held_out]
+    assert share_found(noisy) >= 0.95
+    assert share_found(shifted) >= 0.95
+
+
+def test_other_captions_are_not_found(held_out):
+    pairs = [(held_out[i][0], held_out[i - 1][2]) for i in range(len(held_out))]
+    assert share_found(pairs) < 0.1
+
+
+def test_moved_shapes_are_not_found(held_out):
+    pairs = [(np.roll(p, SIZE[0] * 3 // 10, 0), s) for p, _, s in held_out]
+    assert share_found(pairs) < 0.1
+
+
+@pytest.mark.parametrize("colour", [*scenes.COLOURS.values(), *(t for two in scenes.BACKGROUNDS.values() for t in two)])
+def test_constant_pictures_show_nothing(held_out, colour):
+    constant = np.broadcast_to(np.uint8(colour), (*SIZE, 3))
+    assert not any(one for _, _, scene in held_out for one in scenes.found(constant, scene))
+
+
+def test_broken_pictures_show_nothing(held_out):
+    rng = np.random.default_rng(0)
+    for picture in (rng.random((*SIZE, 3)), np.full((*SIZE, 3), np.nan)):
+        assert not any(one for _, _, scene in held_out[:50] for one in scenes.found(picture, scene))
+
+
+def test_the_colour_must_be_in_its_place():
+    rng = np.random.default_rng(0)
+    for there in scenes.PLACES:
+        picture = scenes.draw(disc_scene(place=there), *SIZE, rng)
+        seen = [here for here in scenes.PLACES if scenes.found(picture, disc_scene(place=here)) == [True]]
+        assert seen == [there]
+
+
+def test_each_colour_is_told_from_all_others_on_every_background():
+    rng = np.random.default_rng(0)
+    for background in scenes.BACKGROUNDS:
+        for colour in set(scenes.COLOURS) - {background}:
+            picture = scenes.draw(disc_scene(colour, background=background), *SIZE, rng)
+            # The background asked for is another one: it is not what the check judges.
+            seen = [c for c in scenes.COLOURS if scenes.found(picture, disc_scene(c, background="pink")) == [True]]
+            assert seen == [colour]
+
+
+def test_a_speck_of_the_colour_is_not_enough():
+    picture = scenes.draw(disc_scene(), *SIZE, np.random.default_rng(0))
+    blank = scenes.draw(scenes.Scene((), "gray", "plain"), *SIZE, np.random.default_rng(0))
+    speck = blank.copy()
+    speck[46:50] = picture[46:50]
+    assert scenes.found(picture, disc_scene()) == [True]
+    assert scenes.found(speck, disc_scene()) == [False]
+
+
+def test_training_never_sees_a_held_out_scene(held_out):
+    training = [scenes.example(0, index, 64, 64)[2] for index in range(1000)]
+    assert not any(scene.held_out for scene in training)
+    assert all(scene.held_out for _, _, scene in held_out)
+    keys = [
+        {frozenset((s.colour, s.kind, s.place) for s in scene.shapes) for scene in group}
+        for group in (training, [scene for _, _, scene in held_out])
+    ]
+    assert not keys[0] & keys[1]
+
+
+def test_holding_out_ignores_what_the_caption_may_leave_out():
+    scene = next(s for s in (scenes.sample_scene(np.random.default_rng(i)) for i in range(99)) if len(s.shapes) == 3)
+    other = dataclasses.replace(scene, shapes=scene.shapes[::-1], background="gray", texture="dotted")
+    assert other.held_out == scene.held_out
+    flags = [scenes.sample_scene(np.random.default_rng(i)).held_out for i in range(2000)]
+    assert 0.07 < np.mean(flags) < 0.13
+
+
+def test_the_same_index_gives_the_same_example():
+    first, again, another = (scenes.example(5, index, *SIZE) for index in (7, 7, 8))
+    np.testing.assert_array_equal(first[0], again[0])
+    assert first[1:] == again[1:] != another[1:]
+    assert scenes.example(5, 7, 64, 128)[1:] == first[1:]
+
+
+def test_examples_do_not_change_between_releases():
+    """A resumed or repeated training would otherwise see other pictures than the published model did."""
+    picture, caption, scene = scenes.example(0, 0, 64, 64)
+    assert (caption, scene.held_out) == (CAPTION_0, False)
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+
+
+def test_captions_name_every_shape_and_use_only_the_vocabulary():
+    vocabulary = set(scenes.all_captions_vocabulary())
+    used = set()
+    for index in range(3000):
+        rng = np.random.default_rng([2, index])
+        scene = scenes.sample_scene(rng)
+        words = scenes.caption(scene, rng)
+        for shape in scene.shapes:
+            assert f"{shape.colour} {shape.kind} {shape.place}" in words
+        used |= set(words.replace(",", " ,").split())
+    assert used == vocabulary
+
+
+def test_shapes_of_a_scene_differ_in_place_and_colour():
+    for index in range(500):
+        scene = scenes.sample_scene(np.random.default_rng(index))
+        assert len({s.place for s in scene.shapes}) == len({s.colour for s in scene.shapes}) == len(scene.shapes)
+        assert scene.background not in {s.colour for s in scene.shapes}
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_areas_are_those_of_the_drawn_shapes(kind):
+    y, x = (np.mgrid[-160:160, -160:160] / 100).astype(np.float32)
+    drawn = np.mean(scenes._distance(kind, y, x) < 0) * 3.2**2
+    assert drawn * scenes.SIZES["large"] ** 2 == pytest.approx(
+        scenes.Shape(kind, "red", "large", "at the top").area, rel=0.02
+    )
+
+
+def test_sizes_that_cannot_be_drawn_are_refused():
+    for size in ((100, 64), (64, 56), (520, 64)):
+        with pytest.raises(ValueError, match="multiples of 8 from 64 to 512"):
+            scenes.example(0, 0, *size)
+    with pytest.raises(ValueError, match=r"\[height, width, 3\]"):
+        scenes.found(np.zeros((64, 64)), disc_scene())
+
+
+class PaintingPipeline:
+    """Draws the scenes that belong to the prompts, except those whose position in the whole run is in `blank`."""
+
+    def __init__(self, size, blank=()):
+        self.examples = {}
+        self.calls = []
+        for index in range(64):
+            picture, caption, _ = scenes.held_out_example(0, index, *size)
+            self.examples[caption] = np.zeros_like(picture) if index in blank else picture
+
+    def __call__(self, prompts, seed):
+        self.calls.append((len(prompts), seed))
+        return np.stack([self.examples[prompt] for prompt in prompts]) / 255
+
+
+def test_the_check_counts_shapes_and_captions():
+    generate = PaintingPipeline(SIZE, blank={3})
+    results = check_scenes.check(generate, 10, 4, *SIZE, seed=0)
+    shapes, captions = check_scenes.rates(results)
+    total, lost = sum(len(r.found) for r in results), len(results[3].found)
+    assert generate.calls == [(4, 0), (4, 4), (4, 8)]
+    assert (shapes, captions) == pytest.approx(((total - lost) / total, 0.9))
+    assert f"in: {results[3].caption}" in check_scenes.report(results)
+
+
+def test_the_script_writes_its_sheet_and_fails_below_the_asked_share(tmp_path, monkeypatch, capsys):
+    arguments = ["--captions", "5", "--batch", "2", "--image-size", "64", "--at-least", "0.8"]
+    arguments += ["--contact-sheet", str(tmp_path / "sheet.png")]
+    monkeypatch.setattr(check_scenes, "pipeline_generator", lambda args: PaintingPipeline(args.image_size))
+    assert check_scenes.main(arguments) == 0
+    assert "100.0% of" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    monkeypatch.setattr(
+        check_scenes, "pipeline_generator", lambda args: PaintingPipeline(args.image_size, blank=range(5))
+    )
+    assert check_scenes.main(arguments) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--image-size", "250"],
+        ["--image-size", "64", "64", "64"],
+        ["--captions", "0"],
+        ["--contact-sheet", "/no/such/folder/sheet.png"],
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        check_scenes.main(arguments)
+    assert error.value.code == 2 and arguments[0] in capsys.readouterr().err

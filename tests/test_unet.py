@@ -1,0 +1,311 @@
+"""The UNet against torch diffusers, block by block and whole; full-size models by names and shapes."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from oracle import disturb, host, nhwc, part, port, record, relative_error
+
+from distrijax.config import DistriError
+from distrijax.exchange import Displaced, Synchronous, WholeImage
+from distrijax.mesh import PATCH, MeshPlan
+from distrijax.unet import UNet, UNetConfig
+from distrijax.weights import checkpoint_name, to_pytorch
+
+EXACT = 1e-5
+
+BASE = {
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": (1, 1, 2),
+    "transformer_layers_per_block": (1, 2, 1),
+    "attention_head_dim": (1, 2, 4),
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "cross_attention_dim": 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+REFINER = BASE | {
+    "block_out_channels": (8, 16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": (1, 2, 4, 4),
+    "layers_per_block": 1,
+    "projection_class_embeddings_input_dim": 20 + 5 * 8,
+}
+CONVOLUTIONS = BASE | {
+    "use_linear_projection": False,
+    "layers_per_block": 1,
+    "addition_embed_type": None,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+KINDS = {"base": BASE, "refiner": REFINER, "convolutional projections": CONVOLUTIONS}
+
+FULL_BASE = BASE | {
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "norm_num_groups": 32,
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FULL_REFINER = REFINER | {
+    "block_out_channels": (384, 768, 1536, 1536),
+    "transformer_layers_per_block": 4,
+    "attention_head_dim": (6, 12, 24, 24),
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "cross_attention_dim": 1280,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2560,
+}
+
+
+class Pair:
+    """One model in both libraries, and what torch computed in each of its parts for some input."""
+
+    def __init__(self, kind: dict):
+        torch.manual_seed(1)
+        source = disturb(UNet2DConditionModel(**kind))
+        self.ours = port(UNet(UNetConfig.from_dict(kind), rngs=nnx.Rngs(0)), source)
+        self.sample, self.timestep = torch.randn(2, 4, 8, 16), torch.tensor([981.0, 12.5])
+        self.prompt = torch.randn(2, 7, kind["cross_attention_dim"])
+        self.pooled = self.ids = None
+        if kind["addition_embed_type"]:
+            self.pooled = torch.randn(2, 20)
+            count = (kind["projection_class_embeddings_input_dim"] - 20) // kind["addition_time_embed_dim"]
+            self.ids = torch.randint(0, 1024, (2, count)).float()
+        added = {"text_embeds": self.pooled, "time_ids": self.ids} if self.pooled is not None else None
+        self.seen = record(source, self.sample, self.timestep, self.prompt, added_cond_kwargs=added)
+
+    @functools.cached_property
+    def conditioning(self):
+        arguments = [a.numpy() for a in (self.prompt, self.pooled, self.ids) if a is not None]
+        return jax.jit(lambda unet, *a: unet.condition(*a))(self.ours, *arguments)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return functools.cache(lambda kind: Pair(KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_unet_equals_diffusers(pairs, kind):
+    pair = pairs(kind)
+    run = jax.jit(lambda unet, x, t, c: unet(x, t, c, WholeImage()))
+    got = run(pair.ours, nhwc(pair.sample), pair.timestep.numpy(), pair.conditioning)
+    assert relative_error(got, nhwc(pair.seen[""][1][0])) < EXACT
+
+
+def ours_for(kind: str, module: nnx.Module, given: dict, context: dict) -> jax.Array:
+    """What our part of this kind gives for what torch's was given."""
+    arrays = {name: value for name, value in given.items() if name != "return_dict"}
+    x = arrays.get("hidden_states", arrays.get("input_tensor"))
+    embedding = arrays.get("temb")
+    if kind == "BasicTransformerBlock":
+        return module(jnp.asarray(host(x)), WholeImage(), context)
+    x = jnp.asarray(nhwc(x))
+    embedding = None if embedding is None else jnp.asarray(host(embedding))
+    if kind == "ResnetBlock2D":
+        return module(x, WholeImage(), embedding)
+    if kind == "sampler":
+        return module(x, WholeImage())
+    if kind == "Transformer2DModel":
+        return module(x, WholeImage(), context)
+    if kind == "up":
+        skips = [jnp.asarray(nhwc(skip)) for skip in arrays["res_hidden_states_tuple"]]
+        return module(x, skips, WholeImage(), embedding, context)
+    return module(x, WholeImage(), embedding, context)
+
+
+PARTS = [
+    ("base", "ResnetBlock2D", "down_blocks.0.resnets.0"),
+    ("base", "ResnetBlock2D", "down_blocks.1.resnets.0"),
+    ("base", "BasicTransformerBlock", "down_blocks.1.attentions.0.transformer_blocks.0"),
+    ("base", "Transformer2DModel", "down_blocks.2.attentions.1"),
+    ("convolutional projections", "Transformer2DModel", "down_blocks.1.attentions.0"),
+    ("base", "sampler", "down_blocks.0.downsamplers.0"),
+    ("base", "sampler", "up_blocks.0.upsamplers.0"),
+    ("base", "down", "down_blocks.0"),
+    ("base", "down", "down_blocks.1"),
+    ("base", "down", "down_blocks.2"),
+    ("refiner", "down", "down_blocks.3"),
+    ("base", "mid", "mid_block"),
+    ("base", "up", "up_blocks.0"),
+    ("base", "up", "up_blocks.2"),
+    ("refiner", "up", "up_blocks.0"),
+]
+
+
+@pytest.mark.parametrize(("model", "kind", "path"), PARTS, ids=[f"{model}-{path}" for model, _, path in PARTS])
+def test_block_equals_diffusers(pairs, model, kind, path):
+    pair = pairs(model)
+    given, wanted = pair.seen[path]
+    if kind == "down":
+        wanted = wanted[1]  # every output of the block, of which the last is its result
+    elif kind == "Transformer2DModel":
+        wanted = wanted[0]
+    got = jax.jit(lambda module, context: ours_for(kind, module, given, context))(
+        part(pair.ours, path), pair.conditioning.context
+    )
+    if kind == "BasicTransformerBlock":
+        assert relative_error(got, wanted) < EXACT
+    elif kind == "down":
+        assert len(got) == len(wanted)
+        assert max(relative_error(g, nhwc(w)) for g, w in zip(got, wanted, strict=True)) < EXACT
+    else:
+        assert relative_error(got, nhwc(wanted)) < EXACT
+
+
+@pytest.mark.parametrize("name", ["time_embedding", "add_embedding"])
+def test_embedding_equals_diffusers(pairs, name):
+    pair = pairs("base")
+    given, wanted = pair.seen[name]
+    assert relative_error(part(pair.ours, name)(jnp.asarray(host(given["sample"]))), wanted) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "millions"), [(FULL_BASE, 1680, 2567.46), (FULL_REFINER, 1220, None)], ids=["base", "refiner"]
+)
+def test_full_size_model_has_the_tensors_of_diffusers(kind, tensors, millions):
+    with torch.device("meta"):
+        source = UNet2DConditionModel(**kind)
+    ours = nnx.eval_shape(lambda: UNet(UNetConfig.from_dict(kind), rngs=nnx.Rngs(0)))
+    shapes = {
+        checkpoint_name(path): to_pytorch(path[-1], np.broadcast_to(0, leaf.shape)).shape
+        for path, leaf in nnx.to_flat_state(nnx.state(ours))
+    }
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in source.state_dict().items()}
+    assert len(shapes) == tensors
+    if millions:
+        assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def on_bands(pairs):
+    """The base model on four bands of rows: synchronous(x), and displaced(x, stale of another call)."""
+    pair = pairs("base")
+    mesh = MeshPlan(1, 1, 4).build(jax.devices()[:4])
+    rows = P(None, PATCH)
+
+    def call(unet, x, conditioning, exchange):
+        return unet(x, jnp.float32(500), conditioning, exchange), exchange.finish()
+
+    def synchronous(unet, conditioning, x):
+        return call(unet, x, conditioning, Synchronous())
+
+    def displaced(unet, conditioning, x, stale):
+        return call(unet, x, conditioning, Displaced(stale))
+
+    def mapped(function, *specs):
+        specs = (P(), P(), rows, *specs)
+        whole = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(rows, rows)))
+        return lambda *arguments: whole(pair.ours, pair.conditioning, *arguments)
+
+    return mapped(synchronous), mapped(displaced, rows)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((2, 16, 8, 4), np.float32)
+
+
+def test_bands_that_wait_for_each_other_equal_the_whole_image(pairs, on_bands):
+    pair = pairs("base")
+    run = jax.jit(lambda unet, x, c: unet(x, jnp.float32(500), c, WholeImage()))
+    assert relative_error(on_bands[0](picture(0))[0], run(pair.ours, picture(0), pair.conditioning)) < EXACT
+
+
+def test_displaced_step_with_the_same_input_is_the_synchronous_one(on_bands):
+    synchronous, displaced = on_bands
+    wanted, stale = synchronous(picture(0))
+    got, fresh = displaced(picture(0), stale)
+    assert relative_error(got, wanted) < EXACT
+    assert fresh.keys() == stale.keys()
+    assert max(relative_error(fresh[name], stale[name]) for name in stale) < 1e-4
+
+
+def test_displaced_step_from_another_input_is_not(on_bands):
+    synchronous, displaced = on_bands
+    wanted, _ = synchronous(picture(0))
+    assert relative_error(displaced(picture(0), synchronous(picture(1))[1])[0], wanted) > 0.01
+
+
+def test_displaced_step_does_not_wait_for_the_other_bands(on_bands):
+    """Whatever one band computes in this step, no other band's result may change."""
+    synchronous, displaced = on_bands
+    _, stale = synchronous(picture(0))
+    changed = picture(0)
+    changed[:, 4:8] = picture(1)[:, 4:8]
+    before, after = (np.asarray(displaced(x, stale)[0]) for x in (picture(0), changed))
+    other = np.r_[0:4, 8:16]
+    np.testing.assert_array_equal(after[:, other], before[:, other])
+    assert np.abs(after[:, 4:8] - before[:, 4:8]).max() > 0.01
+
+
+def test_stale_state_has_what_each_exchanging_layer_published(on_bands):
+    _, stale = jax.eval_shape(on_bands[0], picture(0))
+    norms = [name for name, leaf in stale.items() if leaf.ndim == 3 and leaf.shape[-1] == 2]
+    tokens = [name for name, leaf in stale.items() if name.endswith("attn1")]
+    convolutions = [name for name, leaf in stale.items() if leaf.ndim == 4]
+    assert len(norms) + len(tokens) + len(convolutions) == len(stale)
+    assert len(tokens) == (1 + 2) * 2 + (2 + 3) * 1 + 1  # both levels with transformers, down and up, and the middle
+    assert all(re.search(r"conv|sampler", name) for name in convolutions)
+    assert all(re.search(r"norm", name) for name in norms)
+
+
+def test_bfloat16_stays_bfloat16(pairs):
+    pair = pairs("base")
+    short = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (pair.ours, pair.conditioning))
+
+    def published(unet, conditioning, x):
+        exchange = Synchronous()
+        return unet(x, jnp.float32(500), conditioning, exchange), exchange.finish()
+
+    mesh = MeshPlan(1, 1, 2).build(jax.devices()[:2])
+    rows = P(None, PATCH)
+    mapped = jax.shard_map(published, mesh=mesh, in_specs=(P(), P(), rows), out_specs=(rows, rows))
+    output, stale = jax.eval_shape(mapped, *short, picture(0).astype(jnp.bfloat16))
+    assert output.dtype == jnp.bfloat16
+    for name, leaf in stale.items():
+        assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"act_fn": "gelu"}, "act_fn is 'gelu'; supported: 'silu'"),
+        ({"block_out_chanels": (1,)}, "unknown key 'block_out_chanels'"),
+        ({"mid_block_type": None}, "mid_block_type is None"),
+        ({"down_block_types": ("DownBlock2D",)}, "1 entries for 3 blocks"),
+        ({"up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D")}, "block type is 'AttnUpBlock2D'"),
+        ({"addition_embed_type": "image"}, "addition_embed_type is 'image'"),
+        ({"addition_time_embed_dim": None}, "needs addition_time_embed_dim"),
+        ({"norm_num_groups": 7}, "do not divide into 7 groups"),
+    ],
+)
+def test_unknown_config_raises(changes, sentence):
+    with pytest.raises(DistriError, match=re.escape(sentence)):
+        UNetConfig.from_dict(BASE | changes)
+
+
+def test_wrong_number_of_features_names_what_to_check(pairs):
+    pair = pairs("base")
+    arguments = [jnp.asarray(host(value)) for value in (pair.prompt, pair.pooled[:, :10], pair.ids)]
+    with pytest.raises(DistriError, match="6 time ids and a pooled embedding of 10 make 58 features"):
+        jax.eval_shape(pair.ours.condition, *arguments)
