@@ -17,8 +17,8 @@ import numpy as np
 PROMPTS = (
     "a large red circle at the top left and a small blue square on the right, on a striped yellow background",
     "a large green star in the center, on a checkered white background",
-    "a large purple triangle on the left and a large orange diamond on the right, on a dotted blue background",
-    "a large black square at the bottom, a cyan circle at the top and a large pink star at the top right, on a gray background",
+    "a large purple triangle on the left and a large yellow diamond on the right, on a dotted blue background",
+    "a large black square at the bottom, a cyan circle at the top and a large red star at the top right, on a gray background",
 )
 
 

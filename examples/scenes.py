@@ -19,13 +19,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
-    "orange": (245, 130, 20),
     "yellow": (250, 208, 20),
     "green": (25, 145, 65),
     "cyan": (0, 190, 210),
     "blue": (35, 75, 215),
     "purple": (125, 45, 185),
-    "pink": (240, 85, 160),
     "white": (248, 248, 248),
     "black": (24, 24, 28),
 }
@@ -43,7 +41,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "orange": ((254, 218, 184), (244, 186, 138)),
 }
 
-SIZES: dict[str, float] = {"small": 0.072, "medium": 0.105, "large": 0.142}  # radius / shorter side of the picture
+SIZES: dict[str, float] = {"small": 0.09, "medium": 0.12, "large": 0.15}  # radius / shorter side of the picture
 
 PLACES: dict[str, tuple[float, float]] = {  # centre as fractions of the height and of the width
     "at the top left": (0.2, 0.2),

@@ -22,12 +22,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from scenes import all_captions_vocabulary, example
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scenes import PLACES, all_captions_vocabulary, example
 from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.exchange import WholeImage
+from distrijax.layers import Attention, Linear, gelu
 from distrijax.schedulers import common
 from distrijax.tokenizer import CLIPTokenizer
 from distrijax.unet import UNet, UNetConfig
@@ -35,13 +37,14 @@ from distrijax.vae import AutoencoderKL, VAEConfig
 from distrijax.weights import save_module
 
 VAE = VAEConfig(
-    block_out_channels=(16, 32, 64, 128),
+    block_out_channels=(16, 32, 64, 64),
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
     norm_num_groups=4,
     force_upcast=False,
 )
 TEXT_WIDTHS = (64, 128)
+CELLS = 8  # a coarse picture, from which the text encoders learn, has 8 x 8 cells
 UNET = UNetConfig(
     block_out_channels=(32, 64, 128),
     cross_attention_dim=sum(TEXT_WIDTHS),
@@ -93,13 +96,17 @@ def fit(
 ) -> nnx.Module:
     """Minimises `loss(module, key, *batches(step))`; returns the module with exponentially averaged parameters.
 
-    average: the decay of that average. folder: where checkpoints are kept, and looked for when training resumes.
+    Each batch is divided among the devices. average: the decay of that average. folder: where checkpoints are kept, and
+    looked for when training resumes.
     """
     graph, params = nnx.split(module)
     params = nnx.to_pure_dict(params)
     rate = optax.warmup_cosine_decay_schedule(0, learning_rate, min(200, steps // 10), steps, learning_rate / 50)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    split, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     state = {"params": params, "average": jax.tree.map(jnp.copy, params), "optimizer": optimizer.init(params)}
+    state = jax.device_put(state, everywhere)
 
     def rebuild(params):
         abstract = nnx.split(module)[1]
@@ -121,7 +128,7 @@ def fit(
             state = checkpoints.restore(start, args=ocp.args.StandardRestore(state))
         progress = tqdm(range(start, steps), initial=start, total=steps, desc=folder.name, mininterval=10)
         for step in progress:
-            state, value = update(state, step, batches(step))
+            state, value = update(state, step, jax.device_put(batches(step), split))
             if step % 25 == 24:
                 progress.set_postfix(loss=f"{float(value):.4f}", refresh=False)
             if step % 500 == 499 or step + 1 == steps:
@@ -131,17 +138,24 @@ def fit(
 
 def crops(seed: int, step: int) -> np.ndarray:
     """Crops of random scenes: many small ones, and at every fourth step fewer larger ones."""
-    count, side, size = (8, 64, 256) if step % 4 == 3 else (32, 32, 128)
-    return scene_crops([seed, step], step * 32, count=count, side=side, size=size)
+    count, side, size = (4, 96, 256) if step % 4 == 3 else (16, 48, 256 if step % 4 == 2 else 128)
+    return scene_crops([seed, step], step * 16, count=count, side=side, size=size)
 
 
 def scene_crops(seeds: list[int], first: int, *, count: int, side: int, size: int) -> np.ndarray:
-    """One crop of each of `count` scenes, -1 to 1: a variety of colours is what the autoencoder learns fastest from."""
+    """One crop of each of `count` scenes, -1 to 1: a variety of colours is what the autoencoder learns fastest from.
+
+    Three crops in four hold the centre of a shape; backgrounds fill most of every picture anyway.
+    """
     rng = np.random.default_rng(seeds)
     pictures = []
     for index in range(first, first + count):
-        picture, _, _ = example(seeds[0], index, size, size)
-        y, x = rng.integers(0, size - side + 1, 2)
+        picture, _, scene = example(seeds[0], index, size, size)
+        corner = rng.integers(0, size - side + 1, 2)
+        if rng.random() < 0.75:
+            centre = np.array(PLACES[rng.choice(scene.shapes).place]) * size
+            corner = np.clip(centre - rng.integers(side // 4, side - side // 4, 2), 0, size - side).astype(int)
+        y, x = corner
         pictures.append(picture[y : y + side, x : x + side])
     return to_pixels(pictures)
 
@@ -176,7 +190,7 @@ def train_vae(args: argparse.Namespace) -> AutoencoderKL:
         vae_loss,
         lambda step: (crops(args.seed, step),),
         steps=args.vae_steps,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         average=0.99,
         folder=args.output / "checkpoints" / "vae",
     )
@@ -219,25 +233,68 @@ def text_config(tokenizer: CLIPTokenizer, which: int) -> CLIPTextConfig:
     )
 
 
-class Painter(nnx.Module):
-    """What learns together: the UNet and both text encoders."""
+class Reader(nnx.Module):
+    """Both text encoders, and what teaches them: telling from a caption the colours of a coarse picture of it.
+
+    SDXL's text encoders were taught by pictures too, before there was a UNet (CLIP, by contrast). One attention layer reads
+    the tokens from every cell of the picture, as the UNet's cross-attention will; a second head reads the pooled embedding.
+    """
 
     def __init__(self, tokenizers: list[CLIPTokenizer], *, rngs: nnx.Rngs):
+        width = sum(TEXT_WIDTHS)
         self.text_encoder = CLIPTextEncoder(text_config(tokenizers[0], 0), with_projection=False, rngs=rngs)
         self.text_encoder_2 = CLIPTextEncoder(text_config(tokenizers[1], 1), with_projection=True, rngs=rngs)
-        self.unet = UNet(UNET, rngs=rngs)
+        self.cells = nnx.Param(jax.random.normal(rngs.params(), (CELLS * CELLS, width)))
+        self.attention = Attention(width, 6, context=width, rngs=rngs)
+        self.colours = Linear(width, 3, rngs=rngs)
+        self.pooled_in = Linear(TEXT_WIDTHS[1], 2 * width, rngs=rngs)
+        self.pooled_out = Linear(2 * width, CELLS * CELLS * 3, rngs=rngs)
 
-    def __call__(self, latents, timesteps, ids, ids_2, time_ids, captioned):
-        """The UNet's prediction; captions are zeroed where `captioned` is 0, as SDXL does for an empty prompt."""
+    def encode(self, ids: jax.Array, ids_2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the UNet is given: token embeddings [b, t, c] of both encoders, and the second's pooled embedding."""
         first, _ = self.text_encoder(ids)
         second, pooled = self.text_encoder_2(ids_2)
-        hidden = jnp.concatenate([first, second], -1) * captioned[:, None, None]
-        conditioning = self.unet.condition(hidden, pooled * captioned[:, None], time_ids)
-        return self.unet(latents, timesteps, conditioning, WholeImage())
+        return jnp.concatenate([first, second], -1), pooled
+
+    def __call__(self, ids: jax.Array, ids_2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The coarse picture as both heads see it."""
+        hidden, pooled = self.encode(ids, ids_2)
+        shape = (len(ids), CELLS, CELLS, 3)
+        cells = jnp.broadcast_to(self.cells.get_value(), (len(ids), *self.cells.get_value().shape))
+        seen = cells + self.attention(cells, WholeImage(), self.attention.project_context(hidden))
+        from_pooled = self.pooled_out(gelu(self.pooled_in(pooled)))
+        return self.colours(gelu(seen)).reshape(shape), from_pooled.reshape(shape)
 
 
-def painter_loss(painter: Painter, key, latents, ids, ids_2, time_ids) -> jax.Array:
-    """Squared error of the velocity at a random timestep of a schedule that ends in pure noise (arXiv 2305.08891)."""
+def train_text(args: argparse.Namespace, tokenizers: list[CLIPTokenizer]) -> Reader:
+    """The text encoders, from captions and pictures of 8 x 8 cells."""
+
+    def batches(step: int) -> tuple:
+        pictures, captions, _ = zip(
+            *(example(args.seed, index, 64, 64) for index in range(step * 32, step * 32 + 32)), strict=True
+        )
+        cells = to_pixels(pictures).reshape(32, CELLS, 64 // CELLS, CELLS, 64 // CELLS, 3).mean((2, 4))
+        return *(tokenizer(captions) for tokenizer in tokenizers), cells
+
+    def loss(reader: Reader, key: jax.Array, ids: jax.Array, ids_2: jax.Array, cells: jax.Array) -> jax.Array:
+        return sum(jnp.mean(jnp.square(guess - cells)) for guess in reader(ids, ids_2))
+
+    return fit(
+        Reader(tokenizers, rngs=nnx.Rngs(args.seed + 1)),
+        loss,
+        batches,
+        steps=args.text_steps,
+        learning_rate=1e-3,
+        average=0.99,
+        folder=args.output / "checkpoints" / "text",
+    )
+
+
+def unet_loss(unet: UNet, key, latents, hidden, pooled, time_ids) -> jax.Array:
+    """Squared error of the velocity at a random timestep of a schedule that ends in pure noise (arXiv 2305.08891).
+
+    Some captions are zeroed, as SDXL does for an empty prompt.
+    """
     betas = common.betas(common.BetaSchedule.SCALED_LINEAR, 0.00085, 0.012, 1000)
     cumulative = jnp.asarray(common.cumulative_alphas(betas, rescale_zero_snr=True))
     batch = latents.shape[0]
@@ -248,16 +305,17 @@ def painter_loss(painter: Painter, key, latents, ids, ids_2, time_ids) -> jax.Ar
     alpha = jnp.sqrt(cumulative[timesteps])[:, None, None, None]
     sigma = jnp.sqrt(1 - cumulative[timesteps])[:, None, None, None]
     noise = jax.random.normal(noise_key, latents.shape)
-    captioned = (jax.random.uniform(caption_key, (batch,)) >= NO_CAPTION).astype(jnp.float32)
+    captioned = (jax.random.uniform(caption_key, (batch, 1)) >= NO_CAPTION).astype(jnp.float32)
+    conditioning = unet.condition(hidden * captioned[..., None], pooled * captioned, time_ids)
     noisy = alpha * latents + sigma * noise
-    predicted = painter(noisy, timesteps.astype(jnp.float32), ids, ids_2, time_ids, captioned)
+    predicted = unet(noisy, timesteps.astype(jnp.float32), conditioning, WholeImage())
     return jnp.mean(jnp.square(predicted - (alpha * noise - sigma * latents)))
 
 
 def framed(seed: int, index: int, height: int, width: int) -> tuple[np.ndarray, str, list[float]]:
     """A training picture, its caption and its time ids: some are cropped, some enlarged from half the size."""
     rng = np.random.default_rng([seed, index, 1])
-    kind = rng.choice(["whole", "crop", "enlarged"], p=[0.75, 0.15, 0.1])
+    kind = rng.choice(["whole", "crop", "enlarged"], p=[0.9, 0.06, 0.04])
     if kind == "crop":
         tall, wide = height * 5 // 32 * 8, width * 5 // 32 * 8
         top, left = int(rng.integers(0, tall - height + 1)), int(rng.integers(0, wide - width + 1))
@@ -291,33 +349,40 @@ def cache_latents(args, vae, tokenizers, height: int, width: int, count: int, fi
     return dict(np.load(file))
 
 
-def train_painter(args, vae: AutoencoderKL, tokenizers: list[CLIPTokenizer]) -> tuple[Painter, float]:
-    """UNet and text encoders, small pictures first; and the factor that scales the latents to unit variance."""
-    painter = quiet_residuals(Painter(tokenizers, rngs=nnx.Rngs(args.seed + 1)))
+def train_unet(args, vae: AutoencoderKL, reader: Reader, tokenizers: list[CLIPTokenizer]) -> tuple[UNet, float]:
+    """The UNet, small pictures first; and the factor that scales the latents to unit variance."""
+    unet = quiet_residuals(UNet(UNET, rngs=nnx.Rngs(args.seed + 2)))
+    encode = jax.jit(lambda reader, ids, ids_2: reader.encode(ids, ids_2))
     scale = None
     for name, steps, batch, rate, shapes in (
-        ("unet-128", args.small_steps, 32, 1.5e-3, [(128, 128, 8192)]),
-        ("unet-256", args.large_steps, 16, 1e-3, [(256, 256, 2048), (192, 320, 384), (320, 192, 384)]),
+        ("unet-128", args.small_steps, 32, 1.5e-3, [(128, 128, 16384)]),
+        ("unet-256", args.large_steps, 16, 1e-3, [(256, 256, 4096), (192, 320, 512), (320, 192, 512)]),
     ):
         first, caches = 0, []
         for height, width, count in shapes:
-            caches.append(cache_latents(args, vae, tokenizers, height, width, count, first))
+            cache = cache_latents(args, vae, tokenizers, height, width, count, first)
+            texts = [
+                encode(reader, *ids) for ids in zip(*(np.split(cache[k], 32) for k in ("ids", "ids_2")), strict=True)
+            ]
+            hidden, pooled = (np.concatenate(part, dtype=np.float16) for part in zip(*texts, strict=True))
+            caches.append((cache["latents"], hidden, pooled, cache["time_ids"]))
             first += count
-        scale = scale or float(1 / np.std(caches[0]["latents"]))
-        sizes = np.array([len(cache["latents"]) for cache in caches])
+        scale = scale or float(1 / np.std(caches[0][0]))
+        sizes = np.array([count for *_, count in shapes])
 
         def batches(step, caches=caches, sizes=sizes, batch=batch, scale=scale):
             rng = np.random.default_rng([args.seed, step, 2])
             cache = caches[rng.choice(len(caches), p=sizes / sizes.sum())]
-            rows = rng.integers(0, len(cache["latents"]), batch)
-            return cache["latents"][rows] * np.float32(scale), *(cache[k][rows] for k in ("ids", "ids_2", "time_ids"))
+            rows = rng.integers(0, len(cache[0]), batch)
+            latents, *conditions = (array[rows].astype(np.float32) for array in cache)
+            return latents * np.float32(scale), *conditions
 
         folder = args.output / "checkpoints" / name
-        painter = fit(painter, painter_loss, batches, steps=steps, learning_rate=rate, average=0.999, folder=folder)
-    return painter, scale
+        unet = fit(unet, unet_loss, batches, steps=steps, learning_rate=rate, average=0.999, folder=folder)
+    return unet, scale
 
 
-def export(args, vae: AutoencoderKL, painter: Painter, scale: float) -> None:
+def export(args, vae: AutoencoderKL, reader: Reader, unet: UNet, scale: float) -> None:
     """The folder that `from_pretrained` reads, and diffusers too; weights in float16."""
 
     def write(name, module, library, class_name, stem):
@@ -328,9 +393,9 @@ def export(args, vae: AutoencoderKL, painter: Painter, scale: float) -> None:
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
     write("vae", vae, "diffusers", "AutoencoderKL", "diffusion_pytorch_model")
-    write("unet", painter.unet, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model")
-    write("text_encoder", painter.text_encoder, "transformers", "CLIPTextModel", "model")
-    write("text_encoder_2", painter.text_encoder_2, "transformers", "CLIPTextModelWithProjection", "model")
+    write("unet", unet, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model")
+    write("text_encoder", reader.text_encoder, "transformers", "CLIPTextModel", "model")
+    write("text_encoder_2", reader.text_encoder_2, "transformers", "CLIPTextModelWithProjection", "model")
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (args.output / "scheduler").mkdir(exist_ok=True)
@@ -342,20 +407,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, its checkpoints and caches")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=1200)
+    parser.add_argument(
+        "--devices", type=int, help="virtual CPU devices to divide batches among, where no accelerator is"
+    )
+    parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=600)
-    parser.add_argument("--small-steps", type=int, default=2000, help="steps of the UNet at 128x128")
-    parser.add_argument("--large-steps", type=int, default=700, help="steps of the UNet at 256x256 and other shapes")
+    parser.add_argument("--text-steps", type=int, default=1600)
+    parser.add_argument("--small-steps", type=int, default=8000, help="steps of the UNet at 128x128")
+    parser.add_argument("--large-steps", type=int, default=4000, help="steps of the UNet at 256x256 and other shapes")
     args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", args.devices or 1)
     jax.config.update("jax_compilation_cache_dir", str((args.output / "checkpoints" / "xla").absolute()))
     words = [" ".join(all_captions_vocabulary())]
     tokenizers = [
         train_tokenizer(words, args.output / name, vocab_size=1024, pad_token=pad)
         for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))
     ]
-    vae = train_vae(args)
-    painter, scale = train_painter(args, vae, tokenizers)
-    export(args, train_decoder(args, vae), painter, scale)
+    vae, reader = train_vae(args), train_text(args, tokenizers)
+    unet, scale = train_unet(args, vae, reader, tokenizers)
+    export(args, train_decoder(args, vae), reader, unet, scale)
 
 
 if __name__ == "__main__":
