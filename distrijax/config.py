@@ -19,7 +19,11 @@ class SyncMode(enum.StrEnum):
     """What a patch knows of the others after the warm-up (names as in DistriFusion's `mode`)."""
 
     CORRECTED_ASYNC_GN = "corrected_async_gn"
+    STALE_GN = "stale_gn"
+    SYNC_GN = "sync_gn"
+    SEPARATE_GN = "separate_gn"
     FULL_SYNC = "full_sync"
+    NO_SYNC = "no_sync"
 
 
 class Parallelism(enum.StrEnum):

@@ -77,6 +77,7 @@ class Loop:
     unet: jax.tree_util.PyTreeDef  # of the UNet module; its leaves are the `params` of the programs
     scheduler: Scheduler
     dtype: Any
+    strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None for full_sync
 
 
 class Inputs(NamedTuple):
@@ -196,7 +197,7 @@ def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
 def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
     state = _scan_synchronous(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
-    exchange = Synchronous(loop.layout.rows)
+    exchange = Synchronous(loop.layout.rows, keep_moments=loop.strategy.KEEPS_MOMENTS)
     state = _step(loop, unet, inputs, state, jax.tree.map(lambda a: a[-1], xs), exchange)
     return state, exchange.finish()
 
@@ -211,7 +212,7 @@ def _scan_synchronous(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: An
 def _scan_displaced(loop: Loop, unet: UNet, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
     def body(carry, x):
         state, stale = carry
-        exchange = Displaced(stale, loop.layout.rows)
+        exchange = loop.strategy(stale, loop.layout.rows)
         return (_step(loop, unet, inputs, state, x, exchange), exchange.finish()), None
 
     return _scan(body, (state, stale), xs)

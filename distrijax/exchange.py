@@ -10,7 +10,8 @@ something from other bands, and ask an exchange object for it:
                  | └─────────┘ |◄─┐
       patch i+1  | first row ──┼──┘       WholeImage    one device: nothing to ask for, zero padding at the edges
                  | ........... |          Synchronous   blocking and exact; what it publishes starts the stale state
-                                          Displaced     what the others published at the previous step, own part fresh
+                                          Displaced     what the others published at the previous step, own part fresh;
+                                                        and its variants (`STRATEGIES`), which differ in their moments
 
 An exchange lives inside one traced call of a model. `finish()` returns what was published: a `Stale`, the next step's
 stale state. A new strategy is a new class here, and no line of a model changes.
@@ -18,12 +19,13 @@ stale state. A new strategy is a new class here, and no line of a model changes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from distrijax.config import SyncMode
 from distrijax.mesh import CFG, PATCH
 
 Axis = str | tuple[str, ...]
@@ -33,7 +35,7 @@ Stale = dict[str, Array]
 
 halo     [b, above + below, w, c]  its last `above` rows, then its first `below` rows, in the model's dtype
 tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype
-moments  [b, groups, 2]            mean and variance for each group, float32
+moments  [b, groups, 2]            mean and variance for each group, float32; in modes that read them
 """
 
 
@@ -68,12 +70,13 @@ class WholeImage:
 class Synchronous:
     """Blocking exchange of fresh values: exact for any number of patches.
 
-    axis: the mesh axis, or axes, along which the rows are cut.
+    axis: the mesh axis, or axes, along which the rows are cut. keep_moments: whether the steps that follow read them.
     """
 
-    def __init__(self, axis: Axis = PATCH):
-        self.axis = axis
+    def __init__(self, axis: Axis = PATCH, *, keep_moments: bool = True):
+        self.axis, self.keep_moments = axis, keep_moments
         self.fresh: Stale = {}
+        self.asked: set[str] = set()
 
     def halo(self, name, x, above, below):
         return _with_neighbours(x, self._publish(name, _edges(x, above, below)), above, self.axis)
@@ -82,16 +85,17 @@ class Synchronous:
         return lax.all_gather(self._publish(name, kv), self.axis, axis=1, tiled=True)
 
     def moments(self, name, m):
-        mean, variance = _split(lax.all_gather(self._publish(name, m), self.axis))
-        return jnp.stack([jnp.mean(mean, 0), _pooled_variance(mean, variance)], -1)
+        return _pooled(lax.all_gather(self._publish(name, m, keep=self.keep_moments), self.axis))
 
     def finish(self) -> Stale:
         return self.fresh
 
-    def _publish(self, name: str, value: Array) -> Array:
-        if name in self.fresh:
+    def _publish(self, name: str, value: Array, *, keep: bool = True) -> Array:
+        if name in self.asked:
             raise KeyError(f"the layer name {name!r} was used twice in one call; every exchanging layer needs its own")
-        self.fresh[name] = value
+        self.asked.add(name)
+        if keep:
+            self.fresh[name] = value
         return value
 
 
@@ -107,8 +111,10 @@ class Displaced(Synchronous):
     population's (torch's GroupNorm) instead of being scaled by n/(n-1) with the local element count.
     """
 
+    KEEPS_MOMENTS: ClassVar[bool] = True
+
     def __init__(self, stale: Stale, axis: Axis = PATCH):
-        super().__init__(axis)
+        super().__init__(axis, keep_moments=self.KEEPS_MOMENTS)
         self.stale = stale
 
     def halo(self, name, x, above, below):
@@ -122,14 +128,11 @@ class Displaced(Synchronous):
 
     def moments(self, name, m):
         stale = self._previous(name, self._publish(name, m))
-        means, variances = _split(lax.all_gather(stale, self.axis))
         (own_mean, own_variance), (old_mean, old_variance) = _split(m), _split(stale)
-        stale_mean = jnp.mean(means, 0)
+        stale_mean, stale_variance = _split(_pooled(lax.all_gather(stale, self.axis)))
         change = own_mean - old_mean
         # E[x^2] - mean^2 of the corrected moments with the squares multiplied out, so that nothing large cancels
-        variance = (
-            _pooled_variance(means, variances) + (own_variance - old_variance) + 2 * change * (old_mean - stale_mean)
-        )
+        variance = stale_variance + (own_variance - old_variance) + 2 * change * (old_mean - stale_mean)
         return jnp.stack([stale_mean + change, jnp.where(variance < 0, own_variance, variance)], -1)
 
     def finish(self) -> Stale:
@@ -148,6 +151,48 @@ class Displaced(Synchronous):
                 f"{list(fresh.shape)}; a displaced step needs the synchronous step's sizes and dtype"
             )
         return stale
+
+
+class StaleMoments(Displaced):
+    """stale_gn: the moments, too, are the others' previous ones beside the own fresh ones."""
+
+    def moments(self, name, m):
+        everyone = lax.all_gather(self._previous(name, self._publish(name, m)), self.axis)
+        return _pooled(lax.dynamic_update_index_in_dim(everyone, m, lax.axis_index(self.axis), axis=0))
+
+
+class FreshMoments(Displaced):
+    """sync_gn: a blocking exchange of the moments at every step; halo and tokens are displaced."""
+
+    KEEPS_MOMENTS = False
+    moments = Synchronous.moments
+
+
+class OwnMoments(Displaced):
+    """separate_gn: every patch is normalised by itself; halo and tokens are displaced."""
+
+    KEEPS_MOMENTS = False
+
+    def moments(self, name, m):
+        return self._publish(name, m, keep=False)
+
+
+class Frozen(OwnMoments):
+    """no_sync: what the others published at the last step of the warm-up, for ever; own moments."""
+
+    def finish(self) -> Stale:
+        super().finish()
+        return self.stale
+
+
+STRATEGIES: dict[SyncMode, type[Displaced]] = {
+    SyncMode.CORRECTED_ASYNC_GN: Displaced,
+    SyncMode.STALE_GN: StaleMoments,
+    SyncMode.SYNC_GN: FreshMoments,
+    SyncMode.SEPARATE_GN: OwnMoments,
+    SyncMode.NO_SYNC: Frozen,
+}
+"""What follows the warm-up in each mode; full_sync has nothing to follow it."""
 
 
 def branch_sum(x: Array) -> Array:
@@ -193,6 +238,8 @@ def _split(moments: Array) -> tuple[Array, Array]:
     return moments[..., 0], moments[..., 1]
 
 
-def _pooled_variance(means: Float[Array, "n b g"], variances: Float[Array, "n b g"]) -> Float[Array, "b g"]:
-    """The whole image's variance from those of patches of equal size (law of total variance)."""
-    return jnp.mean(variances, 0) + jnp.mean(jnp.square(means - jnp.mean(means, 0, keepdims=True)), 0)
+def _pooled(moments: Float[Array, "n b g 2"]) -> Float[Array, "b g 2"]:
+    """The whole image's mean and variance from those of patches of equal size (law of total variance)."""
+    means, variances = _split(moments)
+    mean = jnp.mean(means, 0)
+    return jnp.stack([mean, jnp.mean(variances, 0) + jnp.mean(jnp.square(means - mean[None]), 0)], -1)

@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from distrijax import denoise
-from distrijax.config import DistriConfig, DistriError, SyncMode, check_choice, finite_number, positive
+from distrijax.config import DistriConfig, DistriError, check_choice, finite_number, positive
 from distrijax.denoise import Inputs, Layout, Loop
-from distrijax.exchange import Synchronous
+from distrijax.exchange import STRATEGIES, Synchronous
 from distrijax.loading import Components, find_folder, load_components, resolve_dtype
 from distrijax.mesh import CFG, DATA, PATCH, check_sizes, plan_mesh
 from distrijax.programs import Programs
@@ -160,7 +160,7 @@ class DistriSDXLPipeline:
             vae_scale=self.vae_config.scale,
             levels=len(self.unet_config.block_out_channels),
         )
-        loop = Loop(layout, self._unet, self.scheduler, self.dtype)
+        loop = Loop(layout, self._unet, self.scheduler, self.dtype, STRATEGIES.get(self.config.sync_mode))
         branches = self._prompts.read(
             prompt,
             prompt_2,
@@ -224,7 +224,7 @@ class DistriSDXLPipeline:
     def _denoise(self, loop: Loop, inputs: Inputs, state, xs, chunk_size: int | None, callback: Callback | None):
         """All steps: as one program, or in chunks with the host between them."""
         total = len(xs[1])
-        stale_modes = self.config.sync_mode != SyncMode.FULL_SYNC
+        stale_modes = loop.strategy is not None
         warm = min(total, self.config.warmup_steps + 1) if stale_modes else total
 
         def part(start: int, stop: int):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from distrijax.exchange import Displaced, Synchronous, WholeImage, whole_image_std
+from distrijax.config import SyncMode
+from distrijax.exchange import (
+    STRATEGIES,
+    Displaced,
+    Frozen,
+    OwnMoments,
+    Synchronous,
+    WholeImage,
+    whole_image_std,
+)
 from distrijax.mesh import CFG, PATCH, MeshPlan
 
 AXES = pytest.mark.parametrize(
@@ -93,12 +104,18 @@ def ask_everything(exchange, x):
     return halo, tokens, moments, exchange.finish()
 
 
+EVERY_STRATEGY = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=[str(mode) for mode in STRATEGIES])
+
+
 @AXES
-def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis):
+@EVERY_STRATEGY
+def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis, strategy):
     def both(x):
-        *synchronous, stale = ask_everything(Synchronous(axis), x)
-        *displaced, fresh = ask_everything(Displaced(stale, axis), x)
+        *synchronous, stale = ask_everything(Synchronous(axis, keep_moments=strategy.KEEPS_MOMENTS), x)
+        *displaced, fresh = ask_everything(strategy(stale, axis), x)
         same = jnp.all(jnp.stack([jnp.all(stale[name] == fresh[name]) for name in stale])).reshape(1, 1)
+        if issubclass(strategy, OwnMoments):
+            synchronous[2] = moments_of(x)[:, None]
         return *synchronous, *displaced, same
 
     *results, same = on_bands(plan, axis, both, normal(2, ROWS, 3, 4), out=7)
@@ -107,32 +124,48 @@ def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis):
         np.testing.assert_allclose(displaced, synchronous, rtol=1e-6, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def displaced():
-    """Four bands that know each other's previous image: (previous, present, answers)."""
-    previous, present = normal(2, ROWS, 3, 4), normal(2, ROWS, 3, 4, seed=1, offset=0.3)
+PREVIOUS, PRESENT = normal(2, ROWS, 3, 4), normal(2, ROWS, 3, 4, seed=1, offset=0.3)
+
+
+@functools.cache
+def displaced(strategy: type[Displaced]) -> list[np.ndarray]:
+    """Answers to four bands that see the present image and know each other's previous one."""
 
     def local(previous, present):
-        *_, stale = ask_everything(Synchronous(), previous)
-        return ask_everything(Displaced(stale), present)[:3]
+        *_, stale = ask_everything(Synchronous(keep_moments=strategy.KEEPS_MOMENTS), previous)
+        return ask_everything(strategy(stale), present)[:3]
 
-    return previous, present, on_bands(MeshPlan(1, 1, 4), PATCH, local, previous, present, out=3)
+    return on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, out=3)
 
 
-def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(displaced):
-    previous, present, (halo, _, _) = displaced
-    padded = np.pad(previous, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    for i, band in enumerate(bands(halo, 4)):
-        np.testing.assert_array_equal(band[:, 1:-1], present[:, 4 * i : 4 * i + 4])
+@EVERY_STRATEGY
+def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(strategy):
+    padded = np.pad(PREVIOUS, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    for i, band in enumerate(bands(displaced(strategy)[0], 4)):
+        np.testing.assert_array_equal(band[:, 1:-1], PRESENT[:, 4 * i : 4 * i + 4])
         np.testing.assert_array_equal(band[:, [0, -1]], padded[:, [4 * i, 4 * i + 5]])
 
 
-def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(displaced):
-    previous, present, (_, tokens, _) = displaced
-    for i, got in enumerate(bands(tokens, 4)):
-        wanted = previous.reshape(2, ROWS, -1).copy()
-        wanted[:, 4 * i : 4 * i + 4] = present.reshape(2, ROWS, -1)[:, 4 * i : 4 * i + 4]
+@EVERY_STRATEGY
+def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(strategy):
+    for i, got in enumerate(bands(displaced(strategy)[1], 4)):
+        wanted = PREVIOUS.reshape(2, ROWS, -1).copy()
+        wanted[:, 4 * i : 4 * i + 4] = PRESENT.reshape(2, ROWS, -1)[:, 4 * i : 4 * i + 4]
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values())
+def test_only_no_sync_never_publishes_again(strategy):
+    def local(previous, present):
+        *_, stale = ask_everything(Synchronous(keep_moments=strategy.KEEPS_MOMENTS), previous)
+        *_, kept = ask_everything(strategy(stale), present)
+        *_, fresh = ask_everything(Synchronous(keep_moments=strategy.KEEPS_MOMENTS), present)
+        assert kept.keys() == stale.keys()
+        assert ("moments" in kept) == strategy.KEEPS_MOMENTS
+        wanted = stale if strategy is Frozen else fresh
+        return (jnp.all(jnp.stack([jnp.all(kept[name] == wanted[name]) for name in kept])).reshape(1, 1),)
+
+    assert on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT)[0].all()
 
 
 def corrected(previous: np.ndarray, present: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,13 +182,27 @@ def raw_moments(x: np.ndarray) -> np.ndarray:
     return np.stack([parts.mean((2, 4)), (parts**2).mean((2, 4))], -1)
 
 
-def test_displaced_moments_are_the_papers(displaced):
-    previous, present, (_, _, moments) = displaced
-    for i, got in enumerate(bands(moments, 4)):
-        mean, variance, _ = corrected(raw_moments(previous), raw_moments(present), i)
-        assert (variance > 0).all()
+@EVERY_STRATEGY
+def test_displaced_moments_are_the_papers(strategy):
+    """The table of the modes, in means and means of squares; i is the patch that asks."""
+    previous, present = raw_moments(PREVIOUS), raw_moments(PRESENT)
+    for i, got in enumerate(bands(displaced(strategy)[2], 4)):
+        mixed = previous.copy()
+        mixed[i] = present[i]
+        mean, squares = np.moveaxis(
+            {
+                SyncMode.CORRECTED_ASYNC_GN: previous.mean(0) + (present[i] - previous[i]),
+                SyncMode.STALE_GN: mixed.mean(0),
+                SyncMode.SYNC_GN: present.mean(0),
+                SyncMode.SEPARATE_GN: present[i],
+                SyncMode.NO_SYNC: present[i],
+            }[next(mode for mode in STRATEGIES if STRATEGIES[mode] is strategy)],
+            -1,
+            0,
+        )
+        assert (squares > mean**2).all()
         np.testing.assert_allclose(got[:, 0, :, 0], mean, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(got[:, 0, :, 1], variance, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[:, 0, :, 1], squares - mean**2, rtol=1e-5, atol=1e-6)
 
 
 def test_negative_variance_becomes_the_bands_own():
