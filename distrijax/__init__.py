@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from distrijax.config import DistriConfig, DistriError, Parallelism, SyncMode
+from distrijax.config import DistriConfig, DistriError, Parallelism, SplitScheme, SyncMode
 from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.pipeline import DistriSDXLPipeline, PipelineOutput
 from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
@@ -21,6 +21,7 @@ __all__ = [
     "MeshPlan",
     "Parallelism",
     "PipelineOutput",
+    "SplitScheme",
     "SyncMode",
     "load_scheduler",
     "plan_mesh",

@@ -30,6 +30,15 @@ class Parallelism(enum.StrEnum):
     """How the UNet is divided among the devices."""
 
     PATCH = "patch"
+    NAIVE_PATCH = "naive_patch"
+
+
+class SplitScheme(enum.StrEnum):
+    """How naive_patch cuts the picture: into bands of rows, of columns, or one after the other from step to step."""
+
+    ROW = "row"
+    COLUMN = "column"
+    ALTERNATE = "alternate"
 
 
 Choice = TypeVar("Choice", bound=enum.StrEnum)
@@ -67,7 +76,9 @@ class DistriConfig:
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).
     warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
-    parallelism: how the UNet is divided (`Parallelism`).
+    parallelism: how the UNet is divided (`Parallelism`); naive_patch never exchanges anything, so `sync_mode` and
+        `warmup_steps` say nothing then.
+    split_scheme: how naive_patch cuts the picture (`SplitScheme`).
     data, cfg, patch: sizes of the mesh axes; None lets the planner choose.
     """
 
@@ -76,6 +87,7 @@ class DistriConfig:
     warmup_steps: int = 4
     split_batch: bool = True
     parallelism: Parallelism = Parallelism.PATCH
+    split_scheme: SplitScheme = SplitScheme.ALTERNATE
     data: int | None = None
     cfg: int | None = None
     patch: int | None = None
@@ -83,6 +95,7 @@ class DistriConfig:
     def __post_init__(self):
         object.__setattr__(self, "sync_mode", choose(SyncMode, self.sync_mode, "sync_mode"))
         object.__setattr__(self, "parallelism", choose(Parallelism, self.parallelism, "parallelism"))
+        object.__setattr__(self, "split_scheme", choose(SplitScheme, self.split_scheme, "split_scheme"))
         positive(self.warmup_steps, "warmup_steps", least=0)
         for name in ("devices", "data", "cfg", "patch"):
             if getattr(self, name) is not None:

@@ -10,6 +10,8 @@ functions, so the same numbers. `Layout` says which mesh axes cut the rows and w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +21,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
+from distrijax.config import SplitScheme
 from distrijax.exchange import (
     Axis,
     Displaced,
-    Exchange,
     Stale,
     Synchronous,
+    WholeImage,
     branch_sum,
     first_row,
     for_each_branch,
+    on_columns,
     whole_image_std,
 )
 from distrijax.mesh import CFG, DATA, PATCH
@@ -78,6 +82,7 @@ class Loop:
     scheduler: Scheduler
     dtype: Any
     strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None for full_sync
+    split_scheme: SplitScheme = SplitScheme.ALTERNATE  # of `isolated`
 
 
 class Inputs(NamedTuple):
@@ -166,6 +171,15 @@ def synchronous(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) ->
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
 
 
+def isolated(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> Any:
+    """Steps of naive_patch: every patch is denoised as if it were a picture of its own."""
+
+    def local(params, inputs, state, xs):
+        return _scan_isolated(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
+
+    return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
+
+
 def displaced(loop: Loop, params: Any, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
     """Displaced steps from the stale state of the step before."""
 
@@ -198,13 +212,13 @@ def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tup
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
     state = _scan_synchronous(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
     exchange = Synchronous(loop.layout.rows, keep_moments=loop.strategy.KEEPS_MOMENTS)
-    state = _step(loop, unet, inputs, state, jax.tree.map(lambda a: a[-1], xs), exchange)
+    state = _step(loop, partial(unet, exchange=exchange), inputs, state, jax.tree.map(lambda a: a[-1], xs))
     return state, exchange.finish()
 
 
 def _scan_synchronous(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
     def body(state, x):
-        return _step(loop, unet, inputs, state, x, Synchronous(loop.layout.rows)), None
+        return _step(loop, partial(unet, exchange=Synchronous(loop.layout.rows)), inputs, state, x), None
 
     return _scan(body, state, xs)
 
@@ -213,9 +227,30 @@ def _scan_displaced(loop: Loop, unet: UNet, inputs: Inputs, state: Any, stale: S
     def body(carry, x):
         state, stale = carry
         exchange = loop.strategy(stale, loop.layout.rows)
-        return (_step(loop, unet, inputs, state, x, exchange), exchange.finish()), None
+        return (_step(loop, partial(unet, exchange=exchange), inputs, state, x), exchange.finish()), None
 
     return _scan(body, (state, stale), xs)
+
+
+def _scan_isolated(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
+    scheme, rows = loop.split_scheme, loop.layout.rows
+
+    def body(state, x):
+        _, number = x
+
+        def predict(sample, timestep, conditioning):
+            def on_band(sample):
+                return unet(sample, timestep, conditioning, WholeImage())
+
+            if scheme == SplitScheme.ROW:
+                return on_band(sample)
+            if scheme == SplitScheme.COLUMN:
+                return on_columns(on_band, sample, rows)
+            return lax.cond(number % 2 == 1, on_band, lambda sample: on_columns(on_band, sample, rows), sample)
+
+        return _step(loop, predict, inputs, state, x), None
+
+    return _scan(body, state, xs)
 
 
 def _scan(body, carry, xs):
@@ -223,8 +258,14 @@ def _scan(body, carry, xs):
     return lax.scan(body, carry, xs)[0] if jax.tree.leaves(xs)[0].shape[0] else carry
 
 
-def _step(loop: Loop, unet: UNet, inputs: Inputs, state: Any, x: Any, exchange: Exchange) -> Any:
-    """One denoising step of one patch. x: (the scheduler's constants of this step, the number of its noise)."""
+def _step(
+    loop: Loop, predict: Callable[[Array, Array, Conditioning], Array], inputs: Inputs, state: Any, x: Any
+) -> Any:
+    """One denoising step of one patch.
+
+    predict: the UNet on this patch, of sample, timestep and conditioning. x: (the scheduler's constants of this step, the
+    number of its noise).
+    """
     step, number = x
     images, *shape = state.latents.shape
     branches = inputs.weights.shape[0]
@@ -232,7 +273,7 @@ def _step(loop: Loop, unet: UNet, inputs: Inputs, state: Any, x: Any, exchange: 
     conditioning = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), inputs.conditioning)
     if loop.layout.guided:
         sample = for_each_branch(sample)
-    output = unet(jnp.tile(sample, (branches, 1, 1, 1)), step.timestep, conditioning, exchange)
+    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), step.timestep, conditioning)
     output = output.astype(jnp.float32).reshape(branches, images, *output.shape[1:])
     noise = None
     if loop.scheduler.needs_noise:

@@ -19,6 +19,7 @@ stale state. A new strategy is a new class here, and no line of a model changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Exchange(Protocol):
 
 
 class WholeImage:
-    """The exchange of a device that holds the whole image: zero padding, nothing published."""
+    """The exchange of a device that holds the whole image, or takes its band for one: zero padding, nothing published."""
 
     def halo(self, name, x, above, below):
         return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
@@ -211,6 +212,12 @@ def whole_image_std(x: Float[Array, "b h w c"], axis: Axis) -> Float[Array, "b 1
     mean = lax.psum(jnp.sum(x, (1, 2, 3), keepdims=True), axis) / count
     squares = lax.psum(jnp.sum(jnp.square(x - mean), (1, 2, 3), keepdims=True), axis)
     return jnp.sqrt(squares / (count - 1))
+
+
+def on_columns(function: Callable[[Array], Array], x: Float[Array, "b h w c"], axis: Axis) -> Float[Array, "b h w c"]:
+    """`function` of this patch's band of columns, where `x` and the result are its band of rows."""
+    columns = lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
+    return lax.all_to_all(function(columns), axis, split_axis=1, concat_axis=2, tiled=True)
 
 
 def first_row(rows: int, axis: Axis) -> Array:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from distrijax.config import DistriConfig, DistriError, positive
+from distrijax.config import DistriConfig, DistriError, SplitScheme, positive
 
 DATA = "data"  # different images
 CFG = "cfg"  # the unconditional and the conditional branch of one image (size 1 or 2)
@@ -60,19 +60,23 @@ def plan_mesh(config: DistriConfig, devices: int) -> MeshPlan:
     return MeshPlan(data, cfg, patch)
 
 
-def check_sizes(*, height: int, width: int, patches: int, vae_scale: int, levels: int) -> None:
+def check_sizes(
+    *, height: int, width: int, patches: int, vae_scale: int, levels: int, scheme: SplitScheme = SplitScheme.ROW
+) -> None:
     """Raises DistriError, naming the nearest sizes that do, unless every level of the UNet divides among the patches.
 
-    height, width: pixels. patches: bands of rows. vae_scale: pixels for each latent row. levels: of the UNet.
+    height, width: pixels. patches: bands of rows. vae_scale: pixels for each latent row. levels: of the UNet. scheme: of
+    naive_patch, whose bands may be of columns too; latents are cut by rows in every scheme.
     """
-    column = vae_scale * 2 ** (levels - 1)
-    row = column * patches
-    for name, size, unit, why in (
-        ("height", height, row, f"{patches} patches need a multiple of {row}"),
-        ("width", width, column, f"this model needs a multiple of {column}"),
-    ):
+    pixels = vae_scale * 2 ** (levels - 1)
+    across = 1 if scheme == SplitScheme.ROW else patches
+    for name, size, parts in (("height", height, patches), ("width", width, across)):
         positive(size, name)
+        unit = pixels * parts
         if size % unit:
+            why = (
+                f"{parts} patches need a multiple of {unit}" if parts > 1 else f"this model needs a multiple of {unit}"
+            )
             below, above = size // unit * unit, (size // unit + 1) * unit
             near = f"{below} or {above}" if below else str(above)
             raise DistriError(f"{name} is {size} and {why}; use {near}")

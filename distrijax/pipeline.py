@@ -15,7 +15,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from distrijax import denoise
-from distrijax.config import DistriConfig, DistriError, check_choice, finite_number, positive
+from distrijax.config import (
+    DistriConfig,
+    DistriError,
+    Parallelism,
+    SplitScheme,
+    check_choice,
+    finite_number,
+    positive,
+)
 from distrijax.denoise import Inputs, Layout, Loop
 from distrijax.exchange import STRATEGIES, Synchronous
 from distrijax.loading import Components, find_folder, load_components, resolve_dtype
@@ -60,6 +68,7 @@ class DistriSDXLPipeline:
         (unet, self._unet), (vae, self._vae) = map(jax.tree.flatten, (components.unet, components.vae))
         self._unet_params, self._vae_params = tuple(unet), tuple(vae)
         self._progress: dict[str, Any] = {}
+        self._naive = config.parallelism == Parallelism.NAIVE_PATCH
 
     @classmethod
     def from_pretrained(
@@ -159,8 +168,10 @@ class DistriSDXLPipeline:
             patches=layout.patches,
             vae_scale=self.vae_config.scale,
             levels=len(self.unet_config.block_out_channels),
+            scheme=self.config.split_scheme if self._naive else SplitScheme.ROW,
         )
-        loop = Loop(layout, self._unet, self.scheduler, self.dtype, STRATEGIES.get(self.config.sync_mode))
+        strategy = None if self._naive else STRATEGIES.get(self.config.sync_mode)
+        loop = Loop(layout, self._unet, self.scheduler, self.dtype, strategy, self.config.split_scheme)
         branches = self._prompts.read(
             prompt,
             prompt_2,
@@ -225,6 +236,7 @@ class DistriSDXLPipeline:
         """All steps: as one program, or in chunks with the host between them."""
         total = len(xs[1])
         stale_modes = loop.strategy is not None
+        alike = denoise.isolated if self._naive else denoise.synchronous  # where all steps are
         warm = min(total, self.config.warmup_steps + 1) if stale_modes else total
 
         def part(start: int, stop: int):
@@ -235,7 +247,7 @@ class DistriSDXLPipeline:
 
         if chunk_size is None and callback is None:
             if warm == total:
-                return run(denoise.synchronous, state, part(0, total), donate=(1,))
+                return run(alike, state, part(0, total), donate=(1,))
             return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
 
         size = positive(1 if chunk_size is None else chunk_size, "chunk_size")
@@ -249,7 +261,7 @@ class DistriSDXLPipeline:
                 elif stale_modes:
                     state, stale = run(denoise.warm_up, state, piece, donate=(1,))
                 else:
-                    state = run(denoise.synchronous, state, piece, donate=(1,))
+                    state = run(alike, state, piece, donate=(1,))
                 if callback is not None:
                     state = self._call_back(loop.layout, callback, stop - 1, float(xs[0].timestep[stop - 1]), state)
                 if not progress.disable:

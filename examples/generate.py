@@ -33,6 +33,8 @@ from distrijax import (
     DistriError,
     DistriSDXLPipeline,
     DistriWarning,
+    Parallelism,
+    SplitScheme,
     SyncMode,
     plan_mesh,
 )
@@ -87,6 +89,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
     modes = tuple(mode.value for mode in SyncMode)
     add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
+    parallelisms, schemes = ([member.value for member in kind] for kind in (Parallelism, SplitScheme))
+    add("--parallelism", choices=parallelisms, default="patch", help="how the UNet is divided (default: %(default)s)")
+    add("--split-scheme", choices=schemes, default="alternate", help="cuts of naive_patch (default: %(default)s)")
     add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
     add(
         "--batch", type=int, default=1, help="pictures of the prompt: NAME-0.png, NAME-1.png ... (default: %(default)s)"
@@ -111,6 +116,8 @@ def generate(arguments: argparse.Namespace) -> None:
         sync_mode=arguments.sync_mode,
         warmup_steps=arguments.warmup_steps,
         split_batch=not arguments.no_split_batch,
+        parallelism=arguments.parallelism,
+        split_scheme=arguments.split_scheme,
     )
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices))
@@ -154,6 +161,8 @@ def generate(arguments: argparse.Namespace) -> None:
         "sync_mode": config.sync_mode.value,
         "warmup_steps": config.warmup_steps,
         "split_batch": config.split_batch,
+        "parallelism": config.parallelism.value,
+        "split_scheme": config.split_scheme.value,
         "software": software(),
     }
     for index, (picture, output) in enumerate(zip(pictures, outputs, strict=True)):

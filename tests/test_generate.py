@@ -64,6 +64,7 @@ def test_the_picture_carries_its_settings(run):
         "devices": "4",
         "sync_mode": "corrected_async_gn",
         "warmup_steps": "1",
+        "parallelism": "patch",
     }
     assert {name: text[name] for name in expected} == expected
 

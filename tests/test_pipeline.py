@@ -188,6 +188,36 @@ def test_first_steps_are_exact_and_later_ones_are_displaced(pipe_on, sync_mode):
     assert min(errors[2:]) > 1e-5
 
 
+def naive(pipe_on, scheme: str, **settings) -> DistriSDXLPipeline:
+    return pipe_on(devices=4, parallelism="naive_patch", split_scheme=scheme, **settings)
+
+
+@pytest.mark.parametrize(("scheme", "axis"), [("row", 2), ("column", 3)])
+def test_naive_patches_are_pictures_of_their_own(pipe_on, one, scheme, axis):
+    """Each band equals one device's picture of the band's size, told the whole picture's size."""
+    noise = np.random.default_rng(1).standard_normal((1, 4, 32, 32), np.float32)
+    whole = {"height": 256, "width": 256, "latents": noise, "num_inference_steps": 3}
+    got = paint(naive(pipe_on, scheme, split_batch=False), **whole)
+    sides = {"height": 256, "width": 256, ("height", "width")[axis - 2]: 64}
+    for band, start in zip(np.split(got, 4, axis), np.split(noise, 4, axis), strict=True):
+        alone = paint(one, **whole | sides | {"latents": start}, original_size=(256, 256), target_size=(256, 256))
+        assert relative_error(band, alone) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"split_batch": False}], ids=["CFG split", "bands"])
+def test_alternate_cuts_rows_then_columns(pipe_on, settings):
+    size = {"height": 128, "width": 128, "num_inference_steps": 2}
+    rows, columns, both = (naive(pipe_on, scheme, **settings) for scheme in ("row", "column", "alternate"))
+    after_rows, _ = trajectory(rows, **size)
+
+    def continued(pipe, step, timestep, tensors):
+        return {"latents": after_rows} if step == 0 else None
+
+    wanted = paint(columns, callback_on_step_end=continued, **size)
+    assert relative_error(paint(both, **size), wanted) < 1e-5
+    assert relative_error(paint(rows, **size), wanted) > 1e-3
+
+
 def test_running_twice_gives_the_same_bits(stale):
     first, second = (paint(stale, kind="np", seed=11) for _ in range(2))
     np.testing.assert_array_equal(first, second)

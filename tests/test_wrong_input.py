@@ -217,6 +217,7 @@ def test_loading_with_wrong_arguments_is_refused(kind, tiny_checkpoint):
 CONFIGS = {
     "unknown sync_mode": ({"sync_mode": "no_sync_gn"}, "sync_mode is 'no_sync_gn'; use one of: corrected_async_gn"),
     "unknown parallelism": ({"parallelism": "tensor"}, "parallelism is 'tensor'; use one of: patch"),
+    "unknown split_scheme": ({"split_scheme": "col"}, "split_scheme is 'col'; use one of: row, column, alternate"),
     "negative warm-up": ({"warmup_steps": -1}, "warmup_steps is -1; give a whole number of at least 0"),
     "fraction of a device": ({"devices": 2.5}, "devices is 2.5; give a whole number"),
     "no devices": ({"devices": 0}, "devices is 0; give a whole number of at least 1"),
