@@ -41,13 +41,15 @@ moments  [b, groups, 2]            mean and variance for each group, float32; in
 
 
 class Exchange(Protocol):
-    """The three questions of a layer."""
+    """The three questions of a layer, and `exact`, with which a model asks them for values that must not be old."""
 
     def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]: ...
 
     def tokens(self, name: str, kv: Float[Array, "b t c2"]) -> Float[Array, "b T c2"]: ...
 
     def moments(self, name: str, m: Float[Array, "b g 2"]) -> Float[Array, "b g 2"]: ...
+
+    def exact(self) -> Exchange: ...
 
     def finish(self) -> Stale: ...
 
@@ -63,6 +65,9 @@ class WholeImage:
 
     def moments(self, name, m):
         return m
+
+    def exact(self) -> Exchange:
+        return self
 
     def finish(self) -> Stale:
         return {}
@@ -88,6 +93,9 @@ class Synchronous:
     def moments(self, name, m):
         return _pooled(lax.all_gather(self._publish(name, m, keep=self.keep_moments), self.axis))
 
+    def exact(self) -> Exchange:
+        return Synchronous(self.axis)
+
     def finish(self) -> Stale:
         return self.fresh
 
@@ -104,7 +112,8 @@ class Displaced(Synchronous):
     """DistriFusion's corrected_async_gn: others' values of the previous step, own values fresh.
 
     stale: what `finish()` returned at the previous step, on this device. No collective here depends on this step's
-    activations, so all of them can travel while the device computes.
+    activations, so all of them can travel while the device computes. The one exception is the UNet's input, which is asked
+    for through `exact`: one fresh row of the latent from each neighbour (the original has the whole latent everywhere).
 
     GroupNorm: the whole image's stale moments plus the change of the own patch, mean = mean_j m^_j + (m_i - m^_i) and the
     same for E[x^2]; where the resulting variance is negative the own variance is used (arXiv 2402.19481, section 4.2).

@@ -393,7 +393,7 @@ class UNet(nnx.Module):
         )
         if conditioning.embedding is not None:
             embedding = embedding + conditioning.embedding
-        x = self.conv_in(sample, exchange)
+        x = self.conv_in(sample, exchange.exact())
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], exchange, embedding, conditioning.context)
