@@ -38,6 +38,17 @@ class Components(NamedTuple):
     scheduler: Scheduler
 
 
+class Configs(NamedTuple):
+    """What a pipeline's folder says of its models, without a weight."""
+
+    index: dict[str, Any]
+    text_encoder: CLIPTextConfig
+    text_encoder_2: CLIPTextConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    scheduler: Scheduler
+
+
 def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
     """The dtype to compute in: the one asked for, else bfloat16 on accelerators and float32 on CPUs."""
     if dtype is None:
@@ -78,6 +89,26 @@ def find_folder(name: str | Path, *, variant: str | None, revision: str | None, 
         ) from None
 
 
+def read_configs(folder: Path, scheduler: str | None = None) -> Configs:
+    """The configurations of a pipeline's folder; raises DistriError where one is absent, wrong or not supported."""
+    index = read_json(folder / "model_index.json")
+    check_choice(index.get("_class_name"), ("StableDiffusionXLPipeline",), f"{folder}/model_index.json: _class_name")
+    absent = [part for part in PARTS if not (folder / part).is_dir()]
+    if absent:
+        raise DistriError(f"{folder} lacks {', '.join(absent)}; a whole Stable Diffusion XL pipeline is needed")
+    chosen = load_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), scheduler)
+    kinds = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "unet": UNetConfig, "vae": VAEConfig}
+    models = {name: kind.from_dict(read_json(folder / name / "config.json")) for name, kind in kinds.items()}
+    return Configs(index=index, scheduler=chosen, **models)
+
+
+def default_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
+    """Height and width in pixels that a model was trained for."""
+    size = unet.sample_size or 128
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return height * vae.scale, width * vae.scale
+
+
 def load_components(
     folder: Path,
     *,
@@ -91,39 +122,36 @@ def load_components(
     scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class.
     The VAE is float32 where half precision would overflow (`force_upcast` and float16, as in diffusers).
     """
-    index = read_json(folder / "model_index.json")
-    check_choice(index.get("_class_name"), ("StableDiffusionXLPipeline",), f"{folder}/model_index.json: _class_name")
-    absent = [part for part in PARTS if not (folder / part).is_dir()]
-    if absent:
-        raise DistriError(f"{folder} lacks {', '.join(absent)}; a whole Stable Diffusion XL pipeline is needed")
-    chosen = load_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), scheduler)
+    configs = read_configs(folder, scheduler)
     tokenizers = CLIPTokenizer.from_folder(folder / "tokenizer"), CLIPTokenizer.from_folder(folder / "tokenizer_2")
-    kinds = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "unet": UNetConfig, "vae": VAEConfig}
-    configs = {name: kind.from_dict(read_json(folder / name / "config.json")) for name, kind in kinds.items()}
     _check_together(folder, tokenizers, configs)
 
     def load(name: str, build: Callable, dtype: jnp.dtype = dtype):
         return load_module(
-            lambda rngs: build(configs[name], rngs=rngs), folder / name, variant=variant, dtype=dtype, place=place
+            lambda rngs: build(getattr(configs, name), rngs=rngs),
+            folder / name,
+            variant=variant,
+            dtype=dtype,
+            place=place,
         )
 
     def text_encoder(with_projection: bool) -> Callable:
         return lambda config, rngs: CLIPTextEncoder(config, with_projection=with_projection, rngs=rngs)
 
-    upcast = configs["vae"].force_upcast and dtype == jnp.float16
+    upcast = configs.vae.force_upcast and dtype == jnp.float16
     return Components(
-        index=index,
+        index=configs.index,
         tokenizers=tokenizers,
         text_encoders=(load("text_encoder", text_encoder(False)), load("text_encoder_2", text_encoder(True))),
         unet=load("unet", UNet),
         vae=load("vae", AutoencoderKL, jnp.dtype(jnp.float32) if upcast else dtype),
-        scheduler=chosen,
+        scheduler=configs.scheduler,
     )
 
 
-def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], configs: dict[str, Any]) -> None:
+def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], configs: Configs) -> None:
     """Raises DistriError for parts of different models."""
-    text, text_2, unet, vae = (configs[name] for name in ("text_encoder", "text_encoder_2", "unet", "vae"))
+    _, text, text_2, unet, vae, _ = configs
     dims = unet.cross_attention_dim
     pairs = [
         ("UNet's cross_attention_dim", dim, "text encoders' widths add up to", text.hidden_size + text_2.hidden_size)

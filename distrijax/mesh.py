@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from distrijax.config import DistriConfig, DistriError, SplitScheme, positive
 
@@ -36,6 +36,10 @@ class MeshPlan:
         """
         halves = np.array(devices).reshape(self.data, self.cfg, self.patch)
         return Mesh(halves.transpose(0, 2, 1), (DATA, PATCH, CFG), axis_types=(AxisType.Auto,) * 3)
+
+    def abstract(self) -> AbstractMesh:
+        """The mesh without devices, for tracing."""
+        return AbstractMesh((self.data, self.patch, self.cfg), (DATA, PATCH, CFG), axis_types=(AxisType.Auto,) * 3)
 
     def __str__(self) -> str:
         return f"{DATA} {self.data} x {CFG} {self.cfg} x {PATCH} {self.patch}"
@@ -80,3 +84,9 @@ def check_sizes(
             below, above = size // unit * unit, (size // unit + 1) * unit
             near = f"{below} or {above}" if below else str(above)
             raise DistriError(f"{name} is {size} and {why}; use {near}")
+
+
+def check_images(images: int, data: int) -> None:
+    """Raises DistriError unless so many images divide among the `data` axis."""
+    if images % data:
+        raise DistriError(f"{images} images do not divide among data={data}; make a multiple of {data}")

@@ -26,8 +26,8 @@ from distrijax.config import (
 )
 from distrijax.denoise import Inputs, Layout, Loop
 from distrijax.exchange import STRATEGIES, Synchronous
-from distrijax.loading import Components, find_folder, load_components, resolve_dtype
-from distrijax.mesh import CFG, DATA, PATCH, check_sizes, plan_mesh
+from distrijax.loading import Components, default_size, find_folder, load_components, resolve_dtype
+from distrijax.mesh import CFG, DATA, PATCH, check_images, check_sizes, plan_mesh
 from distrijax.programs import Programs
 from distrijax.prompt import Embeddings, Prompt, PromptEncoder
 
@@ -159,8 +159,8 @@ class DistriSDXLPipeline:
             positive(chunk_size, "chunk_size")
         positive(clip_skip, "clip_skip", least=0)
         steps, init_noise_sigma = self.scheduler.schedule(positive(num_inference_steps, "num_inference_steps"))
-        default = self.default_size
-        height, width = default[0] if height is None else height, default[1] if width is None else width
+        usual = self.default_size
+        height, width = usual[0] if height is None else height, usual[1] if width is None else width
         layout = Layout(self.mesh, guided=guidance_scale > 1)
         check_sizes(
             height=height,
@@ -182,9 +182,7 @@ class DistriSDXLPipeline:
             guided=layout.guided,
         )
         images = len(branches[-1][0]) * repeats
-        if images % self.mesh.shape[DATA]:
-            data = self.mesh.shape[DATA]
-            raise DistriError(f"{images} images do not divide among data={data}; make a multiple of {data}")
+        check_images(images, self.mesh.shape[DATA])
         time_ids = _time_ids((height, width), original_size, crops_coords_top_left, target_size)
         negative_ids = time_ids
         if negative_original_size is not None and negative_target_size is not None:
@@ -210,9 +208,7 @@ class DistriSDXLPipeline:
     @property
     def default_size(self) -> Size:
         """Height and width in pixels that the model was trained for."""
-        size = self.unet_config.sample_size or 128
-        height, width = size if isinstance(size, tuple) else (size, size)
-        return height * self.vae_config.scale, width * self.vae_config.scale
+        return default_size(self.unet_config, self.vae_config)
 
     def _inputs(self, loop, branches: Sequence[Embeddings], time_ids, repeats, scale, rescale, keys) -> Inputs:
         images = branches[0].tokens.shape[0] * repeats

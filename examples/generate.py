@@ -33,13 +33,16 @@ from distrijax import (
     DistriError,
     DistriSDXLPipeline,
     DistriWarning,
+    MeshPlan,
     Parallelism,
     SplitScheme,
     SyncMode,
     plan_mesh,
 )
+from distrijax import plan as planning
 from distrijax.denoise import Layout
-from distrijax.loading import DTYPES
+from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs, resolve_dtype
+from distrijax.mesh import check_images, check_sizes
 
 PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
 
@@ -99,10 +102,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
     add("--variant", help="of the weight files, for example fp16")
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
+    add("--plan", action="store_true", help="tell what devices would hold and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     if len(arguments.image_size or ()) > 2:
         parser.error(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
+    if arguments.image_size:
+        arguments.image_size = (arguments.image_size[0], arguments.image_size[-1])
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
     return arguments
@@ -110,7 +116,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Loads, paints and writes; tells the plan, and how long each took."""
-    outputs = output_files(arguments.output, arguments.batch)
     config = DistriConfig(
         devices=arguments.devices,
         sync_mode=arguments.sync_mode,
@@ -119,30 +124,35 @@ def generate(arguments: argparse.Namespace) -> None:
         parallelism=arguments.parallelism,
         split_scheme=arguments.split_scheme,
     )
+    folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
+    configs = read_configs(folder, arguments.scheduler)
+    size = arguments.image_size or default_size(configs.unet, configs.vae)
+    if arguments.plan:
+        print_plan(arguments, config, configs, size)
+        return
+    outputs = output_files(arguments.output, arguments.batch)
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices))
+    dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
+    image = share(arguments, configs, size, plan)
+    print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
+    print(f"image    {image}", flush=True)
 
     start = time.perf_counter()
     pipe = DistriSDXLPipeline.from_pretrained(
-        arguments.model or DEFAULT_MODEL,
-        config,
-        dtype=arguments.dtype,
-        variant=arguments.variant,
-        scheduler=arguments.scheduler,
+        folder, config, dtype=dtype, variant=arguments.variant, scheduler=arguments.scheduler
     )
     loaded = time.perf_counter()
+    print(f"load     {loaded - start:.1f} s", flush=True)
     call = {
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
         "seed": arguments.seed,
-        **dict(zip(("height", "width"), image_size(arguments, pipe), strict=True)),
+        "height": size[0],
+        "width": size[1],
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
     }
-    print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {pipe.dtype.name}")
-    print(f"image    {share(pipe, call, arguments.batch)}")
-    print(f"load     {loaded - start:.1f} s", flush=True)
-
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar where stderr is not a terminal
     pictures = pipe(**call, num_images_per_prompt=arguments.batch).images
     compiling = pipe.programs.seconds
@@ -155,7 +165,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "scheduler": arguments.scheduler or pipe.scheduler.diffusers_name,
         "model": arguments.model or "embedded",
         "variant": arguments.variant,
-        "dtype": pipe.dtype.name,
+        "dtype": dtype.name,
         "devices": plan.devices,
         "mesh": plan,
         "sync_mode": config.sync_mode.value,
@@ -170,18 +180,37 @@ def generate(arguments: argparse.Namespace) -> None:
         print(f"wrote    {output}")
 
 
-def image_size(arguments: argparse.Namespace, pipe: DistriSDXLPipeline) -> tuple[int, int]:
-    """Height and width: both given, a square, or what the model was trained for."""
-    size = arguments.image_size or pipe.default_size
-    return size[0], size[-1]
+def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int]) -> None:
+    """What a run would exchange, from the configurations alone; the devices need not be there."""
+    devices = config.devices or find_devices(None)
+    dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
+    mesh = plan_mesh(config, devices)
+    image = share(arguments, configs, size, mesh)
+    planned = planning.plan(
+        config,
+        configs.unet,
+        configs.scheduler,
+        devices=devices,
+        latent=(size[0] // configs.vae.scale, size[1] // configs.vae.scale),
+        images=arguments.batch,
+        guided=arguments.guidance_scale > 1,
+        dtype=dtype,
+    )
+    print(f"mesh     {mesh}, {dtype.name}\nimage    {image}\n{planned}")
 
 
-def share(pipe: DistriSDXLPipeline, call: dict[str, Any], batch: int) -> str:
-    """The picture, and the part of it that one device works on."""
-    patches = Layout(pipe.mesh, guided=call["guidance_scale"] > 1).patches
-    rows = call["height"] / patches
-    size = f"{call['height']}x{call['width']}" + (f", {batch} of them" if batch > 1 else "")
-    return f"{size}; each device has {rows:g} rows of pixels, {rows / pipe.vae_config.scale:g} of the latent"
+def share(arguments: argparse.Namespace, configs: Configs, size: tuple[int, int], mesh: MeshPlan) -> str:
+    """The picture, and the part of it that one device works on; raises DistriError where it cannot be shared out."""
+    check_images(arguments.batch, mesh.data)
+    patches = Layout(mesh.abstract(), guided=arguments.guidance_scale > 1).patches
+    scheme = SplitScheme(arguments.split_scheme) if arguments.parallelism == "naive_patch" else SplitScheme.ROW
+    levels = len(configs.unet.block_out_channels)
+    check_sizes(
+        height=size[0], width=size[1], patches=patches, vae_scale=configs.vae.scale, levels=levels, scheme=scheme
+    )
+    rows = size[0] // patches
+    several = f", {arguments.batch} of them" if arguments.batch > 1 else ""
+    return f"{size[0]}x{size[1]}{several}; each device has {rows} rows of pixels, {rows // configs.vae.scale} of the latent"
 
 
 def output_files(output: Path, batch: int) -> list[Path]:

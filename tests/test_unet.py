@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 import re
 
 import jax
@@ -209,10 +208,8 @@ def test_full_size_model_has_the_tensors_of_diffusers(kind, tensors, millions):
         assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-@functools.cache
-def published(name: str, side: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What one of eight devices publishes at a step of a square picture with guidance, from shapes alone."""
-    kind = {"SDXL": FULL_BASE, "SD 1.x": FULL_SD15}[name]
+def published(kind: dict, side: int) -> list[str]:
+    """The names of what one of eight devices publishes at a step, from shapes alone."""
     mesh = MeshPlan(1, 1, 8).build(jax.devices())
     unet = nnx.eval_shape(lambda: UNet(UNetConfig.from_dict(kind), rngs=nnx.Rngs(0)))
     added = [(2, 1280), (2, 6)] if kind["addition_embed_type"] else [None, None]
@@ -225,8 +222,7 @@ def published(name: str, side: int) -> dict[str, jax.ShapeDtypeStruct]:
 
     mapped = jax.shard_map(call, mesh=mesh, in_specs=(P(), P(None, PATCH), P(), P(), P()), out_specs=P(PATCH))
     arguments = (shape and jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    stale = jax.eval_shape(mapped, unet, *arguments)
-    return {name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for name, leaf in stale.items()}
+    return list(jax.eval_shape(mapped, unet, *arguments))
 
 
 def kind_of(name: str) -> str:
@@ -234,22 +230,12 @@ def kind_of(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model", "counts"),
-    [("SDXL", {"moments": 46, "halo": 39, "tokens": 70}), ("SD 1.x", {"moments": 61, "halo": 51, "tokens": 16})],
+    ("kind", "counts"),
+    [(FULL_BASE, {"moments": 46, "halo": 39, "tokens": 70}), (FULL_SD15, {"moments": 61, "halo": 51, "tokens": 16})],
+    ids=["SDXL", "SD 1.x"],
 )
-def test_full_size_model_exchanges_the_tensors_of_the_original(model, counts):
-    assert collections.Counter(map(kind_of, published(model, 1024))) == counts
-
-
-@pytest.mark.parametrize(("side", "billions"), [(1024, 0.424), (2048, 1.583), (3840, 5.376)])
-def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
-    """In elements received from seven others, both boundary rows of every convolution going to all of them."""
-    elements = collections.Counter()
-    for name, leaf in published("SDXL", side).items():
-        both = 2 if name.endswith("downsamplers.0.conv") else 1  # of the two rows, ours leaves out the one never read
-        elements[kind_of(name)] += both * math.prod(leaf.shape)
-    assert 7 * elements.total() / 1e9 == pytest.approx(billions, abs=0.0005)
-    assert elements["moments"] == 5888
+def test_full_size_model_exchanges_the_tensors_of_the_original(kind, counts):
+    assert collections.Counter(map(kind_of, published(kind, 1024))) == counts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,172 @@
+"""What a run will exchange, from shapes alone: the program is traced for an abstract mesh, and its collectives are counted.
+
+No device and no weights are needed. The figures are those of the step that most of the steps are: displaced, synchronous
+for full_sync, isolated for naive_patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from distrijax import denoise
+from distrijax.config import DistriConfig, Parallelism
+from distrijax.denoise import Inputs, Layout, Loop
+from distrijax.exchange import STRATEGIES
+from distrijax.mesh import MeshPlan, check_images, plan_mesh
+from distrijax.schedulers import Scheduler
+from distrijax.unet import UNet, UNetConfig
+
+TOKENS = 77
+
+KINDS = {
+    "all_gather": None,
+    "ppermute": "halo",
+    "all_to_all": "columns",
+    "psum": "guidance",
+    "psum_invariant": "guidance",
+}
+"""Collectives as JAX names them, and what they carry; a gather's operand tells."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one device does at a step.
+
+    rows: of the latent. stale: bytes that it keeps of its own for the next step, by kind. received: bytes that come in from
+    the others, by kind; an all-reduce counts as a ring's.
+    """
+
+    mesh: MeshPlan
+    rows: int
+    stale: dict[str, int]
+    received: dict[str, int]
+
+    def __str__(self) -> str:
+        kept, received = (
+            ", ".join(f"{kind} {megabytes(count)}" for kind, count in sorted(part.items())) or "nothing"
+            for part in (self.stale, self.received)
+        )
+        return (
+            f"stale    {megabytes(sum(self.stale.values()))} on each device: {kept}\n"
+            f"received {megabytes(sum(self.received.values()))} by each device and step: {received}"
+        )
+
+
+def plan(
+    config: DistriConfig,
+    unet: UNetConfig,
+    scheduler: Scheduler,
+    *,
+    devices: int,
+    latent: tuple[int, int],
+    images: int = 1,
+    guided: bool = True,
+    dtype: Any = jnp.bfloat16,
+) -> Plan:
+    """The plan of a run; latent: its height and width. Raises DistriError for axis sizes that do not fit `devices` or `images`."""
+    mesh = plan_mesh(config, devices)
+    check_images(images, mesh.data)
+    layout = Layout(mesh.abstract(), guided)
+    naive = config.parallelism == Parallelism.NAIVE_PATCH
+    strategy = None if naive else STRATEGIES.get(config.sync_mode)
+    model = nnx.eval_shape(lambda: UNet(unet, rngs=nnx.Rngs(0)))
+    leaves, structure = jax.tree.flatten(model)
+    params = tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
+    loop = Loop(layout, structure, scheduler, dtype, strategy, config.split_scheme)
+
+    inputs, state, xs = _arguments(loop, unet, params, latent, images)
+    kept = {}
+    if strategy is None:
+        function, arguments = denoise.isolated if naive else denoise.synchronous, (state, xs)
+    else:
+        state, kept = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
+        function, arguments = denoise.displaced, (state, kept, xs)
+    program = jax.make_jaxpr(partial(function, loop))(params, inputs, *arguments)
+    received = Counter()
+    for kind, count in _collectives(program.jaxpr, layout.mesh.shape):
+        received[kind] += count
+    stale = Counter()
+    for leaf in kept.values():
+        stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
+    return Plan(mesh, latent[0] // layout.patches, dict(stale), dict(received))
+
+
+def _arguments(loop: Loop, unet: UNetConfig, params: Any, latent: tuple[int, int], images: int) -> tuple:
+    """Shapes of what a step of the loop takes: inputs, state, and the constants of one step."""
+    branches = 2 if loop.layout.guided else 1
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    hidden = array(branches, images, TOKENS, unet.context(0), dtype=loop.dtype)
+    pooled = ids = None
+    if unet.addition_embed_type:
+        sizes = 6  # of SDXL's micro-conditioning; a refiner has 5, which changes nothing here
+        width = unet.projection_class_embeddings_input_dim - sizes * unet.addition_time_embed_dim
+        pooled, ids = array(branches, images, width, dtype=loop.dtype), array(branches, images, sizes)
+    conditioning = jax.eval_shape(partial(denoise.condition, loop), params, hidden, pooled, ids)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    inputs = Inputs(conditioning, array(branches, 2), None, keys)
+    noise = array(images, *latent, unet.in_channels)
+    state = jax.eval_shape(loop.scheduler.init, noise, array())
+    xs = jax.tree.map(lambda column: column[:1], (loop.scheduler.schedule(2)[0], np.arange(2, dtype=np.int32)))
+    return inputs, state, xs
+
+
+def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """(kind, bytes received by one device) of every collective of a program; of a conditional, its dearer branch.
+
+    sizes: of the mesh's axes.
+    """
+    for equation in jaxpr.eqns:
+        inner = [branch for value in equation.params.values() for branch in _programs(value)]
+        if equation.primitive.name == "cond":
+            yield from max(
+                (list(_collectives(branch, sizes)) for branch in inner), key=lambda found: sum(n for _, n in found)
+            )
+        else:
+            for program in inner:
+                yield from _collectives(program, sizes)
+        name = equation.primitive.name
+        if name not in KINDS:
+            continue
+        axes = equation.params.get("axes") or equation.params["axis_name"]
+        n = math.prod(sizes[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+        for operand in (variable.aval for variable in equation.invars):
+            times = {"all_gather": n - 1, "ppermute": n > 1, "all_to_all": (n - 1) / n}.get(name, 2 * (n - 1) / n)
+            yield KINDS[name] or _kind(operand), int(times * _bytes(operand))
+
+
+def _programs(value: Any) -> Iterator[Any]:
+    """The programs inside an equation's parameter."""
+    for item in value if isinstance(value, tuple | list) else (value,):
+        if hasattr(item, "eqns"):
+            yield item
+        elif hasattr(item, "jaxpr"):
+            yield item.jaxpr
+
+
+def _kind(leaf: Any) -> str:
+    """Which question of a layer a published array answers (`distrijax.exchange.Stale`)."""
+    if len(leaf.shape) == 4:
+        return "halo"
+    return "moments" if leaf.shape[-1] == 2 else "tokens"
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"

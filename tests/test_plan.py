@@ -1,0 +1,103 @@
+"""What a run will exchange: against the paper's figures, and against the collectives of the program that XLA compiled."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+
+import pytest
+from test_unet import FULL_BASE
+
+from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
+from distrijax.plan import plan
+from distrijax.schedulers import load_scheduler
+from distrijax.unet import UNetConfig
+
+DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize(("side", "billions"), [(1024, 0.424), (2048, 1.583), (3840, 5.376)])
+def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
+    """In elements received from seven others, both boundary rows of every convolution going to all of them."""
+    latent = side // 8
+    planned = plan(
+        DistriConfig(split_batch=False),
+        UNetConfig.from_dict(FULL_BASE),
+        load_scheduler(DDIM),
+        devices=8,
+        latent=(latent, latent),
+    )
+    assert planned.rows == latent // 8
+    elements = planned.stale["tokens"] // 2 + planned.stale["halo"] // 2 + planned.stale["moments"] // 4
+    never_read = 2 * (
+        latent * 320 + latent // 2 * 640
+    )  # the row below a convolution of stride 2, which ours leaves out
+    assert 7 * (elements + never_read) / 1e9 == pytest.approx(billions, abs=0.0005)
+    assert planned.stale["moments"] // 4 == 5888
+    assert planned.received["tokens"] == 7 * planned.stale["tokens"]
+    assert planned.received["moments"] == 7 * planned.stale["moments"]
+    fresh = 2 * 2 * latent * 4 * 2  # a row of the latent from above and from below, in two branches of bfloat16
+    assert planned.received["halo"] == planned.stale["halo"] + fresh
+
+
+SETTINGS = [
+    {},
+    {"split_batch": False},
+    {"sync_mode": "sync_gn"},
+    {"sync_mode": "separate_gn"},
+    {"sync_mode": "full_sync"},
+    {"parallelism": "naive_patch", "split_scheme": "column"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
+def test_received_bytes_are_those_of_the_compiled_program(settings, tiny_checkpoint):
+    config = DistriConfig(devices=4, warmup_steps=0, **settings)
+    pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a red circle", height=128, width=128, num_inference_steps=2, output_type="latent")
+    steps = {key[0].__name__: program for key, program in pipe.programs._compiled.items()}
+    program = next(steps[name] for name in ("displaced", "synchronous", "isolated") if name in steps)
+    planned = plan(config, pipe.unet_config, pipe.scheduler, devices=4, latent=(16, 16), dtype=pipe.dtype)
+    assert sum(planned.received.values()) == received_by_hlo(program.as_text())
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stale_of(pipe)) // 4
+    assert sum(planned.stale.values()) == kept
+
+
+def stale_of(pipe: DistriSDXLPipeline) -> list:
+    """The stale state that the pipeline's displaced program takes, whole."""
+    (structures,) = [key[2:] for key in pipe.programs._compiled if key[0].__name__ == "displaced"] or [None]
+    if structures is None:
+        return []
+    structure, leaves = structures
+    _, _, stale, _ = structure.unflatten([Leaf(shape, dtype) for shape, dtype, _ in leaves])
+    return list(stale.values())
+
+
+Leaf = collections.namedtuple("Leaf", "shape dtype")
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|collective-permute|all-reduce|all-to-all)(?:-start)?\((.*)")
+ARRAY = re.compile(r"(f32|pred|[su]\d+)\[([\d,]*)\]")
+GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+
+
+def received_by_hlo(text: str) -> int:
+    """Bytes that one device receives in the collectives of a compiled program, a ring's for all-reduce."""
+    total = 0.0
+    for line in text.splitlines():
+        if not (found := COLLECTIVE.search(line)):
+            continue
+        results, name, rest = found.groups()
+        size = sum(4 * math.prod(map(int, filter(None, dims.split(",")))) for _, dims in ARRAY.findall(results))
+        if name == "collective-permute":
+            total += size
+            continue
+        listed, counted = GROUPS.search(rest).groups()
+        n = len(listed.split(",")) if listed else int(counted)
+        total += size * {"all-reduce": 2 * (n - 1) / n}.get(name, (n - 1) / n)
+    return round(total)
+
+
+def test_images_that_do_not_divide_are_refused():
+    with pytest.raises(DistriError, match="1 images do not divide among data=2"):
+        plan(DistriConfig(data=2), UNetConfig.from_dict(FULL_BASE), load_scheduler(DDIM), devices=4, latent=(128, 128))
