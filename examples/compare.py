@@ -9,6 +9,7 @@ one-device pictures, below the others. On a machine without accelerators the dev
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
@@ -36,6 +37,8 @@ def paint(devices: int, prompts: tuple[str, ...], settings: argparse.Namespace) 
         sync_mode=settings.sync_mode,
         warmup_steps=settings.warmup_steps,
         split_batch=settings.split_batch,
+        parallelism=settings.parallelism,
+        split_scheme=settings.split_scheme,
     )
     pipeline = DistriSDXLPipeline.from_pretrained(settings.model or DEFAULT_MODEL, config)
     steps, scale = settings.num_inference_steps, settings.guidance_scale
@@ -56,18 +59,25 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--sync-mode", default="corrected_async_gn")
+    parser.add_argument("--parallelism", default="patch")
+    parser.add_argument("--split-scheme", default="alternate")
     parser.add_argument("--no-split-batch", dest="split_batch", action="store_false")
     parser.add_argument("--output", type=Path, default=Path("compare.png"))
     settings = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", settings.devices)
 
+    from distrijax import DistriError
     from distrijax.pipeline import to_pil
 
     prompts = tuple(settings.prompt)
-    one, many = paint(1, prompts, settings), paint(settings.devices, prompts, settings)
+    kind = settings.sync_mode if settings.parallelism == "patch" else f"{settings.parallelism} {settings.split_scheme}"
+    try:
+        one, many = paint(1, prompts, settings), paint(settings.devices, prompts, settings)
+    except DistriError as error:
+        sys.exit(f"error: {error}")
     for prompt, pair in zip(prompts, zip(many, one, strict=True), strict=True):
         print(f"{psnr(*pair):6.2f} dB  {prompt}")
-    print(f"{psnr(many, one):6.2f} dB  all, {settings.devices} devices against one, {settings.sync_mode}")
+    print(f"{psnr(many, one):6.2f} dB  all, {settings.devices} devices against one, {kind}")
     sheet = np.concatenate([np.concatenate([*pictures], 1) for pictures in (one, many)], 0)
     to_pil(sheet[None])[0].save(settings.output)
 

@@ -1,11 +1,16 @@
 """Trains the embedded default model: a small SDXL-shaped pipeline that paints the scenes of scenes.py.
 
-    python examples/train_tiny.py --output tiny             # autoencoder, then UNet and text encoders
+    python examples/train_tiny.py --output tiny             # about two hours on two CPU cores
     python examples/check_scenes.py --model tiny            # does it paint what it is told?
 
-The autoencoder learns from crops; the UNet and both text encoders learn together, from cached latents, first at 128x128 and
-then at 256x256 and other shapes, with SDXL's size conditioning. Every batch follows from (seed, step), and a checkpoint is kept
-every few minutes: an interrupted run goes on where it stopped. The result is a folder in the diffusers layout.
+    vae         the autoencoder, from crops that show shapes
+    text        both text encoders: captions to pictures of 8 x 8 cells; they stay as they are from here on
+    unet-128    the UNet on cached latents of 128x128, then
+    unet-256    of 256x256, 192x320 and 320x192, with SDXL's size conditioning
+    decoder     the autoencoder's decoder once more, on larger crops
+
+Every batch follows from (seed, step), and a checkpoint is kept every 500 steps: an interrupted run goes on where it stopped.
+The result is a folder in the diffusers layout. Up to four devices share a batch.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +28,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scenes import PLACES, all_captions_vocabulary, example
 from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
@@ -71,6 +77,7 @@ SCHEDULER = {
     "steps_offset": 0,
     "clip_sample": False,
 }
+BATCH_UNIT = 4  # every batch is a multiple of it, so that up to as many devices can share it
 NO_CAPTION = 0.1  # share of captions that are left out, for classifier-free guidance
 
 
@@ -96,14 +103,15 @@ def fit(
 ) -> nnx.Module:
     """Minimises `loss(module, key, *batches(step))`; returns the module with exponentially averaged parameters.
 
-    Each batch is divided among the devices. average: the decay of that average. folder: where checkpoints are kept, and
-    looked for when training resumes.
+    average: the decay of that average. folder: where checkpoints are kept, and looked for when training resumes.
     """
     graph, params = nnx.split(module)
     params = nnx.to_pure_dict(params)
     rate = optax.warmup_cosine_decay_schedule(0, learning_rate, min(200, steps // 10), steps, learning_rate / 50)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(
+        np.array(jax.devices()[: math.gcd(jax.device_count(), BATCH_UNIT)]), "data", axis_types=(AxisType.Auto,)
+    )
     split, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     state = {"params": params, "average": jax.tree.map(jnp.copy, params), "optimizer": optimizer.init(params)}
     state = jax.device_put(state, everywhere)
@@ -201,7 +209,7 @@ def train_decoder(args: argparse.Namespace, vae: AutoencoderKL) -> AutoencoderKL
     encode = jax.jit(lambda vae, pixels: vae.post_quant_conv(vae.encode(pixels, WholeImage())[0]))
 
     def batches(step: int) -> tuple:
-        pixels = scene_crops([args.seed, step, 3], step * 32, count=6, side=96, size=256)
+        pixels = scene_crops([args.seed, step, 3], step * 8, count=8, side=96, size=256)
         return encode(vae, pixels), pixels
 
     vae.decoder = fit(
@@ -407,9 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, its checkpoints and caches")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--devices", type=int, help="virtual CPU devices to divide batches among, where no accelerator is"
-    )
+    parser.add_argument("--devices", type=int, help="virtual CPU devices to share a batch, where no accelerator is")
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--text-steps", type=int, default=1600)
