@@ -70,7 +70,7 @@ def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class DistriConfig:
-    """How one picture is spread over devices; field names are those of the original DistriFusion.
+    """How one picture is spread over devices; names follow the original DistriFusion where it has them.
 
     devices: how many devices to use; None means all that JAX shows.
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).

@@ -81,7 +81,7 @@ class Loop:
     unet: jax.tree_util.PyTreeDef  # of the UNet module; its leaves are the `params` of the programs
     scheduler: Scheduler
     dtype: Any
-    strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None for full_sync
+    strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None where nothing does
     split_scheme: SplitScheme = SplitScheme.ALTERNATE  # of `isolated`
 
 

@@ -11,7 +11,7 @@ something from other bands, and ask an exchange object for it:
       patch i+1  | first row ──┼──┘       WholeImage    one device: nothing to ask for, zero padding at the edges
                  | ........... |          Synchronous   blocking and exact; what it publishes starts the stale state
                                           Displaced     what the others published at the previous step, own part fresh;
-                                                        and its variants (`STRATEGIES`), which differ in their moments
+                                                        and its variants (`STRATEGIES`)
 
 An exchange lives inside one traced call of a model. `finish()` returns what was published: a `Stale`, the next step's
 stale state. A new strategy is a new class here, and no line of a model changes.
@@ -188,7 +188,10 @@ class OwnMoments(Displaced):
 
 
 class Frozen(OwnMoments):
-    """no_sync: what the others published at the last step of the warm-up, for ever; own moments."""
+    """no_sync: what the others published at the last step of the warm-up, for ever; own moments.
+
+    The original's numbers, not its traffic: the same values are gathered again at every step.
+    """
 
     def finish(self) -> Stale:
         super().finish()
@@ -203,6 +206,11 @@ STRATEGIES: dict[SyncMode, type[Displaced]] = {
     SyncMode.NO_SYNC: Frozen,
 }
 """What follows the warm-up in each mode; full_sync has nothing to follow it."""
+
+
+def strategy_of(mode: SyncMode, patches: int) -> type[Displaced] | None:
+    """What follows the warm-up; None where every step is synchronous, as with one patch, which has nobody to wait for."""
+    return STRATEGIES.get(mode) if patches > 1 else None
 
 
 def branch_sum(x: Array) -> Array:

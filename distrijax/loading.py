@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError, check_choice
@@ -21,8 +27,6 @@ from distrijax.vae import AutoencoderKL, VAEConfig
 from distrijax.weights import load_module, read_json
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
-DOWNLOADED = ("model_index.json", "*/*.json", "*/*.txt")
 
 PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
 
@@ -69,18 +73,21 @@ def find_folder(name: str | Path, *, variant: str | None, revision: str | None, 
         return folder
     if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise DistriError(f"{name} is not a folder; give a folder in the diffusers layout or a hub id like owner/model")
-    weights = f"*/*.{variant}*" if variant else "*/*.safetensors"
-    others = () if variant else ("*/*.fp16.safetensors", "*/*.fp16-*.safetensors", "*/openvino*", "*/*flax*")
+    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    needed = [f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.txt", weights)]
+    others = [] if variant else ["*/*.fp16.safetensors", "*/*.fp16-*.safetensors"]
     try:
         return Path(
             snapshot_download(
                 str(name),
                 revision=revision,
                 token=token,
-                allow_patterns=[*DOWNLOADED, weights],
-                ignore_patterns=[*others, "*.bin", "*.msgpack", "*.onnx*"],
+                allow_patterns=["model_index.json", *needed],
+                ignore_patterns=others,
             )
         )
+    except GatedRepoError:
+        raise DistriError(f"{name} is gated; accept its terms on the hub and give a token that may read it") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise DistriError(f"{name} is neither a folder here nor a model on the hub; check the spelling") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

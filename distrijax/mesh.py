@@ -29,7 +29,7 @@ class MeshPlan:
         return self.data * self.cfg * self.patch
 
     def build(self, devices: Sequence[jax.Device]) -> Mesh:
-        """A mesh over `devices`: each branch on its own half, neighbouring patches on neighbouring devices.
+        """A mesh over `devices`: each branch on its own half, a branch's neighbouring patches on neighbouring devices.
 
         `patch` comes before `cfg` among the axes, because rows may be cut along both, and lax.ppermute numbers the devices
         along several axes in the mesh's order, whatever order it is told.

@@ -25,7 +25,7 @@ from distrijax.config import (
     positive,
 )
 from distrijax.denoise import Inputs, Layout, Loop
-from distrijax.exchange import STRATEGIES, Synchronous
+from distrijax.exchange import Synchronous, strategy_of
 from distrijax.loading import Components, default_size, find_folder, load_components, resolve_dtype
 from distrijax.mesh import CFG, DATA, PATCH, check_images, check_sizes, plan_mesh
 from distrijax.programs import Programs
@@ -170,7 +170,7 @@ class DistriSDXLPipeline:
             levels=len(self.unet_config.block_out_channels),
             scheme=self.config.split_scheme if self._naive else SplitScheme.ROW,
         )
-        strategy = None if self._naive else STRATEGIES.get(self.config.sync_mode)
+        strategy = None if self._naive else strategy_of(self.config.sync_mode, layout.patches)
         loop = Loop(layout, self._unet, self.scheduler, self.dtype, strategy, self.config.split_scheme)
         branches = self._prompts.read(
             prompt,
@@ -276,16 +276,16 @@ class DistriSDXLPipeline:
         return state._replace(latents=jax.device_put(moved, layout.sharding(layout.latents)))
 
     def _decode(self, layout: Layout, latents: jax.Array) -> np.ndarray:
-        """Pictures [b, h, w, 3] in 0 to 1, on the host of process 0's devices."""
+        """Pictures [b, h, w, 3] in 0 to 1, on the host."""
         devices = self.mesh.shape[PATCH] * self.mesh.shape[CFG]
         rows = (PATCH, CFG) if latents.shape[1] % devices == 0 else PATCH
         static = (self.mesh, rows, self._vae, self._vae_params[0].dtype)
         pictures = np.asarray(self.programs(_decode, static, self._vae_params, latents))
         if not np.isfinite(pictures).all():
             raise DistriError(
-                f"the picture has values that are not finite in {self.dtype.name}; use dtype float32 or bfloat16"
+                f"the picture has values that are not finite in {self.dtype.name}; use another dtype, scheduler or guidance"
             )
-        return pictures
+        return np.clip(pictures / 2 + 0.5, 0, 1)
 
 
 def to_pil(pictures: np.ndarray) -> list[Image.Image]:
@@ -312,7 +312,14 @@ def _image_keys(seed: int | Sequence[int], images: int) -> jax.Array:
     for value in seeds:
         if not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
             raise DistriError(f"seed is {value!r}; give a whole number from 0 to 2**63 - 1")
-    return jnp.stack([jax.random.fold_in(jax.random.key(s), i) for s, i in zip(seeds, streams, strict=True)])
+    return jnp.stack([jax.random.fold_in(_key(int(s)), i) for s, i in zip(seeds, streams, strict=True)])
+
+
+def _key(seed: int) -> jax.Array:
+    """A random key of all 63 bits of a seed; `jax.random.key` alone reads 32 of them."""
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    key = jax.random.key(np.uint32(low))
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
 def _given_latents(latents: Any, layout: Layout, images: int, shape: tuple[int, int, int]) -> jax.Array:
@@ -335,13 +342,13 @@ def _draw_latents(static, params, keys):
 
 
 def _decode(static, params, latents):
-    """VAE decoding on bands of rows, synchronous and so exact, one image after another."""
+    """VAE decoding on bands of rows, synchronous and so exact, one image after another; about -1 to 1."""
     mesh, rows, structure, dtype = static
 
     def local(params, latents):
         vae = jax.tree.unflatten(structure, params)
         unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         pixels = jax.lax.map(lambda one: vae.decode(one[None], Synchronous(rows))[0], unscaled.astype(dtype))
-        return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        return pixels.astype(jnp.float32)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA, rows)), out_specs=P(DATA, rows))(params, latents)

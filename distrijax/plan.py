@@ -21,7 +21,7 @@ from flax import nnx
 from distrijax import denoise
 from distrijax.config import DistriConfig, Parallelism
 from distrijax.denoise import Inputs, Layout, Loop
-from distrijax.exchange import STRATEGIES
+from distrijax.exchange import strategy_of
 from distrijax.mesh import MeshPlan, check_images, plan_mesh
 from distrijax.schedulers import Scheduler
 from distrijax.unet import UNet, UNetConfig
@@ -43,7 +43,7 @@ class Plan:
     """What one device does at a step.
 
     rows: of the latent. stale: bytes that it keeps of its own for the next step, by kind. received: bytes that come in from
-    the others, by kind; an all-reduce counts as a ring's.
+    the others, by kind, on the device that receives most; an all-reduce counts as a ring's.
     """
 
     mesh: MeshPlan
@@ -78,7 +78,7 @@ def plan(
     check_images(images, mesh.data)
     layout = Layout(mesh.abstract(), guided)
     naive = config.parallelism == Parallelism.NAIVE_PATCH
-    strategy = None if naive else STRATEGIES.get(config.sync_mode)
+    strategy = None if naive else strategy_of(config.sync_mode, layout.patches)
     model = nnx.eval_shape(lambda: UNet(unet, rngs=nnx.Rngs(0)))
     leaves, structure = jax.tree.flatten(model)
     params = tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
@@ -92,9 +92,14 @@ def plan(
         state, kept = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
         function, arguments = denoise.displaced, (state, kept, xs)
     program = jax.make_jaxpr(partial(function, loop))(params, inputs, *arguments)
-    received = Counter()
-    for kind, count in _collectives(program.jaxpr, layout.mesh.shape):
-        received[kind] += count
+    received, rows = Counter(), Counter()
+    for kind, patch, count in _collectives(program.jaxpr, layout.mesh.shape):
+        if patch is None:
+            received[kind] += count
+        else:
+            rows[patch] += count
+    if rows:
+        received["halo"] = max(rows.values())
     stale = Counter()
     for leaf in kept.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
@@ -123,8 +128,8 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Any, latent: tuple[int, int
     return inputs, state, xs
 
 
-def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """(kind, bytes received by one device) of every collective of a program; of a conditional, its dearer branch.
+def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, int]]:
+    """(kind, receiving patch or None for all, bytes) of every collective of a program; of a conditional, its dearer branch.
 
     sizes: of the mesh's axes.
     """
@@ -132,7 +137,7 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
         inner = [branch for value in equation.params.values() for branch in _programs(value)]
         if equation.primitive.name == "cond":
             yield from max(
-                (list(_collectives(branch, sizes)) for branch in inner), key=lambda found: sum(n for _, n in found)
+                (list(_collectives(branch, sizes)) for branch in inner), key=lambda found: sum(n for *_, n in found)
             )
         else:
             for program in inner:
@@ -143,8 +148,11 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
         axes = equation.params.get("axes") or equation.params["axis_name"]
         n = math.prod(sizes[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
         for operand in (variable.aval for variable in equation.invars):
-            times = {"all_gather": n - 1, "ppermute": n > 1, "all_to_all": (n - 1) / n}.get(name, 2 * (n - 1) / n)
-            yield KINDS[name] or _kind(operand), int(times * _bytes(operand))
+            if name == "ppermute":
+                yield from ((KINDS[name], target, _bytes(operand)) for _, target in equation.params["perm"])
+                continue
+            times = {"all_gather": n - 1, "all_to_all": (n - 1) / n}.get(name, 2 * (n - 1) / n)
+            yield KINDS[name] or _kind(operand), None, int(times * _bytes(operand))
 
 
 def _programs(value: Any) -> Iterator[Any]:

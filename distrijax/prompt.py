@@ -90,9 +90,13 @@ class PromptEncoder:
         given, given_negative: embeddings that take the place of prompts. None among the branches stands for zeros. Raises
         DistriError for prompts that contradict each other or are missing.
         """
-        for name, one, other in (("", prompt, given), ("negative_", negative_prompt, given_negative)):
-            if one is not None and other is not None:
-                raise DistriError(f"both {name}prompt and {name}prompt_embeds are given; give one of them")
+        for name, ones, other in (
+            ("", (prompt, prompt_2), given),
+            ("negative_", (negative_prompt, negative_prompt_2), given_negative),
+        ):
+            for suffix, one in zip(("", "_2"), ones, strict=True):
+                if one is not None and other is not None:
+                    raise DistriError(f"both {name}prompt{suffix} and {name}prompt_embeds are given; give one of them")
         text = given or _pair_up("prompt", prompt, prompt_2)
         if not guided:
             return (text,)

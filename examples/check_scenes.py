@@ -136,8 +136,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.image_size = (args.image_size * 2)[:2]
     if any(side % 8 or not 64 <= side <= 512 for side in args.image_size):
         parser.error(f"--image-size is {args.image_size}; sides must be multiples of 8 from 64 to 512")
-    if min(args.captions, args.batch, args.devices) < 1:
-        parser.error("--captions, --batch and --devices must be at least 1")
+    if min(args.captions, args.batch, args.devices) < 1 or args.seed < 0:
+        parser.error("--captions, --batch and --devices must be at least 1, --seed at least 0")
     if args.contact_sheet and not args.contact_sheet.absolute().parent.is_dir():
         parser.error(f"--contact-sheet: there is no folder {args.contact_sheet.absolute().parent}; create it first")
     return args
@@ -145,7 +145,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    results = check(pipeline_generator(args), args.captions, args.batch, *args.image_size, args.seed)
+    from distrijax import DistriError
+
+    try:
+        results = check(pipeline_generator(args), args.captions, args.batch, *args.image_size, args.seed)
+    except DistriError as error:
+        sys.exit(f"error: {error}")
     if args.contact_sheet:
         contact_sheet(results).save(args.contact_sheet)
     print(report(results))

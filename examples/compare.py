@@ -64,6 +64,10 @@ def main() -> None:
     parser.add_argument("--no-split-batch", dest="split_batch", action="store_false")
     parser.add_argument("--output", type=Path, default=Path("compare.png"))
     settings = parser.parse_args()
+    if settings.devices < 2:
+        parser.error(f"--devices is {settings.devices}; one device is what it is compared with, so give at least 2")
+    if not settings.output.absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {settings.output.absolute().parent}; create it first")
     jax.config.update("jax_num_cpu_devices", settings.devices)
 
     from distrijax import DistriError
@@ -72,7 +76,7 @@ def main() -> None:
     prompts = tuple(settings.prompt)
     kind = settings.sync_mode if settings.parallelism == "patch" else f"{settings.parallelism} {settings.split_scheme}"
     try:
-        one, many = paint(1, prompts, settings), paint(settings.devices, prompts, settings)
+        many, one = paint(settings.devices, prompts, settings), paint(1, prompts, settings)
     except DistriError as error:
         sys.exit(f"error: {error}")
     for prompt, pair in zip(prompts, zip(many, one, strict=True), strict=True):

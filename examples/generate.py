@@ -65,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             generate(arguments)
         except DistriError as error:
             sys.exit(f"error: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sys.exit(
+                "error: the devices' memory does not suffice; use more devices, a smaller --image-size or bfloat16"
+            )
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -102,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
     add("--variant", help="of the weight files, for example fp16")
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
-    add("--plan", action="store_true", help="tell what devices would hold and exchange, load no weights, and stop")
+    add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     if len(arguments.image_size or ()) > 2:
@@ -182,7 +188,8 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int]) -> None:
     """What a run would exchange, from the configurations alone; the devices need not be there."""
-    devices = config.devices or find_devices(None)
+    found = find_devices(None)
+    devices = config.devices or found
     dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
     mesh = plan_mesh(config, devices)
     image = share(arguments, configs, size, mesh)

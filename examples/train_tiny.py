@@ -9,7 +9,8 @@
     unet-256    of 256x256, 192x320 and 320x192, with SDXL's size conditioning
     decoder     the autoencoder's decoder once more, on larger crops
 
-Every batch follows from (seed, step), and a checkpoint is kept every 500 steps: an interrupted run goes on where it stopped.
+Every batch follows from the seed and the step, its noise from the step, and a checkpoint is kept every 500 steps: an
+interrupted run goes on where it stopped. Needs the extra `train`.
 The result is a folder in the diffusers layout. Up to four devices share a batch.
 """
 
@@ -419,8 +420,8 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--text-steps", type=int, default=1600)
-    parser.add_argument("--small-steps", type=int, default=8000, help="steps of the UNet at 128x128")
-    parser.add_argument("--large-steps", type=int, default=4000, help="steps of the UNet at 256x256 and other shapes")
+    parser.add_argument("--small-steps", type=int, default=4500, help="steps of the UNet at 128x128")
+    parser.add_argument("--large-steps", type=int, default=5000, help="steps of the UNet at 256x256 and other shapes")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices or 1)
     jax.config.update("jax_compilation_cache_dir", str((args.output / "checkpoints" / "xla").absolute()))

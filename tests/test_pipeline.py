@@ -168,6 +168,7 @@ def test_images_of_one_prompt_differ_and_the_first_is_that_of_a_single_call(one)
 
 
 def test_seeds_draw_different_noise(one):
+    assert relative_error(paint(one, seed=1 + 2**32), paint(one, seed=1)) > 0.1
     assert relative_error(paint(one, seed=1), paint(one, seed=2)) > 0.1
     np.testing.assert_array_equal(paint(one, seed=[1]), paint(one, seed=1))
 
