@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from compare import PROMPTS, psnr
+from oracle import nhwc, relative_error
 from scenes import found, held_out_example
+from tiny_pipeline import load_torch_pipeline
 
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
+from distrijax.exchange import WholeImage
 
 STEPS = 20
 LEAST_SPLIT, LEAST_PATCHES = 36, 27  # dB; measured 38.4 with the CFG split, 29.5 with eight patches
@@ -39,16 +44,57 @@ def reference(one_device) -> np.ndarray:
     return paint(one_device)
 
 
-def test_the_picture_is_that_of_torch_diffusers(one_device):
-    from diffusers import StableDiffusionXLPipeline
+@pytest.fixture(scope="module")
+def theirs():
+    return load_torch_pipeline(DEFAULT_MODEL)
 
-    theirs = StableDiffusionXLPipeline.from_pretrained(DEFAULT_MODEL, torch_dtype=torch.float32, add_watermarker=False)
-    theirs.set_progress_bar_config(disable=True)
+
+@torch.inference_mode()
+def test_text_encoders_are_those_of_torch(one_device, theirs):
+    tokens, _, pooled, _ = theirs.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
+    ours = one_device._prompts(PROMPTS, PROMPTS)
+    assert relative_error(ours.tokens, tokens.numpy()) < 1e-5
+    assert relative_error(ours.pooled, pooled.numpy()) < 1e-5
+
+
+@torch.inference_mode()
+def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
+    pictures, _, _ = zip(*(held_out_example(0, index, 96, 64) for index in range(4)), strict=True)
+    pixels = np.stack(pictures).astype(np.float32) / 127.5 - 1
+    vae = jax.tree.unflatten(one_device._vae, one_device._vae_params)
+    ours, _ = jax.jit(lambda vae, x: vae.encode(x, WholeImage()))(vae, pixels)
+    latents = theirs.vae.encode(torch.tensor(pixels).permute(0, 3, 1, 2)).latent_dist.mean
+    assert relative_error(ours, nhwc(latents)) < 1e-5
+    painted = np.asarray(jax.jit(lambda vae, x: vae.decode(x, WholeImage()))(vae, nhwc(latents)))
+    assert relative_error(painted, nhwc(theirs.vae.decode(latents).sample)) < 1e-5
+    assert psnr(painted / 2, pixels / 2) > 30  # and it is a good one
+
+
+@pytest.mark.parametrize("timestep", [999, 500, 20])
+@torch.inference_mode()
+def test_unet_is_that_of_torch(one_device, theirs, timestep):
+    draw = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 4, 32, 24, generator=draw)
+    tokens, _, pooled, _ = theirs.encode_prompt(list(PROMPTS[:2]), do_classifier_free_guidance=False)
+    sizes = torch.tensor([[256.0, 192, 0, 0, 256, 192]] * 2)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    expected = theirs.unet(sample, timestep, tokens, added_cond_kwargs=added).sample
+
+    @jax.jit
+    def call(unet, sample, *prompt):
+        return unet(sample, jnp.float32(timestep), unet.condition(*prompt), WholeImage())
+
+    unet = jax.tree.unflatten(one_device._unet, one_device._unet_params)
+    got = call(unet, nhwc(sample), *(part.numpy() for part in (tokens, pooled, sizes)))
+    assert relative_error(got, nhwc(expected)) < 1e-5
+
+
+def test_the_picture_is_that_of_torch_diffusers(one_device, theirs):
     latents = torch.randn(1, 4, 32, 32)
     call = dict(prompt=PROMPTS[0], num_inference_steps=8, guidance_scale=5.0, height=256, width=256)
     expected = theirs(**call, latents=latents, output_type="latent").images.numpy()
     ours = np.asarray(one_device(**call, latents=latents.numpy(), output_type="latent").images)
-    assert np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 1e-3
+    assert relative_error(ours, expected) < 1e-3
     picture = one_device(**call, latents=latents.numpy(), output_type="np").images
     assert psnr(picture, theirs(**call, latents=latents, output_type="np").images) > 50
 

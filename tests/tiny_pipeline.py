@@ -78,8 +78,8 @@ def save_tiny_pipeline(folder: Path, *, seed: int = 0) -> None:
 
 
 def load_torch_pipeline(folder: Path) -> StableDiffusionXLPipeline:
-    """The pipeline as torch diffusers reads it, without watermark and progress bar."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    """The pipeline as torch diffusers reads it, in float32, without watermark and progress bar."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
