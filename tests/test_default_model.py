@@ -59,7 +59,7 @@ def test_text_encoders_are_those_of_torch(one_device, theirs):
 
 @torch.inference_mode()
 def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
-    pictures, _, _ = zip(*(held_out_example(0, index, 96, 64) for index in range(4)), strict=True)
+    pictures, _, _ = zip(*(held_out_example(0, index, 256, 192) for index in range(4)), strict=True)
     pixels = np.stack(pictures).astype(np.float32) / 127.5 - 1
     vae = jax.tree.unflatten(one_device._vae, one_device._vae_params)
     ours, _ = jax.jit(lambda vae, x: vae.encode(x, WholeImage()))(vae, pixels)
@@ -67,7 +67,7 @@ def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
     assert relative_error(ours, nhwc(latents)) < 1e-5
     painted = np.asarray(jax.jit(lambda vae, x: vae.decode(x, WholeImage()))(vae, nhwc(latents)))
     assert relative_error(painted, nhwc(theirs.vae.decode(latents).sample)) < 1e-5
-    assert psnr(painted / 2, pixels / 2) > 30  # and it is a good one
+    assert psnr(painted / 2, pixels / 2) > 28  # and it is a good one
 
 
 @pytest.mark.parametrize("timestep", [999, 500, 20])
