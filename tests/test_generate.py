@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate as generate_script
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,3 +89,20 @@ def test_another_run_overwrites_the_picture(run, tiny_checkpoint):
     assert Image.open(folder / "star.png").text["num_inference_steps"] == "4"
     assert (folder / "star.png").read_bytes() != before
     assert [path.name for path in folder.iterdir()] == ["star.png"]
+
+
+def test_the_plan_alone_needs_no_devices_and_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--plan", "--devices", "64", "--image-size", "2048", "512", "--dtype", "bfloat16", "--output", "x.png"]
+    generate_script.main(["--model", str(tiny_checkpoint), *flags])
+    mesh, image, stale, received = capsys.readouterr().out.splitlines()
+    assert mesh == "mesh     data 1 x cfg 2 x patch 32, bfloat16"
+    assert image == "image    2048x512; each device has 64 rows of pixels, 8 of the latent"
+    assert stale.startswith("stale    ") and "tokens" in stale
+    assert received.startswith("received ") and "guidance" in received
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(tiny_checkpoint):
+    with pytest.raises(SystemExit, match="height is 64 and 8 patches need a multiple of 256; use 256"):
+        generate_script.main(["--model", str(tiny_checkpoint), "--plan", "--devices", "16", "--image-size", "64"])
