@@ -20,7 +20,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -77,6 +77,10 @@ SCHEDULER = {
     "set_alpha_to_one": True,
     "steps_offset": 0,
     "clip_sample": False,
+}
+PICTURES = {  # height, width and how many, for each stage of the UNet
+    "unet-128": [(128, 128, 16384)],
+    "unet-256": [(256, 256, 4096), (192, 320, 512), (320, 192, 512)],
 }
 BATCH_UNIT = 4  # every batch is a multiple of it, so that up to as many devices can share it
 NO_CAPTION = 0.1  # share of captions that are left out, for classifier-free guidance
@@ -363,10 +367,11 @@ def train_unet(args, vae: AutoencoderKL, reader: Reader, tokenizers: list[CLIPTo
     unet = quiet_residuals(UNet(UNET, rngs=nnx.Rngs(args.seed + 2)))
     encode = jax.jit(lambda reader, ids, ids_2: reader.encode(ids, ids_2))
     scale = None
-    for name, steps, batch, rate, shapes in (
-        ("unet-128", args.small_steps, 32, 1.5e-3, [(128, 128, 16384)]),
-        ("unet-256", args.large_steps, 16, 1e-3, [(256, 256, 4096), (192, 320, 512), (320, 192, 512)]),
+    for name, steps, batch, rate in (
+        ("unet-128", args.small_steps, 32, 1.5e-3),
+        ("unet-256", args.large_steps, 16, 1e-3),
     ):
+        shapes = PICTURES[name]
         first, caches = 0, []
         for height, width, count in shapes:
             cache = cache_latents(args, vae, tokenizers, height, width, count, first)
@@ -412,7 +417,7 @@ def export(args, vae: AutoencoderKL, reader: Reader, unet: UNet, scale: float) -
         (args.output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, its checkpoints and caches")
     parser.add_argument("--seed", type=int, default=0)
@@ -422,9 +427,11 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=1600)
     parser.add_argument("--small-steps", type=int, default=4500, help="steps of the UNet at 128x128")
     parser.add_argument("--large-steps", type=int, default=5000, help="steps of the UNet at 256x256 and other shapes")
-    args = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", args.devices or 1)
-    jax.config.update("jax_compilation_cache_dir", str((args.output / "checkpoints" / "xla").absolute()))
+    args = parser.parse_args(argv)
+    if args.devices:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((args.output / "checkpoints" / "xla").absolute()))
     words = [" ".join(all_captions_vocabulary())]
     tokenizers = [
         train_tokenizer(words, args.output / name, vocab_size=1024, pad_token=pad)

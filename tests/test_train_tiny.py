@@ -1,0 +1,63 @@
+"""The training script, a step of each stage on few pictures: what it writes is a pipeline, and it goes on where it was."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import train_tiny
+from safetensors.numpy import load_file
+
+from distrijax import DistriConfig, DistriSDXLPipeline
+
+STAGES = ("vae", "text", "small", "large", "decoder")
+
+
+def train(folder, **steps: int) -> None:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax relies on both
+        train_tiny.main(["--output", str(folder), *(f"--{stage}-steps={steps.get(stage, 1)}" for stage in STAGES)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tiny, "PICTURES", {"unet-128": [(128, 128, 32)], "unet-256": [(128, 192, 32)]})
+        train(folder)
+        yield folder
+
+
+def weights(folder) -> dict[str, np.ndarray]:
+    return {
+        f"{path.parent.name}.{name}": tensor
+        for path in sorted(folder.glob("*/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_the_result_is_a_pipeline(trained):
+    pipe = DistriSDXLPipeline.from_pretrained(trained, DistriConfig(devices=1))
+    pipe.set_progress_bar_config(disable=True)
+    (picture,) = pipe("a red circle on the left", height=64, width=64, num_inference_steps=1).images
+    assert picture.size == (64, 64)
+
+
+def test_every_stage_has_learned_something_and_is_not_done_again(trained):
+    before = weights(trained)
+    assert {name.split(".")[0] for name in before} == {"vae", "unet", "text_encoder", "text_encoder_2"}
+    for name in ("unet.conv_out.weight", "vae.decoder.conv_out.weight", "vae.encoder.conv_in.weight"):
+        assert np.abs(before[name]).max() > 0
+    train(trained)
+    after = weights(trained)
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+def test_more_steps_go_on_from_the_checkpoint(trained):
+    before = weights(trained)
+    train(trained, decoder=3)
+    after = weights(trained)
+    changed = {name for name in before if not np.array_equal(after[name], before[name])}
+    assert "vae.decoder.conv_out.weight" in changed
+    assert all(name.startswith("vae.decoder.") for name in changed)
+    assert (trained / "checkpoints" / "decoder" / "3").is_dir()
