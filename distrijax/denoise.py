@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
@@ -43,7 +43,7 @@ from distrijax.unet import Conditioning, UNet
 class Layout:
     """How a call lies on the mesh. With guidance `cfg` holds its branches; without, it cuts the rows further."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh  # without devices where a program is only traced
     guided: bool
 
     @property
