@@ -76,7 +76,7 @@ class DistriConfig:
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).
     warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
-    parallelism: how the UNet is divided (`Parallelism`); naive_patch never exchanges anything, so `sync_mode` and
+    parallelism: how the UNet is divided (`Parallelism`); naive_patch exchanges no activations, so `sync_mode` and
         `warmup_steps` say nothing then.
     split_scheme: how naive_patch cuts the picture (`SplitScheme`).
     data, cfg, patch: sizes of the mesh axes; None lets the planner choose.
