@@ -31,6 +31,7 @@ class Parallelism(enum.StrEnum):
 
     PATCH = "patch"
     NAIVE_PATCH = "naive_patch"
+    TENSOR = "tensor"
 
 
 class SplitScheme(enum.StrEnum):
@@ -76,8 +77,8 @@ class DistriConfig:
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).
     warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
-    parallelism: how the UNet is divided (`Parallelism`); naive_patch exchanges no activations, so `sync_mode` and
-        `warmup_steps` say nothing then.
+    parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode` and
+        `warmup_steps` say nothing in naive_patch, which exchanges no activations, and in tensor, which is exact.
     split_scheme: how naive_patch cuts the picture (`SplitScheme`).
     data, cfg, patch: sizes of the mesh axes; None lets the planner choose.
     """

@@ -2,14 +2,17 @@
 
     warm-up     step ... step -> latents, stale     every exchange fresh; the last of these steps keeps what it published
     displaced   step ... step -> latents            every exchange of the previous step's values
+    stateless   step ... step -> latents            steps that keep nothing: full_sync, tensor and naive_patch
 
-Both run as one compiled program (`whole`), or in chunks with the host between them (`warm_up`, `displaced`): the same
-functions, so the same numbers. `Layout` says which mesh axes cut the rows and which the guidance branches.
+The first two run as one compiled program (`whole`), or in chunks with the host between them (`warm_up`, `displaced`): the
+same functions, so the same numbers. `Layout` says which mesh axes cut the rows and which the guidance branches, and
+`loop_of` which steps a configuration asks for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,10 +24,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
-from distrijax.config import SplitScheme
+from distrijax.config import DistriConfig, Parallelism, SplitScheme
 from distrijax.exchange import (
-    Axis,
     Displaced,
+    Exchange,
+    PartOfChannels,
     Stale,
     Synchronous,
     WholeImage,
@@ -32,27 +36,53 @@ from distrijax.exchange import (
     first_row,
     for_each_branch,
     on_columns,
-    whole_image_std,
+    strategy_of,
 )
-from distrijax.mesh import CFG, DATA, PATCH
+from distrijax.mesh import CFG, DATA, PATCH, Bands
 from distrijax.schedulers import Scheduler
 from distrijax.unet import Conditioning, UNet
+
+WHOLE = P()
+"""Everything on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a call lies on the mesh. With guidance `cfg` holds its branches; without, it cuts the rows further."""
+    """How a call lies on the mesh. With guidance `cfg` holds its branches; without, it cuts the rows further.
+
+    latent: rows and columns of the whole image's latent. levels: of the UNet, each of half the size. split_scheme: of
+    naive_patch. Tensor parallelism cuts weights, for the `patch` axis alone, and leaves the latents whole.
+    """
 
     mesh: Mesh | AbstractMesh  # without devices where a program is only traced
     guided: bool
+    latent: tuple[int, int]
+    levels: int = 1
+    parallelism: Parallelism = Parallelism.PATCH
+    split_scheme: SplitScheme = SplitScheme.ALTERNATE
 
     @property
-    def rows(self) -> Axis:
-        return PATCH if self.guided else (PATCH, CFG)
+    def rows(self) -> tuple[str, ...]:
+        """The axes along which the rows are cut."""
+        if self.parallelism is Parallelism.TENSOR:
+            return ()
+        return (PATCH,) if self.guided else (PATCH, CFG)
 
     @property
     def patches(self) -> int:
-        return self.mesh.shape[PATCH] * (1 if self.guided else self.mesh.shape[CFG])
+        return math.prod(self.mesh.shape[axis] for axis in self.rows)
+
+    @property
+    def bands(self) -> Bands:
+        return Bands.among(self.latent[0], self.patches, levels=self.levels)
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Rows and columns of the latents with their padding; naive_patch paints that, too, and its bands may be of columns."""
+        columns = self.latent[1]
+        if self.parallelism is Parallelism.NAIVE_PATCH and self.split_scheme is not SplitScheme.ROW:
+            columns = self.patches * Bands.among(columns, self.patches, levels=self.levels).band
+        return self.patches * self.bands.band, columns
 
     @property
     def latents(self) -> P:
@@ -65,12 +95,22 @@ class Layout:
         return P(CFG if self.guided else None, DATA)
 
     @property
+    def conditioning(self) -> Conditioning:
+        """As `branches`; of keys and values every device has those of its heads."""
+        heads = PATCH if self.parallelism is Parallelism.TENSOR else None
+        return Conditioning(P(*self.branches, None, heads), self.branches)
+
+    @property
     def stale(self) -> P:
         """Every leaf: images of all branches, then the axis that concatenates the patches."""
         return P((DATA, CFG) if self.guided else DATA, self.rows)
 
     def sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
+
+    def exact(self) -> Exchange:
+        """An exchange of fresh values."""
+        return PartOfChannels() if self.parallelism is Parallelism.TENSOR else Synchronous(self.rows, self.bands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +121,29 @@ class Loop:
     unet: jax.tree_util.PyTreeDef  # of the UNet module; its leaves are the `params` of the programs
     scheduler: Scheduler
     dtype: Any
-    strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None where nothing does
-    split_scheme: SplitScheme = SplitScheme.ALTERNATE  # of `isolated`
+    strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None where all steps are stateless
+    weights: P | tuple[P, ...] = WHOLE  # how `params` lie on the mesh
+
+
+def layout_of(
+    config: DistriConfig, mesh: Mesh | AbstractMesh, *, guided: bool, latent: tuple[int, int], levels: int
+) -> Layout:
+    """How a call of this configuration lies on the mesh."""
+    return Layout(mesh, guided, latent, levels, config.parallelism, config.split_scheme)
+
+
+def loop_of(
+    config: DistriConfig,
+    layout: Layout,
+    unet: jax.tree_util.PyTreeDef,
+    scheduler: Scheduler,
+    dtype: Any,
+    weights: P | tuple[P, ...],
+) -> Loop:
+    """The loop of a call of this configuration: the one place that chooses which steps it has."""
+    patch = layout.parallelism is Parallelism.PATCH
+    strategy = strategy_of(config.sync_mode, layout.patches) if patch else None
+    return Loop(layout, unet, scheduler, dtype, strategy, weights)
 
 
 class Inputs(NamedTuple):
@@ -123,12 +184,12 @@ def band_noise(
     return jax.vmap(image)(keys)
 
 
-def draw_latents(layout: Layout, shape: tuple[int, int, int], keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
-    """The starting noise of whole images, drawn band by band on the devices; shape: [h, w, c] of the whole latent."""
-    rows, width, channels = shape[0] // layout.patches, *shape[1:]
+def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
+    """The starting noise of the whole canvas, drawn band by band on the devices."""
+    rows, columns = layout.bands.band, layout.canvas[1]
 
     def band(keys):
-        return band_noise(keys, 0, first_row(rows, layout.rows), (rows, width, channels))
+        return band_noise(keys, 0, first_row(rows, layout.rows), (rows, columns, channels))
 
     return jax.shard_map(band, mesh=layout.mesh, in_specs=P(DATA), out_specs=layout.latents)(keys)
 
@@ -148,8 +209,9 @@ def condition(
         result = jax.tree.unflatten(loop.unet, params).condition(*merged)
         return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
 
-    spec = loop.layout.branches
-    mapped = jax.shard_map(local, mesh=loop.layout.mesh, in_specs=(P(), spec), out_specs=spec)
+    layout = loop.layout
+    specs = (loop.weights, layout.branches)
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=layout.conditioning)
     return mapped(params, (encoder_hidden_states, text_embeds, time_ids))
 
 
@@ -162,20 +224,11 @@ def warm_up(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> tup
     return _on_mesh(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
 
 
-def synchronous(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> Any:
-    """Synchronous steps that keep nothing: full_sync."""
+def stateless(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> Any:
+    """Steps that keep nothing for the next one."""
 
     def local(params, inputs, state, xs):
-        return _scan_synchronous(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
-
-    return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
-
-
-def isolated(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> Any:
-    """Steps of naive_patch: every patch is denoised as if it were a picture of its own."""
-
-    def local(params, inputs, state, xs):
-        return _scan_isolated(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
+        return _scan_stateless(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
 
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
 
@@ -203,54 +256,58 @@ def whole(loop: Loop, params: Any, inputs: Inputs, state: Any, warm_xs: Any, xs:
 
 def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
     layout = loop.layout
-    inputs = Inputs(layout.branches, P(CFG) if layout.guided else P(), P(), P(DATA))
-    specs = (P(), inputs, layout.latents, *((layout.stale,) if stale else ()), P())
+    inputs = Inputs(layout.conditioning, P(CFG) if layout.guided else P(), P(), P(DATA))
+    specs = (loop.weights, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
     return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out)
 
 
 def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
-    state = _scan_synchronous(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
-    exchange = Synchronous(loop.layout.rows, keep_moments=loop.strategy.KEEPS_MOMENTS)
+    state = _scan_stateless(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
+    exchange = Synchronous(loop.layout.rows, loop.layout.bands, keep_moments=loop.strategy.KEEPS_MOMENTS)
     state = _step(loop, partial(unet, exchange=exchange), inputs, state, jax.tree.map(lambda a: a[-1], xs))
     return state, exchange.finish()
 
 
-def _scan_synchronous(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
+def _scan_stateless(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
     def body(state, x):
-        return _step(loop, partial(unet, exchange=Synchronous(loop.layout.rows)), inputs, state, x), None
+        _, number = x
+        if loop.layout.parallelism is Parallelism.NAIVE_PATCH:
+            predict = partial(_predict_alone, loop.layout, unet, number)
+        else:
+            predict = partial(unet, exchange=loop.layout.exact())
+        return _step(loop, predict, inputs, state, x), None
 
     return _scan(body, state, xs)
+
+
+def _predict_alone(
+    layout: Layout, unet: UNet, number: Array, sample: Array, timestep: Array, conditioning: Conditioning
+) -> Array:
+    """naive_patch: the UNet on every band as if it were a picture of its own. number: of the step, from 1."""
+
+    def on_rows(sample):
+        return unet(sample, timestep, conditioning, WholeImage())
+
+    def across(sample):
+        return on_columns(on_rows, sample, layout.rows)
+
+    match layout.split_scheme:
+        case SplitScheme.ROW:
+            return on_rows(sample)
+        case SplitScheme.COLUMN:
+            return across(sample)
+        case SplitScheme.ALTERNATE:
+            return lax.cond(number % 2 == 1, on_rows, across, sample)
 
 
 def _scan_displaced(loop: Loop, unet: UNet, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
     def body(carry, x):
         state, stale = carry
-        exchange = loop.strategy(stale, loop.layout.rows)
+        exchange = loop.strategy(stale, loop.layout.rows, loop.layout.bands)
         return (_step(loop, partial(unet, exchange=exchange), inputs, state, x), exchange.finish()), None
 
     return _scan(body, (state, stale), xs)
-
-
-def _scan_isolated(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
-    scheme, rows = loop.split_scheme, loop.layout.rows
-
-    def body(state, x):
-        _, number = x
-
-        def predict(sample, timestep, conditioning):
-            def on_band(sample):
-                return unet(sample, timestep, conditioning, WholeImage())
-
-            if scheme == SplitScheme.ROW:
-                return on_band(sample)
-            if scheme == SplitScheme.COLUMN:
-                return on_columns(on_band, sample, rows)
-            return lax.cond(number % 2 == 1, on_band, lambda sample: on_columns(on_band, sample, rows), sample)
-
-        return _step(loop, predict, inputs, state, x), None
-
-    return _scan(body, state, xs)
 
 
 def _scan(body, carry, xs):
@@ -290,5 +347,6 @@ def _guide(layout: Layout, inputs: Inputs, output: Float[Array, "k b h w c"]) ->
     if inputs.rescale is None:
         return sums[0]
     guided, text = sums
-    ratio = whole_image_std(text, layout.rows) / whole_image_std(guided, layout.rows)
+    text_variance, variance = (layout.exact().moments("guidance", x, x.shape[-1])[..., 1] for x in (text, guided))
+    ratio = jnp.sqrt(text_variance / variance)[..., None, None]
     return guided * (inputs.rescale * ratio + (1 - inputs.rescale))

@@ -1,20 +1,25 @@
-"""What the patches tell each other: the only file with collectives.
+"""What the devices tell each other: the only file with collectives.
 
 The image is cut into bands of rows ("patches"), one for each device along the `patch` axis. Three kinds of layers need
 something from other bands, and ask an exchange object for it:
 
-      patch i-1  | ........... |          halo(name, x)      rows above and below, for 3x3 convolutions
-                 | last row  ──┼──┐       tokens(name, kv)   keys and values of the whole image, for self-attention
-      patch i    | ┌─────────┐ |◄─┘       moments(name, m)   mean and variance of the whole image, for GroupNorm
+      patch i-1  | ........... |          halo(name, x)          rows above and below, for 3x3 convolutions
+                 | last row  ──┼──┐       tokens(name, kv)       keys and values of the whole image, for self-attention
+      patch i    | ┌─────────┐ |◄─┘       moments(name, x, size) mean and variance of the whole image, for GroupNorm
                  | │ x       │ |
                  | └─────────┘ |◄─┐
-      patch i+1  | first row ──┼──┘       WholeImage    one device: nothing to ask for, zero padding at the edges
-                 | ........... |          Synchronous   blocking and exact; what it publishes starts the stale state
-                                          Displaced     what the others published at the previous step, own part fresh;
-                                                        and its variants (`STRATEGIES`)
+      patch i+1  | first row ──┼──┘       WholeImage     one device: nothing to ask for, zero padding at the edges
+                 | ........... |          Synchronous    blocking and exact; what it publishes starts the stale state
+                                          Displaced      what the others published at the previous step, own part fresh;
+                                                         and its variants (`STRATEGIES`)
+                                          PartOfChannels no bands: every device has the whole image and a part of the
+                                                         channels (tensor parallelism)
 
 An exchange lives inside one traced call of a model. `finish()` returns what was published: a `Stale`, the next step's
 stale state. A new strategy is a new class here, and no line of a model changes.
+
+Bands are equally high. Where the image's rows do not fill them (`Bands`), the last rows are padding: zeros to a convolution,
+no keys to an attention, not counted in moments. What a layer computes there is never read.
 """
 
 from __future__ import annotations
@@ -23,11 +28,12 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from distrijax.config import SyncMode
-from distrijax.mesh import CFG, PATCH
+from distrijax.mesh import CFG, PATCH, Bands
 
 Axis = str | tuple[str, ...]
 
@@ -41,13 +47,21 @@ moments  [b, groups, 2]            mean and variance for each group, float32; in
 
 
 class Exchange(Protocol):
-    """The three questions of a layer, and `exact`, with which a model asks them for values that must not be old."""
+    """The questions of a layer, and `exact`, with which a model asks them for values that must not be old.
+
+    channels, whole_sum: of layers whose input channels may be divided among devices: this device's `count` of the channels,
+    and the sum of everyone's products with their part of the weights.
+    """
 
     def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]: ...
 
-    def tokens(self, name: str, kv: Float[Array, "b t c2"]) -> Float[Array, "b T c2"]: ...
+    def tokens(self, name: str, kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c2"]: ...
 
-    def moments(self, name: str, m: Float[Array, "b g 2"]) -> Float[Array, "b g 2"]: ...
+    def moments(self, name: str, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]: ...
+
+    def channels(self, x: Float[Array, "... c"], count: int) -> Float[Array, "... {count}"]: ...
+
+    def whole_sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]: ...
 
     def exact(self) -> Exchange: ...
 
@@ -61,10 +75,16 @@ class WholeImage:
         return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
 
     def tokens(self, name, kv):
-        return kv
+        return _flat(kv)
 
-    def moments(self, name, m):
-        return m
+    def moments(self, name, x, size):
+        return _own_moments(x, size)
+
+    def channels(self, x, count):
+        return x
+
+    def whole_sum(self, x):
+        return x
 
     def exact(self) -> Exchange:
         return self
@@ -73,28 +93,50 @@ class WholeImage:
         return {}
 
 
-class Synchronous:
-    """Blocking exchange of fresh values: exact for any number of patches.
+class PartOfChannels(WholeImage):
+    """Tensor parallelism (arXiv 1909.08053): every device has the whole image and its part of the inner channels.
 
-    axis: the mesh axis, or axes, along which the rows are cut. keep_moments: whether the steps that follow read them.
+    axis: the mesh axis along which `distrijax.tensor` has cut the weights.
     """
 
-    def __init__(self, axis: Axis = PATCH, *, keep_moments: bool = True):
-        self.axis, self.keep_moments = axis, keep_moments
+    def __init__(self, axis: Axis = PATCH):
+        self.axis = axis
+
+    def channels(self, x, count):
+        if x.shape[-1] == count:  # a layer before this one was cut alike
+            return x
+        whole = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lax.axis_size(self.axis) * count - x.shape[-1])])
+        return lax.dynamic_slice_in_dim(whole, lax.axis_index(self.axis) * count, count, axis=-1)
+
+    def whole_sum(self, x):
+        return lax.psum(x, self.axis)
+
+
+class Synchronous(WholeImage):
+    """Blocking exchange of fresh values: exact for any number of patches.
+
+    axis: the mesh axis, or axes, along which the rows are cut. bands: where the image's rows do not fill the bands; None
+    where they do. keep_moments: whether the steps that follow read them.
+    """
+
+    def __init__(self, axis: Axis = PATCH, bands: Bands | None = None, *, keep_moments: bool = True):
+        self.axis, self.bands, self.keep_moments = axis, bands, keep_moments
         self.fresh: Stale = {}
         self.asked: set[str] = set()
 
     def halo(self, name, x, above, below):
+        x = self._without_padding(x)
         return _with_neighbours(x, self._publish(name, _edges(x, above, below)), above, self.axis)
 
     def tokens(self, name, kv):
-        return lax.all_gather(self._publish(name, kv), self.axis, axis=1, tiled=True)
+        return self._image_tokens(lax.all_gather(self._publish(name, _flat(kv)), self.axis, axis=1, tiled=True), kv)
 
-    def moments(self, name, m):
-        return _pooled(lax.all_gather(self._publish(name, m, keep=self.keep_moments), self.axis))
+    def moments(self, name, x, size):
+        own = self._publish(name, self._own(x, size), keep=self.keep_moments)
+        return _pooled(lax.all_gather(own, self.axis), self._shares(x))
 
     def exact(self) -> Exchange:
-        return Synchronous(self.axis)
+        return Synchronous(self.axis, self.bands)
 
     def finish(self) -> Stale:
         return self.fresh
@@ -106,6 +148,31 @@ class Synchronous:
         if keep:
             self.fresh[name] = value
         return value
+
+    def _rows(self, x: Float[Array, "b h w c"]) -> tuple[int, int]:
+        """The rows of all bands together and those of the image, at the level of `x`."""
+        rows = lax.axis_size(self.axis) * x.shape[1]
+        return rows, rows if self.bands is None else self.bands.image_rows(x.shape[1])
+
+    def _in_image(self, x: Float[Array, "b h w c"]) -> Bool[Array, "h"] | None:
+        """Which of this band's rows are the image's; None where there is no padding in any band."""
+        rows, image = self._rows(x)
+        return None if rows == image else first_row(x.shape[1], self.axis) + jnp.arange(x.shape[1]) < image
+
+    def _without_padding(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        inside = self._in_image(x)
+        return x if inside is None else jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
+
+    def _image_tokens(self, everyone: Float[Array, "b t c2"], kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c2"]:
+        return everyone[:, : self._rows(kv)[1] * kv.shape[2]]
+
+    def _own(self, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]:
+        return _own_moments(x, size, self._in_image(x))
+
+    def _shares(self, x: Float[Array, "b h w c"]) -> Float[np.ndarray, "n"]:
+        """The part of the image that each patch has."""
+        patches, (_, image) = lax.axis_size(self.axis), self._rows(x)
+        return np.clip(image - x.shape[1] * np.arange(patches), 0, x.shape[1]).astype(np.float32) / image
 
 
 class Displaced(Synchronous):
@@ -123,23 +190,26 @@ class Displaced(Synchronous):
 
     KEEPS_MOMENTS: ClassVar[bool] = True
 
-    def __init__(self, stale: Stale, axis: Axis = PATCH):
-        super().__init__(axis, keep_moments=self.KEEPS_MOMENTS)
+    def __init__(self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None):
+        super().__init__(axis, bands, keep_moments=self.KEEPS_MOMENTS)
         self.stale = stale
 
     def halo(self, name, x, above, below):
+        x = self._without_padding(x)
         fresh = self._publish(name, _edges(x, above, below))
         return _with_neighbours(x, self._previous(name, fresh), above, self.axis)
 
     def tokens(self, name, kv):
-        stale = self._previous(name, self._publish(name, kv))
-        everyone = lax.all_gather(stale, self.axis, axis=1, tiled=True)
-        return lax.dynamic_update_slice_in_dim(everyone, kv, lax.axis_index(self.axis) * kv.shape[1], axis=1)
+        own = _flat(kv)
+        everyone = lax.all_gather(self._previous(name, self._publish(name, own)), self.axis, axis=1, tiled=True)
+        place = first_row(own.shape[1], self.axis)
+        return self._image_tokens(lax.dynamic_update_slice_in_dim(everyone, own, place, axis=1), kv)
 
-    def moments(self, name, m):
-        stale = self._previous(name, self._publish(name, m))
-        (own_mean, own_variance), (old_mean, old_variance) = _split(m), _split(stale)
-        stale_mean, stale_variance = _split(_pooled(lax.all_gather(stale, self.axis)))
+    def moments(self, name, x, size):
+        own = self._own(x, size)
+        stale = self._previous(name, self._publish(name, own))
+        (own_mean, own_variance), (old_mean, old_variance) = _split(own), _split(stale)
+        stale_mean, stale_variance = _split(_pooled(lax.all_gather(stale, self.axis), self._shares(x)))
         change = own_mean - old_mean
         # E[x^2] - mean^2 of the corrected moments with the squares multiplied out, so that nothing large cancels
         variance = stale_variance + (own_variance - old_variance) + 2 * change * (old_mean - stale_mean)
@@ -166,9 +236,11 @@ class Displaced(Synchronous):
 class StaleMoments(Displaced):
     """stale_gn: the moments, too, are the others' previous ones beside the own fresh ones."""
 
-    def moments(self, name, m):
-        everyone = lax.all_gather(self._previous(name, self._publish(name, m)), self.axis)
-        return _pooled(lax.dynamic_update_index_in_dim(everyone, m, lax.axis_index(self.axis), axis=0))
+    def moments(self, name, x, size):
+        own = self._own(x, size)
+        everyone = lax.all_gather(self._previous(name, self._publish(name, own)), self.axis)
+        everyone = lax.dynamic_update_index_in_dim(everyone, own, lax.axis_index(self.axis), axis=0)
+        return _pooled(everyone, self._shares(x))
 
 
 class FreshMoments(Displaced):
@@ -183,8 +255,8 @@ class OwnMoments(Displaced):
 
     KEEPS_MOMENTS = False
 
-    def moments(self, name, m):
-        return self._publish(name, m, keep=False)
+    def moments(self, name, x, size):
+        return self._publish(name, self._own(x, size), keep=False)
 
 
 class Frozen(OwnMoments):
@@ -223,14 +295,6 @@ def for_each_branch(x: Array) -> Array:
     return lax.pcast(x, CFG, to="varying")
 
 
-def whole_image_std(x: Float[Array, "b h w c"], axis: Axis) -> Float[Array, "b 1 1 1"]:
-    """Standard deviation of each whole latent (all rows, columns and channels), n - 1 below the line like torch.std."""
-    count = x[0].size * lax.axis_size(axis)
-    mean = lax.psum(jnp.sum(x, (1, 2, 3), keepdims=True), axis) / count
-    squares = lax.psum(jnp.sum(jnp.square(x - mean), (1, 2, 3), keepdims=True), axis)
-    return jnp.sqrt(squares / (count - 1))
-
-
 def on_columns(function: Callable[[Array], Array], x: Float[Array, "b h w c"], axis: Axis) -> Float[Array, "b h w c"]:
     """`function` of this patch's band of columns, where `x` and the result are its band of rows."""
     columns = lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
@@ -238,8 +302,13 @@ def on_columns(function: Callable[[Array], Array], x: Float[Array, "b h w c"], a
 
 
 def first_row(rows: int, axis: Axis) -> Array:
-    """The global index of this patch's first row, when every patch has `rows`."""
+    """The global index of this patch's first row (or token), when every patch has `rows`."""
     return lax.axis_index(axis) * rows
+
+
+def _flat(x: Float[Array, "b h w c"]) -> Float[Array, "b t c"]:
+    """Pixels as tokens, in raster order."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _edges(x: Array, above: int, below: int) -> Array:
@@ -262,8 +331,30 @@ def _split(moments: Array) -> tuple[Array, Array]:
     return moments[..., 0], moments[..., 1]
 
 
-def _pooled(moments: Float[Array, "n b g 2"]) -> Float[Array, "b g 2"]:
-    """The whole image's mean and variance from those of patches of equal size (law of total variance)."""
+def _own_moments(
+    x: Float[Array, "b h w c"], size: int, inside: Bool[Array, "h"] | None = None
+) -> Float[Array, "b g 2"]:
+    """Mean and variance of groups of `size` channels over a band's rows, or those of them that are `inside` the image."""
+    x = x.astype(jnp.float32)
+    if inside is not None:
+        counted = inside[None, :, None, None]
+        pixels = jnp.maximum(jnp.sum(inside), 1).astype(jnp.float32) * x.shape[2]
+
+    def group_mean(values):  # pixels first and channels last: both reductions run along contiguous memory
+        if inside is None:
+            means = jnp.mean(values, (1, 2))
+        else:
+            means = jnp.sum(jnp.where(counted, values, 0.0), (1, 2)) / pixels
+        return jnp.mean(means.reshape(x.shape[0], -1, size), -1)
+
+    mean = group_mean(x)
+    variance = group_mean(jnp.square(x - jnp.repeat(mean, size, axis=1)[:, None, None]))
+    return jnp.stack([mean, variance], -1)
+
+
+def _pooled(moments: Float[Array, "n b g 2"], shares: Float[np.ndarray, "n"]) -> Float[Array, "b g 2"]:
+    """The whole image's mean and variance from those of patches and their shares in it (law of total variance)."""
     means, variances = _split(moments)
-    mean = jnp.mean(means, 0)
-    return jnp.stack([mean, jnp.mean(variances, 0) + jnp.mean(jnp.square(means - mean[None]), 0)], -1)
+    shares = shares[:, None, None]
+    mean = jnp.sum(shares * means, 0)
+    return jnp.stack([mean, jnp.sum(shares * (variances + jnp.square(means - mean[None])), 0)], -1)

@@ -6,6 +6,8 @@ they are told their own path in the model once, by `name_layers`.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import math
 from collections.abc import Callable
@@ -22,6 +24,26 @@ ATTENTION_CHUNK = 2**24
 """Queries are processed in chunks such that no matrix of scores has more elements than this."""
 
 
+class Side(enum.Enum):
+    """Which channels of a layer tensor parallelism divides."""
+
+    OUTPUT = "each device computes some of the output channels"
+    INPUT = "each device reads some of the input channels, and the products are summed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism divides a layer among devices.
+
+    unit: channels that stay together, as those of a head. parts: the channels are so many parts side by side, and every
+    device has some of each.
+    """
+
+    side: Side
+    unit: int = 1
+    parts: int = 1
+
+
 def variance_scaling(key: Array, shape: tuple[int, ...], dtype) -> Array:
     """Normal with variance 1 / fan_in."""
     return jax.random.normal(key, shape, dtype) * (1 / math.prod(shape[:-1])) ** 0.5
@@ -33,14 +55,19 @@ def as_dtype(param: nnx.Param, x: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias; kernel [in, out]."""
+    """y = x kernel + bias; kernel [in, out]. A layer that may be cut by input channels is handed the exchange."""
 
-    def __init__(self, features_in: int, features_out: int, *, bias: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self, features_in: int, features_out: int, *, bias: bool = True, cut: Cut | None = None, rngs: nnx.Rngs
+    ):
         self.kernel = nnx.Param(variance_scaling(rngs.params(), (features_in, features_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features_out,))) if bias else None
+        self.cut = cut
 
-    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    def __call__(self, x: Float[Array, "... i"], exchange: Exchange | None = None) -> Float[Array, "... o"]:
         y = x @ as_dtype(self.kernel, x)
+        if exchange is not None:
+            y = exchange.whole_sum(y)
         return y if self.bias is None else _plus(y, as_dtype(self.bias, x))
 
 
@@ -50,14 +77,19 @@ class Conv(nnx.Module):
     stride: 1 or 2. trailing: pad below and to the right only (the VAE's downsampling); otherwise one on each side.
     """
 
-    def __init__(self, channels_in, channels_out, kernel=3, *, stride=1, trailing=False, rngs: nnx.Rngs):
+    def __init__(
+        self, channels_in, channels_out, kernel=3, *, stride=1, trailing=False, cut: Cut | None = None, rngs: nnx.Rngs
+    ):
         shape = (kernel, kernel, channels_in, channels_out)
         self.kernel = nnx.Param(variance_scaling(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels_out,)))
-        self.stride, self.trailing, self.path = stride, trailing, ""
+        self.stride, self.trailing, self.cut, self.path = stride, trailing, cut, ""
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange | None = None) -> Float[Array, "b H W C"]:
         kernel = as_dtype(self.kernel, x)
+        summed = self.cut is not None and self.cut.side is Side.INPUT
+        if summed:
+            x = exchange.channels(x, kernel.shape[2])
         before, after = (0, 1) if self.trailing else (kernel.shape[0] // 2,) * 2
         if kernel.shape[0] > 1:
             # with stride 2 and an even number of rows, padding (1, 1) never reads the row below
@@ -70,29 +102,24 @@ class Conv(nnx.Module):
             ((0, 0), (before, after)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        if summed:
+            y = exchange.whole_sum(y)
         return _plus(y, as_dtype(self.bias, x))
 
 
 class GroupNorm(nnx.Module):
     """Group normalisation over the whole image, statistics in float32, as torch.nn.GroupNorm (population variance)."""
 
-    def __init__(self, channels: int, groups: int, eps: float):
+    def __init__(self, channels: int, groups: int, eps: float, *, cut: Cut | None = None):
         self.scale, self.bias = nnx.Param(jnp.ones((channels,))), nnx.Param(jnp.zeros((channels,)))
-        self.groups, self.eps, self.path = groups, eps, ""
+        self.size, self.eps, self.cut, self.path = channels // groups, eps, cut, ""
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange) -> Float[Array, "b h w c"]:
-        b, _, _, c = x.shape
-        x32 = x.astype(jnp.float32)
-
-        def group_mean(values):  # pixels first and channels last: both reductions run along contiguous memory
-            return jnp.mean(jnp.mean(values, (1, 2)).reshape(b, self.groups, -1), -1)
-
         def spread(values):
-            return jnp.repeat(values, c // self.groups, axis=1)
+            return jnp.repeat(values, self.size, axis=1)
 
-        own_mean = group_mean(x32)
-        own_variance = group_mean(jnp.square(x32 - spread(own_mean)[:, None, None]))
-        mean, variance = jnp.moveaxis(exchange.moments(self.path, jnp.stack([own_mean, own_variance], -1)), -1, 0)
+        x32 = x.astype(jnp.float32)
+        mean, variance = jnp.moveaxis(exchange.moments(self.path, x32, self.size), -1, 0)
         factor = _times(spread(lax.rsqrt(variance + self.eps)), as_dtype(self.scale, x32))
         shift = _plus(-spread(mean) * factor, as_dtype(self.bias, x32))
         return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)
@@ -131,23 +158,26 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, channels, heads, *, context=None, qkv_bias=False, rngs: nnx.Rngs):
-        self.to_q = Linear(channels, channels, bias=qkv_bias, rngs=rngs)
-        self.to_k = Linear(context or channels, channels, bias=qkv_bias, rngs=rngs)
-        self.to_v = Linear(context or channels, channels, bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
-        self.heads, self.path = heads, ""
+        self.head, self.path = channels // heads, ""
+        inner = dict(bias=qkv_bias, cut=Cut(Side.OUTPUT, self.head), rngs=rngs)
+        self.to_q = Linear(channels, channels, **inner)
+        self.to_k = Linear(context or channels, channels, **inner)
+        self.to_v = Linear(context or channels, channels, **inner)
+        self.to_out = nnx.List([Linear(channels, channels, cut=Cut(Side.INPUT, self.head), rngs=rngs)])
 
-    def project_context(self, context: Float[Array, "b t c"]) -> Float[Array, "b t c2"]:
+    def project_context(self, context: Float[Array, "... c"]) -> Float[Array, "... c2"]:
         """Keys and values side by side."""
         return jnp.concatenate([self.to_k(context), self.to_v(context)], -1)
 
-    def __call__(self, x: Float[Array, "b q c"], exchange: Exchange, kv: Array | None = None) -> Float[Array, "b q c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], exchange: Exchange, kv: Float[Array, "b t c2"] | None = None
+    ) -> Float[Array, "b h w c"]:
         query = self.to_q(x)
         if kv is None:
             kv = exchange.tokens(self.path, self.project_context(x))
         key, value = jnp.split(kv, 2, -1)
-        heads = [t.reshape(*t.shape[:2], self.heads, -1) for t in (query, key, value)]
-        return self.to_out[0](attend(*heads).reshape(x.shape))
+        heads = [t.reshape(t.shape[0], -1, t.shape[-1] // self.head, self.head) for t in (query, key, value)]
+        return self.to_out[0](attend(*heads).reshape(query.shape), exchange)
 
 
 def attend(
@@ -181,15 +211,15 @@ def _cudnn_is_there() -> bool:
 
 def _chunked_attention(query: Array, key: Array, value: Array) -> Array:
     b, q, n, d = query.shape
-    rows = max(1, ATTENTION_CHUNK // (b * n * key.shape[1]))
-    chunks = math.ceil(q / rows)
-    while q % chunks:  # equal chunks; ends at q at the latest
-        chunks += 1
-    if chunks == 1:
+    chunks = math.ceil(q * b * n * key.shape[1] / ATTENTION_CHUNK)
+    if chunks <= 1:
         return _plain_attention(query, key, value)
-    parts = jnp.moveaxis(query.reshape(b, chunks, q // chunks, n, d), 1, 0)
+    rows = math.ceil(q / min(chunks, q))
+    chunks = math.ceil(q / rows)
+    filled = jnp.pad(query, ((0, 0), (0, chunks * rows - q), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(filled.reshape(b, chunks, rows, n, d), 1, 0)
     out = lax.map(lambda part: _plain_attention(part, key, value), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(b, q, n, d)
+    return jnp.moveaxis(out, 0, 1).reshape(b, chunks * rows, n, d)[:, :q]
 
 
 def _plain_attention(query: Array, key: Array, value: Array) -> Array:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,12 +17,13 @@ from huggingface_hub.errors import (
 )
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError, check_choice
+from distrijax.config import DistriError, Parallelism, check_choice
 from distrijax.schedulers import Scheduler, load_scheduler
+from distrijax.tensor import place_on
 from distrijax.tokenizer import CLIPTokenizer
-from distrijax.unet import UNet, UNetConfig
+from distrijax.unet import UNet, UNetConfig, abstract_unet
 from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import load_module, read_json
+from distrijax.weights import Place, load_module, read_json
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -122,18 +121,22 @@ def load_components(
     dtype: jnp.dtype,
     variant: str | None,
     scheduler: str | None,
-    place: Callable[[np.ndarray], jax.Array],
+    mesh: Mesh,
+    parallelism: Parallelism,
 ) -> Components:
     """All parts of a pipeline's folder. Configurations are read first, so that a wrong one costs no loading.
 
-    scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class.
+    scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class. mesh,
+    parallelism: where the parameters go.
     The VAE is float32 where half precision would overflow (`force_upcast` and float16, as in diffusers).
     """
     configs = read_configs(folder, scheduler)
     tokenizers = CLIPTokenizer.from_folder(folder / "tokenizer"), CLIPTokenizer.from_folder(folder / "tokenizer_2")
     _check_together(folder, tokenizers, configs)
 
-    def load(name: str, build: Callable, dtype: jnp.dtype = dtype):
+    whole = place_on(mesh)
+
+    def load(name: str, build: Callable, dtype: jnp.dtype = dtype, place: Place = whole):
         return load_module(
             lambda rngs: build(getattr(configs, name), rngs=rngs),
             folder / name,
@@ -150,7 +153,7 @@ def load_components(
         index=configs.index,
         tokenizers=tokenizers,
         text_encoders=(load("text_encoder", text_encoder(False)), load("text_encoder_2", text_encoder(True))),
-        unet=load("unet", UNet),
+        unet=load("unet", UNet, place=place_on(mesh, parallelism, abstract_unet(configs.unet))),
         vae=load("vae", AutoencoderKL, jnp.dtype(jnp.float32) if upcast else dtype),
         scheduler=configs.scheduler,
     )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from distrijax.config import DistriConfig, DistriError, SplitScheme, positive
+from distrijax.config import DistriConfig, DistriError, positive
 
 DATA = "data"  # different images
 CFG = "cfg"  # the unconditional and the conditional branch of one image (size 1 or 2)
@@ -64,26 +64,40 @@ def plan_mesh(config: DistriConfig, devices: int) -> MeshPlan:
     return MeshPlan(data, cfg, patch)
 
 
-def check_sizes(
-    *, height: int, width: int, patches: int, vae_scale: int, levels: int, scheme: SplitScheme = SplitScheme.ROW
-) -> None:
-    """Raises DistriError, naming the nearest sizes that do, unless every level of the UNet divides among the patches.
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """How the rows of an image are shared out: every patch has `band` of them, and those beyond the image's are padding.
 
-    height, width: pixels. patches: bands of rows. vae_scale: pixels for each latent row. levels: of the UNet. scheme: of
-    naive_patch, whose bands may be of columns too; latents are cut by rows in every scheme.
+    rows: of the whole image. Patches take their rows from the top, so all padding lies at the bottom, and the last patches
+    may have nothing else. A model halves or doubles the rows from level to level: those of a band exactly, those of the
+    image rounded up.
     """
-    pixels = vae_scale * 2 ** (levels - 1)
-    across = 1 if scheme == SplitScheme.ROW else patches
-    for name, size, parts in (("height", height, patches), ("width", width, across)):
+
+    rows: int
+    band: int
+
+    @classmethod
+    def among(cls, rows: int, patches: int, *, levels: int = 1) -> Bands:
+        """Bands as equal as a model of so many levels allows; a single patch has the image's own rows at every level."""
+        unit = 2 ** (levels - 1)
+        return cls(rows, rows if patches == 1 else -(-rows // (patches * unit)) * unit)
+
+    def image_rows(self, band: int) -> int:
+        """The rows of the whole image at the level where every patch has `band`."""
+        return -(-self.rows * band // self.band)
+
+
+def check_sizes(*, height: int, width: int, vae_scale: int) -> None:
+    """Raises DistriError, naming the nearest sizes that do, unless pixels make whole rows and columns of the latent.
+
+    vae_scale: pixels for each of them.
+    """
+    for name, size in (("height", height), ("width", width)):
         positive(size, name)
-        unit = pixels * parts
-        if size % unit:
-            why = (
-                f"{parts} patches need a multiple of {unit}" if parts > 1 else f"this model needs a multiple of {unit}"
-            )
-            below, above = size // unit * unit, (size // unit + 1) * unit
+        if size % vae_scale:
+            below, above = size // vae_scale * vae_scale, (size // vae_scale + 1) * vae_scale
             near = f"{below} or {above}" if below else str(above)
-            raise DistriError(f"{name} is {size} and {why}; use {near}")
+            raise DistriError(f"{name} is {size} and this model needs a multiple of {vae_scale}; use {near}")
 
 
 def check_images(images: int, data: int) -> None:

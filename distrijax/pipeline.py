@@ -18,18 +18,18 @@ from distrijax import denoise
 from distrijax.config import (
     DistriConfig,
     DistriError,
-    Parallelism,
-    SplitScheme,
     check_choice,
     finite_number,
     positive,
 )
-from distrijax.denoise import Inputs, Layout, Loop
-from distrijax.exchange import Synchronous, strategy_of
+from distrijax.denoise import Inputs, Layout, Loop, layout_of, loop_of
+from distrijax.exchange import Synchronous
 from distrijax.loading import Components, default_size, find_folder, load_components, resolve_dtype
-from distrijax.mesh import CFG, DATA, PATCH, check_images, check_sizes, plan_mesh
+from distrijax.mesh import CFG, DATA, PATCH, Bands, check_images, check_sizes, plan_mesh
 from distrijax.programs import Programs
 from distrijax.prompt import Embeddings, Prompt, PromptEncoder
+from distrijax.tensor import shared_out
+from distrijax.unet import abstract_unet
 
 Size = tuple[int, int]
 Callback = Callable[["DistriSDXLPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
@@ -67,8 +67,8 @@ class DistriSDXLPipeline:
         )
         (unet, self._unet), (vae, self._vae) = map(jax.tree.flatten, (components.unet, components.vae))
         self._unet_params, self._vae_params = tuple(unet), tuple(vae)
+        _, self._unet_cuts = shared_out(abstract_unet(self.unet_config), config.parallelism, mesh.shape[PATCH])
         self._progress: dict[str, Any] = {}
-        self._naive = config.parallelism == Parallelism.NAIVE_PATCH
 
     @classmethod
     def from_pretrained(
@@ -96,7 +96,6 @@ class DistriSDXLPipeline:
                 f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
             )
         mesh = plan_mesh(config, count).build(devices[:count])
-        everywhere = jax.sharding.NamedSharding(mesh, P())
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
         components = load_components(
@@ -104,7 +103,8 @@ class DistriSDXLPipeline:
             dtype=dtype,
             variant=variant,
             scheduler=scheduler,
-            place=lambda tensor: jax.device_put(tensor, everywhere),
+            mesh=mesh,
+            parallelism=config.parallelism,
         )
         return cls(components, mesh, config, dtype)
 
@@ -161,17 +161,11 @@ class DistriSDXLPipeline:
         steps, init_noise_sigma = self.scheduler.schedule(positive(num_inference_steps, "num_inference_steps"))
         usual = self.default_size
         height, width = usual[0] if height is None else height, usual[1] if width is None else width
-        layout = Layout(self.mesh, guided=guidance_scale > 1)
-        check_sizes(
-            height=height,
-            width=width,
-            patches=layout.patches,
-            vae_scale=self.vae_config.scale,
-            levels=len(self.unet_config.block_out_channels),
-            scheme=self.config.split_scheme if self._naive else SplitScheme.ROW,
-        )
-        strategy = None if self._naive else strategy_of(self.config.sync_mode, layout.patches)
-        loop = Loop(layout, self._unet, self.scheduler, self.dtype, strategy, self.config.split_scheme)
+        vae_scale = self.vae_config.scale
+        check_sizes(height=height, width=width, vae_scale=vae_scale)
+        latent, levels = (height // vae_scale, width // vae_scale), len(self.unet_config.block_out_channels)
+        layout = layout_of(self.config, self.mesh, guided=guidance_scale > 1, latent=latent, levels=levels)
+        loop = loop_of(self.config, layout, self._unet, self.scheduler, self.dtype, self._unet_cuts)
         branches = self._prompts.read(
             prompt,
             prompt_2,
@@ -191,17 +185,17 @@ class DistriSDXLPipeline:
         ids = (negative_ids, time_ids) if layout.guided else (time_ids,)
 
         keys = jax.device_put(_image_keys(seed, images), layout.sharding(P(DATA)))
-        shape = (height // self.vae_config.scale, width // self.vae_config.scale, self.unet_config.in_channels)
+        channels = self.unet_config.in_channels
         if latents is not None:
-            latents = _given_latents(latents, layout, images, shape)
+            latents = _to_canvas(layout, _given_latents(latents, (images, channels, *latent)))
         embeddings = self._prompts.encode(branches, clip_skip=clip_skip)
         inputs = self._inputs(loop, embeddings, ids, repeats, guidance_scale, guidance_rescale, keys)
-        noise = self.programs(_draw_latents, (layout, shape), (), keys) if latents is None else latents
+        noise = self.programs(_draw_latents, (layout, channels), (), keys) if latents is None else latents
         state = self.scheduler.init(noise, np.float32(init_noise_sigma))
         numbers = np.arange(1, num_inference_steps + 1, dtype=np.int32)
         state = self._denoise(loop, inputs, state, (steps, numbers), chunk_size, callback_on_step_end)
         if output_type == "latent":
-            return PipelineOutput(jnp.moveaxis(state.latents, -1, 1))
+            return PipelineOutput(self._visible(layout, state.latents))
         pictures = self._decode(layout, state.latents)
         return PipelineOutput(pictures if output_type == "np" else to_pil(pictures))
 
@@ -232,7 +226,6 @@ class DistriSDXLPipeline:
         """All steps: as one program, or in chunks with the host between them."""
         total = len(xs[1])
         stale_modes = loop.strategy is not None
-        alike = denoise.isolated if self._naive else denoise.synchronous  # where all steps are
         warm = min(total, self.config.warmup_steps + 1) if stale_modes else total
 
         def part(start: int, stop: int):
@@ -243,7 +236,7 @@ class DistriSDXLPipeline:
 
         if chunk_size is None and callback is None:
             if warm == total:
-                return run(alike, state, part(0, total), donate=(1,))
+                return run(denoise.stateless, state, part(0, total), donate=(1,))
             return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
 
         size = positive(1 if chunk_size is None else chunk_size, "chunk_size")
@@ -257,7 +250,7 @@ class DistriSDXLPipeline:
                 elif stale_modes:
                     state, stale = run(denoise.warm_up, state, piece, donate=(1,))
                 else:
-                    state = run(alike, state, piece, donate=(1,))
+                    state = run(denoise.stateless, state, piece, donate=(1,))
                 if callback is not None:
                     state = self._call_back(loop.layout, callback, stop - 1, float(xs[0].timestep[stop - 1]), state)
                 if not progress.disable:
@@ -266,21 +259,25 @@ class DistriSDXLPipeline:
         return state
 
     def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
-        before = jnp.moveaxis(state.latents, -1, 1)
+        before = self._visible(layout, state.latents)
         after = (callback(self, step, timestep, {"latents": before}) or {}).get("latents", before)
         if after is before:
             return state
         if after.shape != before.shape:
             raise DistriError(f"the callback's latents are {list(after.shape)} and {list(before.shape)} is needed")
-        moved = np.moveaxis(np.asarray(after, np.float32), 1, -1)
-        return state._replace(latents=jax.device_put(moved, layout.sharding(layout.latents)))
+        return state._replace(latents=_to_canvas(layout, np.asarray(after, np.float32)))
+
+    def _visible(self, layout: Layout, latents: jax.Array) -> jax.Array:
+        """Latents [b, c, h, w] without the canvas's padding."""
+        if latents.shape[1:3] != layout.latent:
+            latents = self.programs(_without_padding, layout, (), latents)
+        return jnp.moveaxis(latents, -1, 1)
 
     def _decode(self, layout: Layout, latents: jax.Array) -> np.ndarray:
         """Pictures [b, h, w, 3] in 0 to 1, on the host."""
-        devices = self.mesh.shape[PATCH] * self.mesh.shape[CFG]
-        rows = (PATCH, CFG) if latents.shape[1] % devices == 0 else PATCH
-        static = (self.mesh, rows, self._vae, self._vae_params[0].dtype)
-        pictures = np.asarray(self.programs(_decode, static, self._vae_params, latents))
+        static = (layout, self._vae, self._vae_params[0].dtype)
+        height, width = (side * self.vae_config.scale for side in layout.latent)
+        pictures = np.asarray(self.programs(_decode, static, self._vae_params, latents))[:, :height, :width]
         if not np.isfinite(pictures).all():
             raise DistriError(
                 f"the picture has values that are not finite in {self.dtype.name}; use another dtype, scheduler or guidance"
@@ -322,33 +319,55 @@ def _key(seed: int) -> jax.Array:
     return jax.random.fold_in(key, np.uint32(high)) if high else key
 
 
-def _given_latents(latents: Any, layout: Layout, images: int, shape: tuple[int, int, int]) -> jax.Array:
-    """A caller's starting noise [b, c, h, w], in this project's layout on the devices; shape: [h, w, c] of one image."""
+def _given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray:
+    """A caller's starting noise [b, c, h, w]."""
     try:
         latents = np.asarray(latents, np.float32)
     except (TypeError, ValueError):
         raise DistriError(f"latents is {latents!r:.60}; give an array of numbers") from None
-    needed = (images, shape[2], *shape[:2])
     if latents.shape != needed:
         raise DistriError(
             f"latents is {list(latents.shape)}; give [images, channels, rows, columns], here {list(needed)}"
         )
-    return jax.device_put(np.moveaxis(latents, 1, -1), layout.sharding(layout.latents))
+    return latents
+
+
+def _to_canvas(layout: Layout, latents: np.ndarray) -> jax.Array:
+    """Latents [b, c, h, w] in this project's layout on the devices; padding, which naive_patch paints, mirrors them."""
+    missing = [whole - own for whole, own in zip(layout.canvas, latents.shape[2:], strict=True)]
+    padded = np.pad(np.moveaxis(latents, 1, -1), ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), "symmetric")
+    return jax.device_put(padded, layout.sharding(layout.latents))
 
 
 def _draw_latents(static, params, keys):
-    layout, shape = static
-    return denoise.draw_latents(layout, shape, keys)
+    layout, channels = static
+    return denoise.draw_latents(layout, channels, keys)
+
+
+def _without_padding(layout: Layout, params, latents):
+    rows, columns = layout.latent
+    return jax.lax.with_sharding_constraint(latents[:, :rows, :columns], layout.sharding(P(DATA)))
 
 
 def _decode(static, params, latents):
-    """VAE decoding on bands of rows, synchronous and so exact, one image after another; about -1 to 1."""
-    mesh, rows, structure, dtype = static
+    """VAE decoding on bands of rows, synchronous and so exact, one image after another; about -1 to 1.
+
+    Every device of an image has a band, whatever cut the latents; rows and columns beyond the image are for the caller to
+    drop.
+    """
+    layout, structure, dtype = static
+    axes = (PATCH, CFG)
+    patches = layout.mesh.shape[PATCH] * layout.mesh.shape[CFG]
+    bands = Bands.among(layout.latent[0], patches)
+    latents = latents[:, : bands.rows, : layout.latent[1]]
+    latents = jnp.pad(latents, ((0, 0), (0, patches * bands.band - bands.rows), (0, 0), (0, 0)))
 
     def local(params, latents):
         vae = jax.tree.unflatten(structure, params)
         unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        pixels = jax.lax.map(lambda one: vae.decode(one[None], Synchronous(rows))[0], unscaled.astype(dtype))
+        pixels = jax.lax.map(lambda one: vae.decode(one[None], Synchronous(axes, bands))[0], unscaled.astype(dtype))
         return pixels.astype(jnp.float32)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(), P(DATA, rows)), out_specs=P(DATA, rows))(params, latents)
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=(P(), P(DATA, axes)), out_specs=P(DATA, axes))(
+        params, latents
+    )

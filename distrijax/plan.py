@@ -1,7 +1,7 @@
 """What a run will exchange, from shapes alone: the program is traced for an abstract mesh, and its collectives are counted.
 
-No device and no weights are needed. The figures are those of the step that most of the steps are: displaced, synchronous
-for full_sync, isolated for naive_patch.
+No device and no weights are needed. The figures are those of the step that most of the steps are: displaced, or stateless
+where no step is.
 """
 
 from __future__ import annotations
@@ -16,38 +16,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from distrijax import denoise
-from distrijax.config import DistriConfig, Parallelism
-from distrijax.denoise import Inputs, Layout, Loop
-from distrijax.exchange import strategy_of
-from distrijax.mesh import MeshPlan, check_images, plan_mesh
+from distrijax import denoise, tensor
+from distrijax.config import DistriConfig
+from distrijax.denoise import Inputs, Loop
+from distrijax.mesh import CFG, MeshPlan, check_images, plan_mesh
 from distrijax.schedulers import Scheduler
-from distrijax.unet import UNet, UNetConfig
+from distrijax.unet import UNetConfig, abstract_unet
 
 TOKENS = 77
 
-KINDS = {
-    "all_gather": None,
-    "ppermute": "halo",
-    "all_to_all": "columns",
-    "psum": "guidance",
-    "psum_invariant": "guidance",
-}
-"""Collectives as JAX names them, and what they carry; a gather's operand tells."""
+KINDS = {"all_gather": None, "ppermute": "halo", "all_to_all": "columns", "psum": None, "psum_invariant": None}
+"""Collectives as JAX names them, and what they carry; a gather's operand tells, and a sum's axes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one device does at a step.
 
-    rows: of the latent. stale: bytes that it keeps of its own for the next step, by kind. received: bytes that come in from
-    the others, by kind, on the device that receives most; an all-reduce counts as a ring's.
+    patches: bands of rows. rows: of the latent, in each. padding: the part of all patches' rows that is no part of the image.
+    stale: bytes that it keeps of its own for the next step, by kind. received: bytes that come in from the others, by kind,
+    on the device that receives most; an all-reduce counts as a ring's.
     """
 
     mesh: MeshPlan
+    patches: int
     rows: int
+    padding: float
     stale: dict[str, int]
     received: dict[str, int]
 
@@ -56,8 +51,11 @@ class Plan:
             ", ".join(f"{kind} {megabytes(count)}" for kind, count in sorted(part.items())) or "nothing"
             for part in (self.stale, self.received)
         )
+        filled = math.ceil(self.patches * (1 - self.padding))
+        idle = f"; {filled} patches would take as long" if filled < self.patches else ""
+        rows = f"padding  {self.padding:.1%} of the rows that the devices compute{idle}\n" if self.padding else ""
         return (
-            f"stale    {megabytes(sum(self.stale.values()))} on each device: {kept}\n"
+            f"{rows}stale    {megabytes(sum(self.stale.values()))} on each device: {kept}\n"
             f"received {megabytes(sum(self.received.values()))} by each device and step: {received}"
         )
 
@@ -76,18 +74,17 @@ def plan(
     """The plan of a run; latent: its height and width. Raises DistriError for axis sizes that do not fit `devices` or `images`."""
     mesh = plan_mesh(config, devices)
     check_images(images, mesh.data)
-    layout = Layout(mesh.abstract(), guided)
-    naive = config.parallelism == Parallelism.NAIVE_PATCH
-    strategy = None if naive else strategy_of(config.sync_mode, layout.patches)
-    model = nnx.eval_shape(lambda: UNet(unet, rngs=nnx.Rngs(0)))
+    levels = len(unet.block_out_channels)
+    layout = denoise.layout_of(config, mesh.abstract(), guided=guided, latent=latent, levels=levels)
+    model, weights = tensor.shared_out(abstract_unet(unet), layout.parallelism, mesh.patch)
     leaves, structure = jax.tree.flatten(model)
     params = tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
-    loop = Loop(layout, structure, scheduler, dtype, strategy, config.split_scheme)
+    loop = denoise.loop_of(config, layout, structure, scheduler, dtype, weights)
 
-    inputs, state, xs = _arguments(loop, unet, params, latent, images)
+    inputs, state, xs = _arguments(loop, unet, params, images)
     kept = {}
-    if strategy is None:
-        function, arguments = denoise.isolated if naive else denoise.synchronous, (state, xs)
+    if loop.strategy is None:
+        function, arguments = denoise.stateless, (state, xs)
     else:
         state, kept = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
         function, arguments = denoise.displaced, (state, kept, xs)
@@ -103,10 +100,12 @@ def plan(
     stale = Counter()
     for leaf in kept.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
-    return Plan(mesh, latent[0] // layout.patches, dict(stale), dict(received))
+    rows = layout.bands.band
+    padding = 1 - latent[0] / (layout.patches * rows)
+    return Plan(mesh, layout.patches, rows, padding, dict(stale), dict(received))
 
 
-def _arguments(loop: Loop, unet: UNetConfig, params: Any, latent: tuple[int, int], images: int) -> tuple:
+def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:
     """Shapes of what a step of the loop takes: inputs, state, and the constants of one step."""
     branches = 2 if loop.layout.guided else 1
 
@@ -122,7 +121,7 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Any, latent: tuple[int, int
     conditioning = jax.eval_shape(partial(denoise.condition, loop), params, hidden, pooled, ids)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     inputs = Inputs(conditioning, array(branches, 2), None, keys)
-    noise = array(images, *latent, unet.in_channels)
+    noise = array(images, *loop.layout.canvas, unet.in_channels)
     state = jax.eval_shape(loop.scheduler.init, noise, array())
     xs = jax.tree.map(lambda column: column[:1], (loop.scheduler.schedule(2)[0], np.arange(2, dtype=np.int32)))
     return inputs, state, xs
@@ -146,13 +145,16 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
         if name not in KINDS:
             continue
         axes = equation.params.get("axes") or equation.params["axis_name"]
-        n = math.prod(sizes[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        n = math.prod(sizes[axis] for axis in axes)
         for operand in (variable.aval for variable in equation.invars):
             if name == "ppermute":
                 yield from ((KINDS[name], target, _bytes(operand)) for _, target in equation.params["perm"])
                 continue
             times = {"all_gather": n - 1, "all_to_all": (n - 1) / n}.get(name, 2 * (n - 1) / n)
-            yield KINDS[name] or _kind(operand), None, int(times * _bytes(operand))
+            summed = "guidance" if CFG in axes else "partial sums"
+            kind = KINDS[name] or (_kind(operand) if name == "all_gather" else summed)
+            yield kind, None, int(times * _bytes(operand))
 
 
 def _programs(value: Any) -> Iterator[Any]:

@@ -19,9 +19,11 @@ from distrijax.exchange import Exchange
 from distrijax.layers import (
     Attention,
     Conv,
+    Cut,
     GroupNorm,
     LayerNorm,
     Linear,
+    Side,
     gelu,
     name_layers,
     sinusoidal,
@@ -152,11 +154,12 @@ class ResnetBlock2D(nnx.Module):
     """Two normalised 3x3 convolutions around the time embedding; `time` None leaves it out (VAE)."""
 
     def __init__(self, channels_in, channels_out, *, time: int | None, groups: int, eps: float, rngs: nnx.Rngs):
+        inner = Cut(Side.OUTPUT, channels_out // groups)
         self.norm1 = GroupNorm(channels_in, groups, eps)
-        self.conv1 = Conv(channels_in, channels_out, rngs=rngs)
-        self.time_emb_proj = Linear(time, channels_out, rngs=rngs) if time else None
-        self.norm2 = GroupNorm(channels_out, groups, eps)
-        self.conv2 = Conv(channels_out, channels_out, rngs=rngs)
+        self.conv1 = Conv(channels_in, channels_out, cut=inner, rngs=rngs)
+        self.time_emb_proj = Linear(time, channels_out, cut=inner, rngs=rngs) if time else None
+        self.norm2 = GroupNorm(channels_out, groups, eps, cut=inner)
+        self.conv2 = Conv(channels_out, channels_out, cut=Cut(Side.INPUT, inner.unit), rngs=rngs)
         self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs) if channels_in != channels_out else None
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, embedding: Array | None = None) -> Array:
@@ -171,9 +174,9 @@ class GEGLU(nnx.Module):
     """Gated GELU: one projection, one half gates the other."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = Linear(channels, 2 * inner, rngs=rngs)
+        self.proj = Linear(channels, 2 * inner, cut=Cut(Side.OUTPUT, parts=2), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t i"]:
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... i"]:
         value, gate = jnp.split(self.proj(x), 2, -1)
         return value * gelu(gate)
 
@@ -182,10 +185,11 @@ class FeedForward(nnx.Module):
     """GEGLU and a projection back; `net.1` is diffusers' dropout and has no parameters."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.net = nnx.List([GEGLU(channels, 4 * channels, rngs=rngs), None, Linear(4 * channels, channels, rngs=rngs)])
+        last = Linear(4 * channels, channels, cut=Cut(Side.INPUT), rngs=rngs)
+        self.net = nnx.List([GEGLU(channels, 4 * channels, rngs=rngs), None, last])
 
-    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        return self.net[2](self.net[0](x))
+    def __call__(self, x: Float[Array, "... c"], exchange: Exchange) -> Float[Array, "... c"]:
+        return self.net[2](self.net[0](x), exchange)
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -200,11 +204,11 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b t c"], exchange: Exchange, context: dict[str, Array]
-    ) -> Float[Array, "b t c"]:
+        self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, Array]
+    ) -> Float[Array, "b h w c"]:
         x = x + self.attn1(self.norm1(x), exchange)
         x = x + self.attn2(self.norm2(x), exchange, context[self.attn2.path])
-        return x + self.ff(self.norm3(x))
+        return x + self.ff(self.norm3(x), exchange)
 
 
 class Transformer2DModel(nnx.Module):
@@ -213,8 +217,7 @@ class Transformer2DModel(nnx.Module):
     def __init__(self, config: UNetConfig, block: int, depth: int, *, rngs: nnx.Rngs):
         channels = config.block_out_channels[block]
         self.norm = GroupNorm(channels, config.norm_num_groups, 1e-6)
-        self.linear = config.use_linear_projection
-        project = Linear if self.linear else lambda i, o, rngs: Conv(i, o, 1, rngs=rngs)
+        project = Linear if config.use_linear_projection else lambda i, o, rngs: Conv(i, o, 1, rngs=rngs)
         self.proj_in = project(channels, channels, rngs=rngs)
         self.transformer_blocks = nnx.List(
             [
@@ -225,18 +228,18 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = project(channels, channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, Array]) -> Array:
-        # a linear layer on tokens and a 1x1 convolution on pixels are the same map
-        tokens = self.proj_in(self.norm(x, exchange)).reshape(x.shape[0], -1, x.shape[-1])
+        # a linear layer and a 1x1 convolution are the same map
+        inner = self.proj_in(self.norm(x, exchange))
         for block in self.transformer_blocks:
-            tokens = block(tokens, exchange, context)
-        return x + self.proj_out(tokens.reshape(x.shape))
+            inner = block(inner, exchange, context)
+        return x + self.proj_out(inner)
 
 
 class Downsample2D(nnx.Module):
     """3x3 convolution of stride 2."""
 
     def __init__(self, channels: int, *, trailing: bool = False, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, stride=2, trailing=trailing, rngs=rngs)
+        self.conv = Conv(channels, channels, stride=2, trailing=trailing, cut=Cut(Side.INPUT), rngs=rngs)
 
     def __call__(self, x: Array, exchange: Exchange) -> Array:
         return self.conv(x, exchange)
@@ -246,10 +249,12 @@ class Upsample2D(nnx.Module):
     """Nearest-neighbour doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, rngs=rngs)
+        self.conv = Conv(channels, channels, cut=Cut(Side.INPUT), rngs=rngs)
 
-    def __call__(self, x: Array, exchange: Exchange) -> Array:
-        return self.conv(upsample_nearest(x), exchange)
+    def __call__(self, x: Array, exchange: Exchange, size: tuple[int, int] | None = None) -> Array:
+        """`size`: height and width of the result, where the level above has one row or column less than twice as many."""
+        height, width = size or (None, None)
+        return self.conv(upsample_nearest(x)[:, :height, :width], exchange)
 
 
 class Block(nnx.Module):
@@ -312,7 +317,7 @@ class UpBlock(Block):
     ) -> Array:
         for i in range(len(self.resnets)):
             x = self.layer(i, jnp.concatenate([x, skips.pop()], -1), exchange, embedding, context)
-        return x if self.upsamplers is None else self.upsamplers[0](x, exchange)
+        return x if self.upsamplers is None else self.upsamplers[0](x, exchange, skips[-1].shape[1:3])
 
 
 class MidBlock(nnx.Module):
@@ -347,7 +352,7 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(config, rngs=rngs)
         self.up_blocks = nnx.List([UpBlock(config, i, rngs=rngs) for i in reversed(levels)])
         self.conv_norm_out = GroupNorm(channels[0], config.norm_num_groups, config.norm_eps)
-        self.conv_out = Conv(channels[0], config.out_channels, rngs=rngs)
+        self.conv_out = Conv(channels[0], config.out_channels, cut=Cut(Side.INPUT), rngs=rngs)
         name_layers(self)
 
     def condition(
@@ -411,3 +416,8 @@ class UNet(nnx.Module):
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
         transformers = [t for block in blocks for t in block.attentions or ()]
         return [block for transformer in transformers for block in transformer.transformer_blocks]
+
+
+def abstract_unet(config: UNetConfig) -> UNet:
+    """A UNet of shapes without values."""
+    return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))

@@ -86,8 +86,7 @@ class SpatialAttention(Attention):
         self.group_norm = GroupNorm(channels, config.norm_num_groups, 1e-6)
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange) -> Float[Array, "b h w c"]:
-        tokens = self.group_norm(x, exchange).reshape(x.shape[0], -1, x.shape[-1])
-        return x + super().__call__(tokens, exchange).reshape(x.shape)
+        return x + super().__call__(self.group_norm(x, exchange), exchange)
 
 
 class MidBlock(nnx.Module):

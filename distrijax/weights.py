@@ -23,7 +23,9 @@ from safetensors.numpy import save_file
 from distrijax.config import DistriError
 
 Module = TypeVar("Module", bound=nnx.Module)
-Place = Callable[[np.ndarray], jax.Array]
+ParamPath = tuple[str | int, ...]
+Place = Callable[[ParamPath, np.ndarray], jax.Array]
+"""Puts one host array, the parameter at a path of a module, on the devices."""
 
 IGNORED = ("text_model.embeddings.position_ids",)
 """Tensors that some checkpoints carry and no model needs."""
@@ -53,9 +55,9 @@ def load_module(
 ) -> Module:
     """A module filled from the safetensors of `folder`; all or nothing.
 
-    build: makes the module; only its shapes are used. place: puts one host array on the devices. Each tensor is read, cast
-    and placed before the next one, so the host never holds two. Raises one DistriError that lists every tensor that is
-    missing, unexpected, duplicate, misshapen or not finite.
+    build: makes the module; only its shapes are used. Each tensor is read, cast and placed before the next one, so the
+    host never holds two. Raises one DistriError that lists every tensor that is missing, unexpected, duplicate, misshapen
+    or not finite.
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     wanted = {checkpoint_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
@@ -70,7 +72,7 @@ def load_module(
         if trouble:
             problems.setdefault(trouble, []).append(value)
         elif not problems:  # a failing load goes on only to report everything
-            filled[name] = place(value.astype(dtype))
+            filled[name] = place(wanted[name][0], value.astype(dtype))
     missing = [name for name in wanted if name not in seen]
     if missing:
         problems["missing"] = missing

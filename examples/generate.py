@@ -40,7 +40,7 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
-from distrijax.denoise import Layout
+from distrijax.denoise import layout_of
 from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs, resolve_dtype
 from distrijax.mesh import check_images, check_sizes
 
@@ -140,7 +140,7 @@ def generate(arguments: argparse.Namespace) -> None:
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices))
     dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
-    image = share(arguments, configs, size, plan)
+    image = share(arguments, config, configs, size, plan)
     print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
     print(f"image    {image}", flush=True)
 
@@ -192,7 +192,7 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
     devices = config.devices or found
     dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
     mesh = plan_mesh(config, devices)
-    image = share(arguments, configs, size, mesh)
+    image = share(arguments, config, configs, size, mesh)
     planned = planning.plan(
         config,
         configs.unet,
@@ -206,18 +206,19 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
     print(f"mesh     {mesh}, {dtype.name}\nimage    {image}\n{planned}")
 
 
-def share(arguments: argparse.Namespace, configs: Configs, size: tuple[int, int], mesh: MeshPlan) -> str:
+def share(
+    arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan
+) -> str:
     """The picture, and the part of it that one device works on; raises DistriError where it cannot be shared out."""
     check_images(arguments.batch, mesh.data)
-    patches = Layout(mesh.abstract(), guided=arguments.guidance_scale > 1).patches
-    scheme = SplitScheme(arguments.split_scheme) if arguments.parallelism == "naive_patch" else SplitScheme.ROW
-    levels = len(configs.unet.block_out_channels)
-    check_sizes(
-        height=size[0], width=size[1], patches=patches, vae_scale=configs.vae.scale, levels=levels, scheme=scheme
-    )
-    rows = size[0] // patches
+    check_sizes(height=size[0], width=size[1], vae_scale=configs.vae.scale)
+    latent = size[0] // configs.vae.scale, size[1] // configs.vae.scale
+    levels, guided = len(configs.unet.block_out_channels), arguments.guidance_scale > 1
+    rows = layout_of(config, mesh.abstract(), guided=guided, latent=latent, levels=levels).bands.band
     several = f", {arguments.batch} of them" if arguments.batch > 1 else ""
-    return f"{size[0]}x{size[1]}{several}; each device has {rows} rows of pixels, {rows // configs.vae.scale} of the latent"
+    return (
+        f"{size[0]}x{size[1]}{several}; each device has {rows * configs.vae.scale} rows of pixels, {rows} of the latent"
+    )
 
 
 def output_files(output: Path, batch: int) -> list[Path]:

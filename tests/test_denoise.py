@@ -35,9 +35,7 @@ class Model:
     def __call__(self, sample, timestep, conditioning, exchange):
         wide = exchange.halo("rows", sample, 1, 1)
         pixels = sample.astype(jnp.float32)
-        mean = jnp.mean(pixels, (1, 2))
-        variance = jnp.mean(jnp.square(pixels - mean[:, None, None]), (1, 2))
-        mean, variance = jnp.moveaxis(exchange.moments("norm", jnp.stack([mean, variance], -1)), -1, 0)
+        mean, variance = jnp.moveaxis(exchange.moments("norm", pixels, 1), -1, 0)
         nearby = sample + 0.5 * wide[:, :-2] - 0.25 * wide[:, 2:]
         normal = (nearby - mean[:, None, None]) / jnp.sqrt(variance + 0.1)[:, None, None]
         return self.gain * (normal + conditioning.embedding[:, None, None])
@@ -105,7 +103,7 @@ class Call:
         mesh = plan.build(jax.devices()[: plan.devices])
         leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
         self.params = tuple(leaves)
-        self.loop = Loop(Layout(mesh, guided), structure, scheduler, dtype)
+        self.loop = Loop(Layout(mesh, guided, SHAPE[1:3]), structure, scheduler, dtype)
         branches = 2 if guided else 1
         said = normal(2, *SHAPE[::3], seed=5) if said is None else said
         weights = np.float32(denoise.guidance_weights(scale, guided=guided))
@@ -148,8 +146,8 @@ def test_noise_is_normal_and_never_the_same_twice():
 @EVERY_MESH
 def test_starting_noise_is_bit_identical_on_every_mesh(plan, guided):
     def draw(plan, guided):
-        layout = Layout(plan.build(jax.devices()[: plan.devices]), guided)
-        return jax.jit(lambda keys: denoise.draw_latents(layout, (8, 4, 3), keys))(keys())
+        layout = Layout(plan.build(jax.devices()[: plan.devices]), guided, (8, 4))
+        return jax.jit(lambda keys: denoise.draw_latents(layout, 3, keys))(keys())
 
     np.testing.assert_array_equal(draw(plan, guided), draw(ONE, True))
 
@@ -158,7 +156,7 @@ def test_starting_noise_is_bit_identical_on_every_mesh(plan, guided):
 def test_guidance_goes_beyond_the_text_branch(plan):
     said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
     call = Call(plan, Still(), model=Prompt(), said=said, scale=5.0)
-    result = call.run(denoise.synchronous, Seen(start().latents, start().latents), steps(0, 1))
+    result = call.run(denoise.stateless, Seen(start().latents, start().latents), steps(0, 1))
     np.testing.assert_allclose(result.output, np.full(SHAPE, 1.0 + 5.0 * (3.0 - 1.0)), rtol=1e-6)
 
 
@@ -166,7 +164,7 @@ def test_guidance_goes_beyond_the_text_branch(plan):
 def test_without_guidance_the_text_branch_is_the_output(plan):
     said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
     call = Call(plan, Still(), model=Prompt(), said=said, guided=False, scale=1.0)
-    result = call.run(denoise.synchronous, Seen(start().latents, start().latents), steps(0, 1))
+    result = call.run(denoise.stateless, Seen(start().latents, start().latents), steps(0, 1))
     np.testing.assert_array_equal(result.output, np.full(SHAPE, 3.0))
 
 
@@ -174,11 +172,11 @@ def test_without_guidance_the_text_branch_is_the_output(plan):
 def test_guidance_rescale_equals_diffusers(plan):
     state = Seen(start().latents, start().latents)
     scale, rescale = 4.0, 0.7
-    text = Call(ONE, Still(), guided=False).run(denoise.synchronous, state, steps(0, 1)).output
-    guided = Call(ONE, Still(), scale=scale).run(denoise.synchronous, state, steps(0, 1)).output
+    text = Call(ONE, Still(), guided=False).run(denoise.stateless, state, steps(0, 1)).output
+    guided = Call(ONE, Still(), scale=scale).run(denoise.stateless, state, steps(0, 1)).output
     text, guided = (torch.from_numpy(np.moveaxis(np.array(value), -1, 1)) for value in (text, guided))
     wanted = nhwc(rescale_noise_cfg(guided, text, guidance_rescale=rescale))
-    got = Call(plan, Still(), scale=scale, rescale=rescale).run(denoise.synchronous, state, steps(0, 1)).output
+    got = Call(plan, Still(), scale=scale, rescale=rescale).run(denoise.stateless, state, steps(0, 1)).output
     assert relative_error(got, wanted) < 1e-5
     assert relative_error(got, nhwc(guided)) > 0.01
 
@@ -187,8 +185,8 @@ def test_guidance_rescale_equals_diffusers(plan):
 @EVERY_MESH
 def test_synchronous_steps_with_noise_are_those_of_one_device(plan, guided):
     scheduler = Add(needs_noise=True)
-    wanted = Call(ONE, scheduler, guided=guided).run(denoise.synchronous, start(), steps(0, 4))
-    got = Call(plan, scheduler, guided=guided).run(denoise.synchronous, start(), steps(0, 4))
+    wanted = Call(ONE, scheduler, guided=guided).run(denoise.stateless, start(), steps(0, 4))
+    got = Call(plan, scheduler, guided=guided).run(denoise.stateless, start(), steps(0, 4))
     assert relative_error(got.latents, wanted.latents) < 1e-5
 
 
@@ -220,7 +218,7 @@ def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
         call = Call(plan, Add(rate=0.5))
         return relative_error(
             call.run(denoise.whole, start(), steps(0, 1), steps(1, 4)).latents,
-            call.run(denoise.synchronous, start(), steps(0, 4)).latents,
+            call.run(denoise.stateless, start(), steps(0, 4)).latents,
         )
 
     assert difference(MeshPlan(1, 1, 4)) > 1e-3
@@ -230,7 +228,7 @@ def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
 def test_state_and_guidance_are_float32_when_the_model_is_bfloat16():
     call = Call(MeshPlan(1, 2, 2), Still(), model=Prompt(), dtype=jnp.bfloat16)
     result = jax.eval_shape(
-        lambda *a: denoise.synchronous(call.loop, call.params, call.inputs, *a),
+        lambda *a: denoise.stateless(call.loop, call.params, call.inputs, *a),
         Seen(start().latents, start().latents),
         steps(0, 1),
     )
@@ -242,7 +240,7 @@ def test_latents_stay_cut_by_rows():
     table, sigma = call.loop.scheduler.schedule(4)
     xs = table, np.arange(1, 5, dtype=np.int32)
     state = call.loop.scheduler.init(jnp.asarray(normal(*SHAPE)), np.float32(sigma))
-    result = call.run(denoise.synchronous, state, xs).latents
+    result = call.run(denoise.stateless, state, xs).latents
     assert {shard.data.shape for shard in result.addressable_shards} == {(1, 4, *SHAPE[2:])}
 
 

@@ -16,11 +16,11 @@ from distrijax.exchange import (
     Displaced,
     Frozen,
     OwnMoments,
+    PartOfChannels,
     Synchronous,
     WholeImage,
-    whole_image_std,
 )
-from distrijax.mesh import CFG, PATCH, MeshPlan
+from distrijax.mesh import CFG, PATCH, Bands, MeshPlan
 
 AXES = pytest.mark.parametrize(
     ("plan", "axis"),
@@ -65,42 +65,112 @@ def test_halo_is_the_rows_of_the_whole_image(plan, axis, above, below):
 
 @AXES
 def test_tokens_are_those_of_the_whole_image_in_order(plan, axis):
-    n, kv = plan.devices, normal(2, ROWS, 6)
+    n, kv = plan.devices, normal(2, ROWS, 3, 6)
     (got,) = on_bands(plan, axis, lambda kv: (Synchronous(axis).tokens("a", kv),), kv)
     for band in bands(got, n):
-        np.testing.assert_array_equal(band, kv)
+        np.testing.assert_array_equal(band, kv.reshape(2, -1, 6))
 
 
-def moments_of(x: jax.Array) -> jax.Array:
-    """Mean and variance of [b, rows, g, k] for each group g."""
-    mean = jnp.mean(x, (1, 3))
-    return jnp.stack([mean, jnp.mean(jnp.square(x - mean[:, None, :, None]), (1, 3))], -1)
+SIZE = 2
+"""Channels of a group."""
+
+
+def moments_of(x: np.ndarray) -> np.ndarray:
+    """Mean and variance of [b, rows, columns, channels] for each group, [b, g, 2], in float64."""
+    groups = x.astype(np.float64).reshape(*x.shape[:3], -1, SIZE)
+    return np.stack([groups.mean((1, 2, 4)), groups.var((1, 2, 4))], -1)
 
 
 @AXES
 @pytest.mark.parametrize("offset", [0.0, 1000.0], ids=["centred", "far from zero"])
 def test_moments_are_those_of_the_whole_image(plan, axis, offset):
-    x = normal(2, ROWS, 3, 5, offset=offset)
-    (got,) = on_bands(plan, axis, lambda x: (Synchronous(axis).moments("a", moments_of(x))[:, None],), x)
-    exact = x.astype(np.float64)
+    x = normal(2, ROWS, 3, 4, offset=offset)
+    (got,) = on_bands(plan, axis, lambda x: (Synchronous(axis).moments("a", x, SIZE)[:, None],), x)
+    wanted = moments_of(x)
     for i in range(plan.devices):
-        np.testing.assert_allclose(got[:, i, :, 0], exact.mean((1, 3)), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(got[:, i, :, 1], exact.var((1, 3)), rtol=1e-3 if offset else 1e-5)
+        np.testing.assert_allclose(got[:, i, :, 0], wanted[..., 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[:, i, :, 1], wanted[..., 1], rtol=1e-3 if offset else 1e-5)
+
+
+UNEVEN = pytest.mark.parametrize(
+    ("rows", "n", "levels"), [(13, 4, 1), (13, 4, 3), (5, 4, 3), (9, 8, 1)], ids=lambda value: str(value)
+)
+
+
+def on_uneven_bands(rows: int, n: int, levels: int, function, width: int = 3, channels: int = 4):
+    """Every band's results where the image has so many rows, and the image; its padding is NaN, which must not spread."""
+    cut = Bands.among(rows, n, levels=levels)
+    x = normal(2, rows, width, channels, offset=0.5)
+    filled = np.pad(x, ((0, 0), (0, n * cut.band - rows), (0, 0), (0, 0)), constant_values=np.nan)
+    assert filled.shape[1] > rows
+    return x, cut, on_bands(MeshPlan(1, 1, n), PATCH, lambda x: function(Synchronous(bands=cut), x), filled, out=3)
+
+
+@UNEVEN
+def test_padding_is_zeros_to_a_convolution_no_tokens_and_no_part_of_the_moments(rows, n, levels):
+    x, cut, results = on_uneven_bands(rows, n, levels, lambda exchange, x: ask_everything(exchange, x)[:3])
+    halo, tokens, moments = (bands(result, n) for result in results)
+    below = n * cut.band - rows + 1
+    padded = np.pad(x, ((0, 0), (1, below), (0, 0), (0, 0)))
+    for i in range(n):
+        np.testing.assert_array_equal(halo[i], padded[:, i * cut.band : (i + 1) * cut.band + 2])
+        np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
+        np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
+
+
+@UNEVEN
+@pytest.mark.parametrize("mode", STRATEGIES, ids=str)
+def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_synchronous_ones(mode, rows, n, levels):
+    strategy = STRATEGIES[mode]
+
+    def again(exchange, x):
+        exchange.keep_moments = strategy.KEEPS_MOMENTS
+        *_, stale = ask_everything(exchange, x)
+        return ask_everything(strategy(stale, PATCH, exchange.bands), x)[:3]
+
+    x, cut, results = on_uneven_bands(rows, n, levels, again)
+    halo, tokens, moments = (bands(result, n) for result in results)
+    padded = np.pad(x, ((0, 0), (1, n * cut.band - rows + 1), (0, 0), (0, 0)))
+    for i in range(n):
+        np.testing.assert_array_equal(halo[i], padded[:, i * cut.band : (i + 1) * cut.band + 2])
+        np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
+        own = x[:, i * cut.band : (i + 1) * cut.band]
+        if not issubclass(strategy, OwnMoments):
+            np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
+        elif own.size:
+            np.testing.assert_allclose(moments[i][:, 0], moments_of(own), rtol=1e-5, atol=1e-6)
 
 
 def test_one_device_needs_nothing():
     x, whole = jnp.asarray(normal(1, 4, 3, 2)), WholeImage()
     np.testing.assert_array_equal(whole.halo("a", x, 1, 0), np.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))))
-    assert whole.tokens("b", x) is x
-    assert whole.moments("c", x) is x
+    np.testing.assert_array_equal(whole.tokens("b", x), x.reshape(1, 12, 2))
+    np.testing.assert_allclose(whole.moments("c", x, SIZE), moments_of(np.asarray(x)), rtol=1e-5)
     assert whole.finish() == {}
+
+
+def test_each_device_has_its_part_of_the_channels_and_sums_are_everyones():
+    """Five channels in parts of two: the last device has one, and a zero in place of the sixth."""
+    x = normal(1, 3, 2, 5)
+
+    def local(x):
+        exchange = PartOfChannels(PATCH)
+        part = exchange.channels(x, 2)
+        assert exchange.channels(part, 2) is part
+        return part, exchange.whole_sum(jnp.sum(part))
+
+    mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=(P(None, None, None, PATCH), P()))
+    parts, total = jax.jit(mapped)(x)
+    np.testing.assert_array_equal(parts, np.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))))
+    np.testing.assert_allclose(total, x.sum(), rtol=1e-5)
 
 
 def ask_everything(exchange, x):
     """All three questions, as a layer's results that have rows, and what was published."""
     halo = exchange.halo("halo", x, 1, 1)
-    tokens = exchange.tokens("tokens", x.reshape(*x.shape[:2], -1))
-    moments = exchange.moments("moments", moments_of(x))[:, None]
+    tokens = exchange.tokens("tokens", x)
+    moments = exchange.moments("moments", x, SIZE)[:, None]
     return halo, tokens, moments, exchange.finish()
 
 
@@ -115,7 +185,7 @@ def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis, s
         *displaced, fresh = ask_everything(strategy(stale, axis), x)
         same = jnp.all(jnp.stack([jnp.all(stale[name] == fresh[name]) for name in stale])).reshape(1, 1)
         if issubclass(strategy, OwnMoments):
-            synchronous[2] = moments_of(x)[:, None]
+            synchronous[2] = WholeImage().moments("own", x, SIZE)[:, None]
         return *synchronous, *displaced, same
 
     *results, same = on_bands(plan, axis, both, normal(2, ROWS, 3, 4), out=7)
@@ -149,9 +219,9 @@ def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(strate
 @EVERY_STRATEGY
 def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(strategy):
     for i, got in enumerate(bands(displaced(strategy)[1], 4)):
-        wanted = PREVIOUS.reshape(2, ROWS, -1).copy()
-        wanted[:, 4 * i : 4 * i + 4] = PRESENT.reshape(2, ROWS, -1)[:, 4 * i : 4 * i + 4]
-        np.testing.assert_array_equal(got, wanted)
+        wanted = PREVIOUS.copy()
+        wanted[:, 4 * i : 4 * i + 4] = PRESENT[:, 4 * i : 4 * i + 4]
+        np.testing.assert_array_equal(got, wanted.reshape(2, -1, 4))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values())
@@ -178,8 +248,8 @@ def corrected(previous: np.ndarray, present: np.ndarray, i: int) -> tuple[np.nda
 
 
 def raw_moments(x: np.ndarray) -> np.ndarray:
-    parts = np.stack(bands(x.astype(np.float64), 4))
-    return np.stack([parts.mean((2, 4)), (parts**2).mean((2, 4))], -1)
+    means, variances = np.moveaxis(np.stack([moments_of(band) for band in bands(x, 4)]), -1, 0)
+    return np.stack([means, variances + means**2], -1)
 
 
 @EVERY_STRATEGY
@@ -212,8 +282,8 @@ def test_negative_variance_becomes_the_bands_own():
 
     def local(previous, present):
         exchange = Synchronous()
-        exchange.moments("a", moments_of(previous))
-        return (Displaced(exchange.finish()).moments("a", moments_of(present))[:, None],)
+        exchange.moments("a", previous, SIZE)
+        return (Displaced(exchange.finish()).moments("a", present, SIZE)[:, None],)
 
     (moments,) = on_bands(MeshPlan(1, 1, 4), PATCH, local, previous, present)
     fell_back = []
@@ -222,14 +292,6 @@ def test_negative_variance_becomes_the_bands_own():
         np.testing.assert_allclose(got[:, 0, :, 1], np.where(variance < 0, own, variance), rtol=1e-5)
         fell_back.append(bool((variance < 0).all()))
     assert fell_back == [True, False, False, False]
-
-
-def test_standard_deviation_is_torchs_over_the_whole_image():
-    x = normal(2, ROWS, 3, 4, offset=2.0)
-    (got,) = on_bands(MeshPlan(1, 1, 4), PATCH, lambda x: (whole_image_std(x, PATCH) + 0 * x[:, :1, :1, :1],), x)
-    np.testing.assert_allclose(
-        got, np.broadcast_to(x.std((1, 2, 3), ddof=1)[:, None, None, None], got.shape), rtol=1e-5
-    )
 
 
 def stale_tokens(shape=(1, 4, 6), dtype=jnp.float32) -> dict[str, jax.Array]:
@@ -252,7 +314,7 @@ def test_stale_state_of_another_model_is_refused(call, error, sentence):
     with pytest.raises(error, match=sentence):
         jax.eval_shape(
             jax.shard_map(call, mesh=mesh, in_specs=P(None, PATCH), out_specs=P(PATCH), check_vma=False),
-            jnp.zeros((1, 8, 6)),
+            jnp.zeros((1, 4, 2, 6)),
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distrijax.config import DistriConfig, DistriError
-from distrijax.mesh import CFG, DATA, PATCH, MeshPlan, check_sizes, plan_mesh
+from distrijax.mesh import CFG, DATA, PATCH, Bands, MeshPlan, check_sizes, plan_mesh
 
 
 @pytest.mark.parametrize(
@@ -59,27 +59,35 @@ def test_plan_reads_as_a_sentence_part():
     assert MeshPlan(1, 2, 4).devices == 8
 
 
-SDXL = {"vae_scale": 8, "levels": 3}
-
-
 @pytest.mark.parametrize(
-    ("size", "patches"), [((1024, 1024), 8), ((256, 32), 8), ((96, 1024), 3), ((2048, 4096), 4), ((32, 32), 1)]
+    ("rows", "patches", "levels", "band"),
+    [(128, 8, 3, 16), (96, 8, 3, 12), (96, 8, 4, 16), (125, 3, 3, 44), (8, 8, 3, 4), (125, 1, 3, 125), (9, 2, 1, 5)],
 )
-def test_sizes_that_divide(size, patches):
-    check_sizes(height=size[0], width=size[1], patches=patches, **SDXL)
+def test_bands_are_as_equal_as_the_levels_allow(rows, patches, levels, band):
+    assert Bands.among(rows, patches, levels=levels) == Bands(rows, band)
+
+
+def test_rows_of_the_image_are_halved_and_doubled_as_a_convolution_of_stride_2_and_an_upsampling_do():
+    halved = [125, 63, 32]
+    assert [Bands(125, 44).image_rows(band) for band in (44, 22, 11)] == halved
+    assert [Bands(125, 42).image_rows(42 * scale) for scale in (1, 2, 8)] == [125, 250, 1000]
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (768, 8), (1000, 1016)])
+def test_any_multiple_of_eight_fits(size):
+    check_sizes(height=size[0], width=size[1], vae_scale=8)
 
 
 @pytest.mark.parametrize(
-    ("size", "patches", "sentence"),
+    ("size", "sentence"),
     [
-        ((1000, 1024), 4, "height is 1000 and 4 patches need a multiple of 128; use 896 or 1024"),
-        ((100, 1024), 8, "height is 100 and 8 patches need a multiple of 256; use 256"),
-        ((1024, 1000), 4, "width is 1000 and this model needs a multiple of 32; use 992 or 1024"),
-        ((0, 1024), 4, "height is 0"),
-        ((1024, -32), 4, "width is -32"),
-        ((1024.0, 1024), 4, "height is 1024.0"),
+        ((1001, 1024), "height is 1001 and this model needs a multiple of 8; use 1000 or 1008"),
+        ((1024, 7), "width is 7 and this model needs a multiple of 8; use 8"),
+        ((0, 1024), "height is 0"),
+        ((1024, -32), "width is -32"),
+        ((1024.0, 1024), "height is 1024.0"),
     ],
 )
-def test_sizes_that_do_not_divide_name_the_nearest_that_do(size, patches, sentence):
+def test_sizes_that_do_not_fit_name_the_nearest_that_do(size, sentence):
     with pytest.raises(DistriError, match=re.escape(sentence)):
-        check_sizes(height=size[0], width=size[1], patches=patches, **SDXL)
+        check_sizes(height=size[0], width=size[1], vae_scale=8)

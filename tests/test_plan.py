@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from test_unet import FULL_BASE
+from test_unet import BASE, FULL_BASE
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
 from distrijax.plan import plan
@@ -41,6 +41,20 @@ def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
     assert planned.received["halo"] == planned.stale["halo"] + fresh
 
 
+@pytest.mark.parametrize(("side", "billions"), [(1024, 1.333), (2048, 5.332), (3840, 18.744)])
+def test_tensor_parallelism_sums_as_much_as_the_originals(side, billions):
+    planned = plan(
+        DistriConfig(split_batch=False, parallelism="tensor"),
+        UNetConfig.from_dict(FULL_BASE),
+        load_scheduler(DDIM),
+        devices=8,
+        latent=(side // 8, side // 8),
+    )
+    assert planned.received["partial sums"] / 2 / 1e9 == pytest.approx(billions, abs=0.0005)
+    assert planned.stale == {} and planned.received.keys() == {"partial sums", "guidance"}
+    assert planned.received["guidance"] == 0  # both branches are on the same device
+
+
 SETTINGS = [
     {},
     {"split_batch": False},
@@ -48,7 +62,11 @@ SETTINGS = [
     {"sync_mode": "sync_gn"},
     {"sync_mode": "separate_gn"},
     {"sync_mode": "full_sync"},
+    {"sync_mode": "stale_gn", "devices": 3},
+    {"sync_mode": "no_sync"},
     {"parallelism": "naive_patch", "split_scheme": "column"},
+    {"parallelism": "tensor"},
+    {"parallelism": "tensor", "devices": 3},
 ]
 
 
@@ -59,7 +77,7 @@ def test_received_bytes_are_those_of_the_compiled_program(settings, tiny_checkpo
     pipe.set_progress_bar_config(disable=True)
     pipe("a red circle", height=128, width=128, num_inference_steps=2, output_type="latent")
     steps = {key[0].__name__: program for key, program in pipe.programs._compiled.items()}
-    program = next(steps[name] for name in ("displaced", "synchronous", "isolated") if name in steps)
+    program = next(steps[name] for name in ("displaced", "stateless") if name in steps)
     planned = plan(config, pipe.unet_config, pipe.scheduler, devices=config.devices, latent=(16, 16), dtype=pipe.dtype)
     assert sum(planned.received.values()) == received_by_hlo(program.as_text())
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stale_of(pipe)) // config.devices
@@ -99,6 +117,23 @@ def received_by_hlo(text: str) -> int:
         n = len(listed.split(",")) if listed else int(counted)
         total += size * {"all-reduce": 2 * (n - 1) / n}.get(name, (n - 1) / n)
     return round(total) + max(permuted.values(), default=0)
+
+
+@pytest.mark.parametrize(
+    ("side", "devices", "padding", "told"),
+    [
+        (1024, 8, 0, None),
+        (1000, 3, 1 - 125 / 132, "padding  5.3% of the rows that the devices compute\n"),
+        (128, 8, 0.5, "padding  50.0% of the rows that the devices compute; 4 patches would take as long\n"),
+    ],
+)
+def test_rows_that_are_padding_are_told(side, devices, padding, told):
+    config = DistriConfig(split_batch=False)
+    planned = plan(
+        config, UNetConfig.from_dict(BASE), load_scheduler(DDIM), devices=devices, latent=(side // 8, side // 8)
+    )
+    assert planned.padding == pytest.approx(padding)
+    assert str(planned).startswith(told or "stale")
 
 
 def test_images_that_do_not_divide_are_refused():

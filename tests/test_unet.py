@@ -130,7 +130,7 @@ def ours_for(kind: str, module: nnx.Module, given: dict, context: dict) -> jax.A
     x = arrays.get("hidden_states", arrays.get("input_tensor"))
     embedding = arrays.get("temb")
     if kind == "BasicTransformerBlock":
-        return module(jnp.asarray(host(x)), WholeImage(), context)
+        return module(jnp.asarray(host(x))[:, None], WholeImage(), context)[:, 0]
     x = jnp.asarray(nhwc(x))
     embedding = None if embedding is None else jnp.asarray(host(embedding))
     if kind == "ResnetBlock2D":

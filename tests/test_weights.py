@@ -45,7 +45,7 @@ def folder(module, tmp_path):
     return tmp_path / "small"
 
 
-def load(folder, *, variant=None, dtype=jnp.float32, place=jnp.asarray, build=Small):
+def load(folder, *, variant=None, dtype=jnp.float32, place=lambda path, tensor: jnp.asarray(tensor), build=Small):
     return load_module(build, folder, variant=variant, dtype=dtype, place=place)
 
 
@@ -130,7 +130,7 @@ def test_host_holds_one_tensor_at_a_time(folder):
             tensor = tensor.base
         return tensor
 
-    def place(tensor):
+    def place(path, tensor):
         most.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(owner(tensor)))
         return jnp.array(tensor, copy=True)
@@ -142,7 +142,7 @@ def test_host_holds_one_tensor_at_a_time(folder):
 
 def test_every_tensor_goes_through_place(folder):
     device = jax.devices()[1]
-    placed = load(folder, place=lambda tensor: jax.device_put(tensor, device))
+    placed = load(folder, place=lambda path, tensor: jax.device_put(tensor, device))
     assert {leaf.get_value().device for _, leaf in nnx.to_flat_state(nnx.state(placed))} == {device}
 
 

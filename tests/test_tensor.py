@@ -1,0 +1,116 @@
+"""Tensor parallelism: which channels go to which device, and that the whole model computes what one device does."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from oracle import relative_error
+from test_unet import BASE, FULL_BASE, KINDS, picture
+
+from distrijax.config import Parallelism
+from distrijax.exchange import PartOfChannels, WholeImage
+from distrijax.layers import Cut, Side
+from distrijax.mesh import PATCH, MeshPlan
+from distrijax.tensor import Piece, pieces, place_on, shared_out
+from distrijax.unet import UNet, UNetConfig, abstract_unet
+
+HEADS = Cut(Side.OUTPUT, unit=2)
+
+
+def test_heads_stay_together_and_missing_ones_are_zeros():
+    """Three heads of two channels on two devices: the second one has a head and a place for one."""
+    weights = np.arange(12.0).reshape(2, 6)
+    laid_out = Piece(1, HEADS, 6).lay_out(weights, 2)
+    np.testing.assert_array_equal(laid_out[:, :4], weights[:, :4])
+    np.testing.assert_array_equal(laid_out[:, 4:6], weights[:, 4:])
+    np.testing.assert_array_equal(laid_out[:, 6:], 0)
+
+
+def test_every_device_has_some_of_each_part():
+    """Values and gates side by side, four of each on two devices."""
+    laid_out = Piece(0, Cut(Side.OUTPUT, parts=2), 8).lay_out(np.arange(8.0), 2)
+    np.testing.assert_array_equal(laid_out, [0, 1, 4, 5, 2, 3, 6, 7])
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+@pytest.mark.parametrize("cut", [HEADS, Cut(Side.INPUT, 3, 2), Cut(Side.OUTPUT)])
+def test_nothing_is_lost_and_shapes_are_as_announced(cut, devices):
+    piece, values = Piece(1, cut, 12), np.arange(1.0, 25).reshape(2, 12)
+    laid_out = piece.lay_out(values, devices)
+    assert laid_out.shape == piece.shape(values.shape, devices)
+    assert laid_out.shape[1] % devices == 0
+    assert sorted(laid_out[laid_out > 0]) == sorted(values.ravel())
+
+
+def test_layers_are_divided_as_in_the_original():
+    """By heads, by the feed-forward's channels, within resnets, and convolutions that change the size by input channels."""
+    divided = {".".join(map(str, path)) for path in pieces(abstract_unet(UNetConfig.from_dict(FULL_BASE)))}
+    patterns = (
+        r"attn[12]\.to_[qkv]\.kernel|attn[12]\.to_out\.0\.kernel",
+        r"ff\.net\.0\.proj\.(kernel|bias)|ff\.net\.2\.kernel",
+        r"(conv1|time_emb_proj)\.(kernel|bias)|norm2\.(scale|bias)|conv2\.kernel",
+        r"(downsamplers|upsamplers)\.0\.conv\.kernel|^conv_out\.kernel",
+    )
+    # in each of 70 blocks: eight matrices of the attentions, three parameters of the feed-forward; seven in each resnet
+    counts = [70 * 8, 70 * 3, 17 * 7, 5]
+    found = [
+        [name for name in divided if re.search(f"({pattern})$", name) and ("resnets" in name) == ("conv1" in pattern)]
+        for pattern in patterns
+    ]
+    assert [len(names) for names in found] == counts
+    assert len(divided) == sum(counts)
+
+
+@pytest.mark.parametrize("kind", ["base", "convolutional projections"])
+@pytest.mark.parametrize("devices", [2, 3, 8])
+def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
+    """Random weights; 1, 2 and 4 heads and 8 groups, which two of the three numbers of devices do not divide."""
+    config = UNetConfig.from_dict(KINDS[kind])
+    unet = UNet(config, rngs=nnx.Rngs(0))
+    # biases and scales away from 0 and 1
+    for path, leaf in nnx.to_flat_state(nnx.state(unet)):
+        if len(leaf.shape) == 1:
+            noise = np.random.default_rng(len(str(path))).standard_normal(leaf.shape, np.float32)
+            leaf.set_value(leaf.get_value() + 0.1 * noise)
+    prompt, added = np.float32(np.random.default_rng(1).standard_normal((2, 7, 24))), []
+    if config.addition_embed_type:
+        added = [np.ones((2, 20), np.float32), np.full((2, 6), 64, np.float32)]
+
+    mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
+    _, specs = shared_out(abstract_unet(config), Parallelism.TENSOR, devices)
+    place = place_on(mesh, Parallelism.TENSOR, unet)
+    flat = nnx.to_flat_state(nnx.state(unet))
+    leaves = [place(path, np.asarray(leaf.get_value())) for path, leaf in flat]
+    structure = jax.tree.structure(unet)
+
+    def call(exchange, leaves, x):
+        module = jax.tree.unflatten(structure, leaves)
+        return module(x, jnp.float32(500), module.condition(prompt, *added), exchange)
+
+    cut = jax.shard_map(
+        lambda leaves, x: call(PartOfChannels(PATCH), leaves, x), mesh=mesh, in_specs=(specs, P()), out_specs=P()
+    )
+    wanted = jax.jit(lambda leaves, x: call(WholeImage(), leaves, x))(jax.tree.leaves(unet), picture(0))
+    assert relative_error(jax.jit(cut)(tuple(leaves), picture(0)), wanted) < 1e-5
+
+
+def test_shapes_are_those_of_the_placed_parameters():
+    config = UNetConfig.from_dict(BASE)
+    mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
+    model, specs = shared_out(abstract_unet(config), Parallelism.TENSOR, 3)
+    place = place_on(mesh, Parallelism.TENSOR, abstract_unet(config))
+    flat = nnx.to_flat_state(nnx.state(UNet(config, rngs=nnx.Rngs(0))))
+    for (path, leaf), shape, spec in zip(flat, jax.tree.leaves(model), specs, strict=True):
+        placed = place(path, np.asarray(leaf.get_value()))
+        assert (placed.shape, placed.sharding.spec) == (shape.shape, spec), path
+
+
+def test_other_parallelisms_leave_the_weights_whole():
+    model = abstract_unet(UNetConfig.from_dict(BASE))
+    assert shared_out(model, Parallelism.PATCH, 4) == (model, P())
