@@ -119,8 +119,12 @@ CHECKPOINTS = {
     "broken index": (content("model_index.json", '{"_class_name": '), r"model_index\.json is not readable JSON"),
     "index is a list": (content("model_index.json", "[]"), r"model_index\.json holds a list"),
     "another pipeline": (
+        entry("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
+        r"_class_name is 'StableDiffusionInpaintPipeline'; .*'StableDiffusionXLPipeline'",
+    ),
+    "pipeline of the other family": (
         entry("model_index.json", _class_name="StableDiffusionPipeline"),
-        r"_class_name is 'StableDiffusionPipeline'; .*'StableDiffusionXLPipeline'",
+        "holds a Stable Diffusion pipeline, not Stable Diffusion XL; load it with DistriSDPipeline",
     ),
     "no unet": (no("unet"), "lacks unet;"),
     "two parts missing": (lambda folder: (no("vae")(folder), no("tokenizer_2")(folder)), "lacks tokenizer_2, vae;"),
@@ -146,8 +150,8 @@ CHECKPOINTS = {
     "parts of two models": (entry("unet/config.json", cross_attention_dim=2048), "2048 and the text encoders.*64;"),
     "words without embedding": (entry("text_encoder/config.json", vocab_size=100), "words and its text encoder 100;"),
     "unsupported scheduler": (
-        entry("scheduler/scheduler_config.json", _class_name="PNDMScheduler"),
-        "scheduler class is 'PNDMScheduler'; supported",
+        entry("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler"),
+        "scheduler class is 'HeunDiscreteScheduler'; supported",
     ),
     "unsupported scheduler option": (
         entry("scheduler/scheduler_config.json", prediction_type="flow"),
@@ -280,7 +284,7 @@ CALLS = {
     ),
     "pooled of wrong width": (
         {"prompt": None, **embeds(pooled=(2, 31))},
-        r"pooled_prompt_embeds \[2, 31\]; give .* and \[prompts, 32\]",
+        r"pooled_prompt_embeds is \[2, 31\]; give .* and \[prompts, 32\]",
     ),
     "negative embeddings of wrong length": (
         {"prompt": None, **embeds(), **embeds(tokens=(2, 50, 64), prefix="negative_")},
