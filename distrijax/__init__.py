@@ -1,10 +1,13 @@
-"""distrijax: the lowest latency for one large Stable Diffusion XL image, on a mesh of accelerators, in JAX."""
+"""distrijax: the lowest latency for one large Stable Diffusion image, on a mesh of accelerators, in JAX."""
 
 from pathlib import Path
 
+from distrijax.auto import load_pipeline
 from distrijax.config import DistriConfig, DistriError, Parallelism, SplitScheme, SyncMode
 from distrijax.mesh import MeshPlan, plan_mesh
-from distrijax.pipeline import DistriSDXLPipeline, PipelineOutput
+from distrijax.pipeline import PipelineOutput
+from distrijax.pipeline_sd import DistriSDPipeline
+from distrijax.pipeline_sdxl import DistriSDXLPipeline
 from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
 from distrijax.tokenizer import DistriWarning
 
@@ -16,6 +19,7 @@ __all__ = [
     "SCHEDULERS",
     "DistriConfig",
     "DistriError",
+    "DistriSDPipeline",
     "DistriSDXLPipeline",
     "DistriWarning",
     "MeshPlan",
@@ -23,6 +27,7 @@ __all__ = [
     "PipelineOutput",
     "SplitScheme",
     "SyncMode",
+    "load_pipeline",
     "load_scheduler",
     "plan_mesh",
     "with_class",

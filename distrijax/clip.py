@@ -1,4 +1,4 @@
-"""The two text encoders of SDXL: CLIP-L (quick_gelu) and OpenCLIP bigG (gelu, with a projection).
+"""The text encoders of Stable Diffusion: CLIP-L (1.x; SDXL's first), OpenCLIP H (2.x) and bigG (SDXL's second).
 
 Parameters are named as in the checkpoints, `text_model.encoder.layers.0.self_attn.q_proj` and so on.
 """
@@ -88,31 +88,39 @@ class CLIPTextConfig(ModelConfig):
 
 
 class CLIPTextEncoder(nnx.Module):
-    """Both text encoders: transformers' CLIPTextModel, or CLIPTextModelWithProjection with `with_projection`."""
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection with `with_projection`.
 
-    def __init__(self, config: CLIPTextConfig, *, with_projection: bool, rngs: nnx.Rngs):
+    penultimate: whether token embeddings are those before the last layer (SDXL), or else the last ones, normalised (1.x
+    and 2.x; of OpenCLIP H their checkpoints hold one layer less).
+    """
+
+    def __init__(self, config: CLIPTextConfig, *, with_projection: bool, penultimate: bool = True, rngs: nnx.Rngs):
         self.text_model = CLIPTextTransformer(config, rngs=rngs)
         self.text_projection = (
             Linear(config.hidden_size, config.projection_dim, bias=False, rngs=rngs) if with_projection else None
         )
-        self.config = config
+        self.config, self.penultimate = config, penultimate
 
     def __call__(
         self, input_ids: Int[Array, "b t"], *, clip_skip: int = 0
     ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
         """Token embeddings and the pooled embedding.
 
-        The first are the hidden states before the last layer (`hidden_states[-2]`, without the final norm), and
-        `clip_skip` layers further back, as diffusers counts. The second is the normalised last hidden state at the end
-        of the text, projected where there is a projection. Raises DistriError for more tokens than there are positions
-        and for a `clip_skip` beyond the first layer.
+        The first are, as diffusers counts, the hidden states before the last layer (`hidden_states[-2]`, without the final
+        norm) or after it (`hidden_states[-1]`, with the norm), and `clip_skip` layers further back. The second is the
+        normalised last hidden state at the end of the text, projected where there is a projection. Raises DistriError for
+        more tokens than there are positions and for a `clip_skip` beyond the first layer.
         """
         layers = self.config.num_hidden_layers
-        if not 0 <= clip_skip < layers:
-            raise DistriError(f"clip_skip is {clip_skip}; this text encoder of {layers} layers takes 0 to {layers - 1}")
+        most = layers - self.penultimate
+        if not 0 <= clip_skip <= most:
+            raise DistriError(f"clip_skip is {clip_skip}; this text encoder of {layers} layers takes 0 to {most}")
         hidden_states, last = self.text_model(input_ids)
+        tokens = hidden_states[most - clip_skip]
+        if not self.penultimate:
+            tokens = self.text_model.final_layer_norm(tokens)
         pooled = jnp.take_along_axis(last, self._end_of_text(input_ids)[:, None, None], axis=1)[:, 0]
-        return hidden_states[-2 - clip_skip], pooled if self.text_projection is None else self.text_projection(pooled)
+        return tokens, pooled if self.text_projection is None else self.text_projection(pooled)
 
     def _end_of_text(self, input_ids: Int[Array, "b t"]) -> Int[Array, "b"]:
         if self.config.eos_token_id == LEGACY_EOS:

@@ -134,7 +134,7 @@ class ModelConfig:
                 hint = difflib.get_close_matches(key, fields, 1)
                 raise DistriError(
                     f"{cls.__name__}: unknown key {key!r} (value {value!r}){f', did you mean {hint[0]!r}' if hint else ''}; "
-                    "remove it if it has no effect, or use a model of the SDXL family"
+                    "remove it if it has no effect, or use a model of the Stable Diffusion family"
                 )
             elif value not in cls.FIXED[key]:
                 raise DistriError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError, Parallelism, check_choice
+from distrijax.config import DistriError, ModelConfig, Parallelism, check_choice
 from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.tensor import place_on
 from distrijax.tokenizer import CLIPTokenizer
@@ -25,17 +27,74 @@ from distrijax.unet import UNet, UNetConfig, abstract_unet
 from distrijax.vae import AutoencoderKL, VAEConfig
 from distrijax.weights import Place, load_module, read_json
 
+VARIANTS = ("fp16", "non_ema")
+"""Of weights that lie beside the usual ones on the hub."""
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
-PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """What tells one family of models from the other: the parts of its text, and how they are used.
+
+    name: for people. pipeline: the class of this package that paints with it.
+    suffixes: of the folders `tokenizer` and `text_encoder`, in the order in which the encoders' embeddings are joined.
+    pooled: whether the last encoder has a projection, whose pooled embedding the UNet reads.
+    penultimate: what the UNet reads of a token: its embedding before the last layer, or the last one, normalised.
+    sample_size: rows of the latent, for a UNet whose config names none.
+    scheduler: options that hold whatever scheduler_config.json says.
+    """
+
+    name: str
+    pipeline: str
+    suffixes: tuple[str, ...]
+    pooled: bool
+    penultimate: bool
+    sample_size: int
+    scheduler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(f"tokenizer{suffix}" for suffix in self.suffixes)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(f"text_encoder{suffix}" for suffix in self.suffixes)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The folders that a checkpoint needs."""
+        return *self.tokenizers, *self.text_encoders, "unet", "vae", "scheduler"
+
+
+SD = Family(
+    name="Stable Diffusion",
+    pipeline="DistriSDPipeline",
+    suffixes=("",),
+    pooled=False,
+    penultimate=False,
+    sample_size=64,
+    scheduler={"steps_offset": 1, "clip_sample": False},  # of old files diffusers, too, believes nothing else
+)
+SDXL = Family(
+    name="Stable Diffusion XL",
+    pipeline="DistriSDXLPipeline",
+    suffixes=("", "_2"),
+    pooled=True,
+    penultimate=True,
+    sample_size=128,
+)
+
+FAMILIES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
+"""By `_class_name` of model_index.json."""
 
 
 class Components(NamedTuple):
-    """The parts of a Stable Diffusion XL pipeline."""
+    """The parts of a pipeline; tokenizers and text encoders in the order of `Family.suffixes`."""
 
     index: dict[str, Any]
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    text_encoders: tuple[CLIPTextEncoder, CLIPTextEncoder]
+    tokenizers: tuple[CLIPTokenizer, ...]
+    text_encoders: tuple[CLIPTextEncoder, ...]
     unet: UNet
     vae: AutoencoderKL
     scheduler: Scheduler
@@ -45,8 +104,8 @@ class Configs(NamedTuple):
     """What a pipeline's folder says of its models, without a weight."""
 
     index: dict[str, Any]
-    text_encoder: CLIPTextConfig
-    text_encoder_2: CLIPTextConfig
+    family: Family
+    text_encoders: tuple[CLIPTextConfig, ...]
     unet: UNetConfig
     vae: VAEConfig
     scheduler: Scheduler
@@ -73,8 +132,9 @@ def find_folder(name: str | Path, *, variant: str | None, revision: str | None, 
     if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise DistriError(f"{name} is not a folder; give a folder in the diffusers layout or a hub id like owner/model")
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    needed = [f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.txt", weights)]
-    others = [] if variant else ["*/*.fp16.safetensors", "*/*.fp16-*.safetensors"]
+    parts = {part for family in FAMILIES.values() for part in family.parts}
+    needed = [f"{part}/{pattern}" for part in sorted(parts) for pattern in ("*.json", "*.txt", weights)]
+    others = [] if variant else [f"*/*.{name}{end}" for name in VARIANTS for end in (".safetensors", "-*.safetensors")]
     try:
         return Path(
             snapshot_download(
@@ -95,28 +155,44 @@ def find_folder(name: str | Path, *, variant: str | None, revision: str | None, 
         ) from None
 
 
+def find_family(folder: Path) -> Family:
+    """The family of a pipeline's folder; raises DistriError for one that is not supported."""
+    name = read_json(folder / "model_index.json").get("_class_name")
+    check_choice(name, tuple(FAMILIES), f"{folder}/model_index.json: _class_name")
+    return FAMILIES[name]
+
+
 def read_configs(folder: Path, scheduler: str | None = None) -> Configs:
     """The configurations of a pipeline's folder; raises DistriError where one is absent, wrong or not supported."""
-    index = read_json(folder / "model_index.json")
-    check_choice(index.get("_class_name"), ("StableDiffusionXLPipeline",), f"{folder}/model_index.json: _class_name")
-    absent = [part for part in PARTS if not (folder / part).is_dir()]
+    family = find_family(folder)
+    absent = [part for part in family.parts if not (folder / part).is_dir()]
     if absent:
-        raise DistriError(f"{folder} lacks {', '.join(absent)}; a whole Stable Diffusion XL pipeline is needed")
-    chosen = load_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"), scheduler)
-    kinds = {"text_encoder": CLIPTextConfig, "text_encoder_2": CLIPTextConfig, "unet": UNetConfig, "vae": VAEConfig}
-    models = {name: kind.from_dict(read_json(folder / name / "config.json")) for name, kind in kinds.items()}
-    return Configs(index=index, scheduler=chosen, **models)
+        raise DistriError(f"{folder} lacks {', '.join(absent)}; a whole {family.name} pipeline is needed")
+    options = read_json(folder / "scheduler" / "scheduler_config.json") | family.scheduler
+
+    def read(name: str, kind: type[ModelConfig]) -> Any:
+        return kind.from_dict(read_json(folder / name / "config.json"))
+
+    return Configs(
+        index=read_json(folder / "model_index.json"),
+        family=family,
+        text_encoders=tuple(read(name, CLIPTextConfig) for name in family.text_encoders),
+        unet=read("unet", UNetConfig),
+        vae=read("vae", VAEConfig),
+        scheduler=load_scheduler(options, scheduler),
+    )
 
 
-def default_size(unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
+def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
     """Height and width in pixels that a model was trained for."""
-    size = unet.sample_size or 128
+    size = unet.sample_size or family.sample_size
     height, width = size if isinstance(size, tuple) else (size, size)
     return height * vae.scale, width * vae.scale
 
 
 def load_components(
     folder: Path,
+    family: Family,
     *,
     dtype: jnp.dtype,
     variant: str | None,
@@ -126,52 +202,63 @@ def load_components(
 ) -> Components:
     """All parts of a pipeline's folder. Configurations are read first, so that a wrong one costs no loading.
 
-    scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class. mesh,
-    parallelism: where the parameters go.
-    The VAE is float32 where half precision would overflow (`force_upcast` and float16, as in diffusers).
+    family: the one that is needed. scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the
+    folder's own class. mesh, parallelism: where the parameters go. The VAE is float32 where half precision would overflow
+    (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in every pipeline).
     """
+    _check_family(folder, family)
     configs = read_configs(folder, scheduler)
-    tokenizers = CLIPTokenizer.from_folder(folder / "tokenizer"), CLIPTokenizer.from_folder(folder / "tokenizer_2")
+    tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
     _check_together(folder, tokenizers, configs)
 
     whole = place_on(mesh)
 
-    def load(name: str, build: Callable, dtype: jnp.dtype = dtype, place: Place = whole):
+    def load(name: str, build: Callable, config: ModelConfig, dtype: jnp.dtype = dtype, place: Place = whole):
         return load_module(
-            lambda rngs: build(getattr(configs, name), rngs=rngs),
-            folder / name,
-            variant=variant,
-            dtype=dtype,
-            place=place,
+            lambda rngs: build(config, rngs=rngs), folder / name, variant=variant, dtype=dtype, place=place
         )
 
-    def text_encoder(with_projection: bool) -> Callable:
-        return lambda config, rngs: CLIPTextEncoder(config, with_projection=with_projection, rngs=rngs)
+    def text_encoder(name: str, config: CLIPTextConfig) -> CLIPTextEncoder:
+        projected = family.pooled and name == family.text_encoders[-1]
+        build = partial(CLIPTextEncoder, with_projection=projected, penultimate=family.penultimate)
+        return load(name, build, config)
 
     upcast = configs.vae.force_upcast and dtype == jnp.float16
     return Components(
         index=configs.index,
         tokenizers=tokenizers,
-        text_encoders=(load("text_encoder", text_encoder(False)), load("text_encoder_2", text_encoder(True))),
-        unet=load("unet", UNet, place=place_on(mesh, parallelism, abstract_unet(configs.unet))),
-        vae=load("vae", AutoencoderKL, jnp.dtype(jnp.float32) if upcast else dtype),
+        text_encoders=tuple(map(text_encoder, family.text_encoders, configs.text_encoders)),
+        unet=load("unet", UNet, configs.unet, place=place_on(mesh, parallelism, abstract_unet(configs.unet))),
+        vae=load("vae", AutoencoderKL, configs.vae, jnp.dtype(jnp.float32) if upcast else dtype),
         scheduler=configs.scheduler,
     )
 
 
-def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], configs: Configs) -> None:
+def _check_family(folder: Path, needed: Family) -> None:
+    found = find_family(folder)
+    if found is not needed:
+        raise DistriError(f"{folder} holds a {found.name} pipeline, not {needed.name}; load it with {found.pipeline}")
+
+
+def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs: Configs) -> None:
     """Raises DistriError for parts of different models."""
-    _, text, text_2, unet, vae, _ = configs
+    unet, vae, texts = configs.unet, configs.vae, configs.text_encoders
+    if unet.addition_embed_type and not configs.family.pooled:
+        raise DistriError(
+            f"{folder}: the UNet's addition_embed_type is {unet.addition_embed_type!r} and the text encoder of "
+            f"{configs.family.name} gives no pooled embedding; use parts of one model"
+        )
     dims = unet.cross_attention_dim
+    widths = "text encoders' widths add up to" if len(texts) > 1 else "text encoder's width is"
     pairs = [
-        ("UNet's cross_attention_dim", dim, "text encoders' widths add up to", text.hidden_size + text_2.hidden_size)
+        ("UNet's cross_attention_dim", dim, widths, sum(text.hidden_size for text in texts))
         for dim in (dims if isinstance(dims, tuple) else (dims,))
     ]
     pairs.append(("UNet's in_channels", unet.in_channels, "VAE's latent_channels is", vae.latent_channels))
     for name, value, other, needed in pairs:
         if value != needed:
             raise DistriError(f"{folder}: the {name} is {value} and the {other} {needed}; use parts of one model")
-    for number, (tokenizer, encoder) in enumerate(zip(tokenizers, (text, text_2), strict=True), 1):
+    for number, (tokenizer, encoder) in enumerate(zip(tokenizers, texts, strict=True), 1):
         if tokenizer.vocab_size > encoder.vocab_size:
             raise DistriError(
                 f"{folder}: tokenizer {number} has {tokenizer.vocab_size} words and its text encoder {encoder.vocab_size}; "

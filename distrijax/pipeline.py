@@ -1,11 +1,11 @@
-"""The pipeline: a prompt becomes a picture, on the devices of a mesh."""
+"""What all pipelines share: devices, programs, the starting noise, the loop and decoding; a prompt is a subclass's affair."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,15 @@ from distrijax.config import (
 )
 from distrijax.denoise import Inputs, Layout, Loop, layout_of, loop_of
 from distrijax.exchange import Synchronous
-from distrijax.loading import Components, default_size, find_folder, load_components, resolve_dtype
+from distrijax.loading import Components, Family, default_size, find_folder, load_components, resolve_dtype
 from distrijax.mesh import CFG, DATA, PATCH, Bands, check_images, check_sizes, plan_mesh
 from distrijax.programs import Programs
-from distrijax.prompt import Embeddings, Prompt, PromptEncoder
+from distrijax.prompt import Embeddings, PromptEncoder, Texts
 from distrijax.tensor import shared_out
 from distrijax.unet import abstract_unet
 
 Size = tuple[int, int]
-Callback = Callable[["DistriSDXLPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+Callback = Callable[["Pipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +45,52 @@ class PipelineOutput:
     images: list[Image.Image] | np.ndarray | jax.Array
 
 
-class DistriSDXLPipeline:
-    """Stable Diffusion XL by displaced patch parallelism; a call mirrors diffusers' StableDiffusionXLPipeline.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """The arguments that the calls of all pipelines have; as in diffusers, except those below.
 
-    Heights, widths, steps, guidance, schedulers and numbers of images may change from call to call; only new shapes
-    compile. `scheduler` may be replaced (`distrijax.schedulers.with_class`). `programs` counts what was compiled.
+    height, width: pixels. guidance_scale: above 1 both branches run. seed: one for all images (image i draws from the i-th
+    stream of it), or one for each image; the same on any mesh. latents: starting noise [images, c, height/f, width/f],
+    instead of `seed`'s; `output_type="latent"` gives the same layout. callback_on_step_end(pipeline, step, timestep,
+    {"latents": ...}) may return {"latents": ...} to go on from; a step is a call of the UNet, of which PNDM makes one more
+    than `num_inference_steps`. chunk_size: steps for each visit of the host, for progress and callback; None runs the whole
+    loop as one program.
+    Raises DistriError for arguments that cannot be used.
     """
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    num_images_per_prompt: int
+    seed: int | Sequence[int]
+    latents: Any
+    clip_skip: int | None
+    output_type: str
+    callback_on_step_end: Callback | None
+    chunk_size: int | None
+
+    def __post_init__(self):
+        check_choice(self.output_type, ("pil", "np", "latent"), "output_type")
+        finite_number(self.guidance_scale, "guidance_scale")
+        finite_number(self.guidance_rescale, "guidance_rescale", least=0)
+        for name in ("height", "width", "num_inference_steps", "num_images_per_prompt"):
+            positive(getattr(self, name), name)
+        if self.chunk_size is not None:
+            positive(self.chunk_size, "chunk_size")
+        if self.clip_skip is not None:
+            positive(self.clip_skip, "clip_skip", least=0)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+
+class Pipeline:
+    """All of a pipeline but its conditioning: a subclass names its family, and has a call that ends in `_paint`."""
+
+    family: ClassVar[Family]
 
     def __init__(self, components: Components, mesh: jax.sharding.Mesh, config: DistriConfig, dtype: jnp.dtype):
         self.mesh, self.config, self.dtype = mesh, config, dtype
@@ -61,9 +101,10 @@ class DistriSDXLPipeline:
         self._prompts = PromptEncoder(
             components.tokenizers,
             components.text_encoders,
-            bool(components.index.get("force_zeros_for_empty_prompt", True)),
-            self._everywhere,
-            self.programs,
+            pooled=self.family.pooled,
+            zeros_for_empty=self.family.pooled and bool(components.index.get("force_zeros_for_empty_prompt", True)),
+            everywhere=self._everywhere,
+            programs=self.programs,
         )
         (unet, self._unet), (vae, self._vae) = map(jax.tree.flatten, (components.unet, components.vae))
         self._unet_params, self._vae_params = tuple(unet), tuple(vae)
@@ -86,7 +127,7 @@ class DistriSDXLPipeline:
 
         dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs. variant: of the weight
         files, e.g. "fp16". scheduler: a name out of `distrijax.schedulers.SCHEDULERS` instead of the checkpoint's.
-        Raises DistriError for a checkpoint that is not whole or not of the SDXL family, and for devices that are not there.
+        Raises DistriError for a checkpoint that is not whole or of another family, and for devices that are not there.
         """
         config = distri_config or DistriConfig()
         devices = jax.devices()
@@ -100,6 +141,7 @@ class DistriSDXLPipeline:
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
         components = load_components(
             folder,
+            cls.family,
             dtype=dtype,
             variant=variant,
             scheduler=scheduler,
@@ -112,114 +154,79 @@ class DistriSDXLPipeline:
         """Settings of the tqdm progress bar, e.g. disable=True."""
         self._progress = settings
 
-    def __call__(
+    def _paint(
         self,
-        prompt: Prompt | None = None,
-        prompt_2: Prompt | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        guidance_rescale: float = 0.0,
-        negative_prompt: Prompt | None = None,
-        negative_prompt_2: Prompt | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] = 0,
-        latents: Any = None,
-        prompt_embeds: Any = None,
-        negative_prompt_embeds: Any = None,
-        pooled_prompt_embeds: Any = None,
-        negative_pooled_prompt_embeds: Any = None,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        negative_original_size: Size | None = None,
-        negative_crops_coords_top_left: Size = (0, 0),
-        negative_target_size: Size | None = None,
-        clip_skip: int = 0,
-        output_type: str = "pil",
-        callback_on_step_end: Callback | None = None,
-        chunk_size: int | None = 1,
+        call: Call,
+        branches: Sequence[Texts | Embeddings | None],
+        time_ids: Sequence[Sequence[float]] | None = None,
     ) -> PipelineOutput:
-        """Paints prompts; arguments as in diffusers, except those below.
+        """The pictures of what `PromptEncoder.read` returned; all is checked before anything is compiled.
 
-        height, width: pixels; None takes the size the model was trained for. guidance_scale: above 1 both branches run.
-        seed: one for all images (image i draws from the i-th stream of it), or one for each image; the same on any mesh.
-        latents: starting noise [images, c, height/f, width/f], instead of `seed`'s; `output_type="latent"` gives the same
-        layout. sizes: (height, width). callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return
-        {"latents": ...} to go on from. chunk_size: steps for each visit of the host, for progress and callback; None runs
-        the whole loop as one program. Raises DistriError for arguments that cannot be used.
+        time_ids: SDXL's micro-conditioning of each branch.
         """
-        check_choice(output_type, ("pil", "np", "latent"), "output_type")
-        repeats = positive(num_images_per_prompt, "num_images_per_prompt")
-        guidance_scale = finite_number(guidance_scale, "guidance_scale")
-        guidance_rescale = finite_number(guidance_rescale, "guidance_rescale", least=0)
-        if chunk_size is not None:
-            positive(chunk_size, "chunk_size")
-        positive(clip_skip, "clip_skip", least=0)
-        steps, init_noise_sigma = self.scheduler.schedule(positive(num_inference_steps, "num_inference_steps"))
-        usual = self.default_size
-        height, width = usual[0] if height is None else height, usual[1] if width is None else width
-        vae_scale = self.vae_config.scale
-        check_sizes(height=height, width=width, vae_scale=vae_scale)
-        latent, levels = (height // vae_scale, width // vae_scale), len(self.unet_config.block_out_channels)
-        layout = layout_of(self.config, self.mesh, guided=guidance_scale > 1, latent=latent, levels=levels)
-        loop = loop_of(self.config, layout, self._unet, self.scheduler, self.dtype, self._unet_cuts)
-        branches = self._prompts.read(
-            prompt,
-            prompt_2,
-            negative_prompt,
-            negative_prompt_2,
-            self._prompts.given(prompt_embeds, pooled_prompt_embeds, "", self.dtype),
-            self._prompts.given(negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_", self.dtype),
-            guided=layout.guided,
-        )
-        images = len(branches[-1][0]) * repeats
+        steps, init_noise_sigma = self.scheduler.schedule(call.num_inference_steps)
+        loop = self._loop(call)
+        layout = loop.layout
+        images = len(branches[-1][0]) * call.num_images_per_prompt
         check_images(images, self.mesh.shape[DATA])
-        time_ids = _time_ids((height, width), original_size, crops_coords_top_left, target_size)
-        negative_ids = time_ids
-        if negative_original_size is not None and negative_target_size is not None:
-            crop = negative_crops_coords_top_left
-            negative_ids = _time_ids((height, width), negative_original_size, crop, negative_target_size)
-        ids = (negative_ids, time_ids) if layout.guided else (time_ids,)
-
-        keys = jax.device_put(_image_keys(seed, images), layout.sharding(P(DATA)))
+        keys = jax.device_put(_image_keys(call.seed, images), layout.sharding(P(DATA)))
         channels = self.unet_config.in_channels
-        if latents is not None:
-            latents = _to_canvas(layout, _given_latents(latents, (images, channels, *latent)))
-        embeddings = self._prompts.encode(branches, clip_skip=clip_skip)
-        inputs = self._inputs(loop, embeddings, ids, repeats, guidance_scale, guidance_rescale, keys)
-        noise = self.programs(_draw_latents, (layout, channels), (), keys) if latents is None else latents
+        noise = None
+        if call.latents is not None:
+            noise = _to_canvas(layout, _given_latents(call.latents, (images, channels, *layout.latent)))
+        embeddings = self._prompts.encode(branches, clip_skip=call.clip_skip or 0)
+        inputs = self._inputs(loop, embeddings, time_ids, call, keys)
+        if noise is None:
+            noise = self.programs(_draw_latents, (layout, channels), (), keys)
         state = self.scheduler.init(noise, np.float32(init_noise_sigma))
-        numbers = np.arange(1, num_inference_steps + 1, dtype=np.int32)
-        state = self._denoise(loop, inputs, state, (steps, numbers), chunk_size, callback_on_step_end)
-        if output_type == "latent":
+        numbers = np.arange(1, len(steps.timestep) + 1, dtype=np.int32)
+        state = self._denoise(loop, inputs, state, (steps, numbers), call.chunk_size, call.callback_on_step_end)
+        if call.output_type == "latent":
             return PipelineOutput(self._visible(layout, state.latents))
         pictures = self._decode(layout, state.latents)
-        return PipelineOutput(pictures if output_type == "np" else to_pil(pictures))
+        return PipelineOutput(pictures if call.output_type == "np" else to_pil(pictures))
+
+    def _loop(self, call: Call) -> Loop:
+        """What the programs of a call depend on; raises DistriError for sizes that are no whole rows of the latent."""
+        scale = self.vae_config.scale
+        check_sizes(height=call.height, width=call.width, vae_scale=scale)
+        layout = layout_of(
+            self.config,
+            self.mesh,
+            guided=call.guided,
+            latent=(call.height // scale, call.width // scale),
+            levels=len(self.unet_config.block_out_channels),
+        )
+        return loop_of(self.config, layout, self._unet, self.scheduler, self.dtype, self._unet_cuts)
 
     @property
     def default_size(self) -> Size:
         """Height and width in pixels that the model was trained for."""
-        return default_size(self.unet_config, self.vae_config)
+        return default_size(self.family, self.unet_config, self.vae_config)
 
-    def _inputs(self, loop, branches: Sequence[Embeddings], time_ids, repeats, scale, rescale, keys) -> Inputs:
+    def _size(self, height: int | None, width: int | None) -> Size:
+        """The size of a call's pictures: what it gives, else the model's."""
+        usual = self.default_size
+        return usual[0] if height is None else height, usual[1] if width is None else width
+
+    def _inputs(self, loop: Loop, branches: Sequence[Embeddings], time_ids, call: Call, keys: jax.Array) -> Inputs:
+        repeats = call.num_images_per_prompt
         images = branches[0].tokens.shape[0] * repeats
         sharding = loop.layout.sharding(loop.layout.branches)
-        tokens, pooled = (
-            jax.device_put(jnp.stack([jnp.repeat(part, repeats, 0) for part in parts]), sharding)
-            for parts in zip(*branches, strict=True)
-        )
-        ids = np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1)
-        conditioning = self.programs(
-            denoise.condition, loop, self._unet_params, tokens, pooled, jax.device_put(ids, sharding)
-        )
-        weights = np.asarray(denoise.guidance_weights(scale, guided=loop.layout.guided), np.float32)
-        weights_sharding = loop.layout.sharding(P(CFG) if loop.layout.guided else P())
+
+        def joined(*parts):
+            return jax.device_put(jnp.stack([jnp.repeat(part, repeats, 0) for part in parts]), sharding)
+
+        tokens, pooled = jax.tree.map(joined, *branches)
+        ids = None
+        if time_ids is not None:
+            ids = jax.device_put(np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1), sharding)
+        conditioning = self.programs(denoise.condition, loop, self._unet_params, tokens, pooled, ids)
+        weights = np.asarray(denoise.guidance_weights(call.guidance_scale, guided=call.guided), np.float32)
+        weights_sharding = loop.layout.sharding(P(CFG) if call.guided else P())
         factor = None
-        if loop.layout.guided and rescale > 0:
-            factor = jax.device_put(np.float32(rescale), self._everywhere)
+        if call.guided and call.guidance_rescale > 0:
+            factor = jax.device_put(np.float32(call.guidance_rescale), self._everywhere)
         return Inputs(conditioning, jax.device_put(weights, weights_sharding), factor, keys)
 
     def _denoise(self, loop: Loop, inputs: Inputs, state, xs, chunk_size: int | None, callback: Callback | None):
@@ -288,16 +295,6 @@ class DistriSDXLPipeline:
 def to_pil(pictures: np.ndarray) -> list[Image.Image]:
     """Pictures [b, h, w, 3] in 0 to 1 as PIL images, rounded to 8 bit."""
     return [Image.fromarray(picture) for picture in np.round(pictures * 255).astype(np.uint8)]
-
-
-def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None) -> list[float]:
-    """SDXL's micro-conditioning: original size, top left corner of the crop, target size."""
-    original, target = (size if given is None else given for given in (original, target))
-    pairs = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
-    for name, pair in pairs.items():
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise DistriError(f"{name} is {pair!r}; give two numbers, (height, width)")
-    return [finite_number(value, name) for name, pair in pairs.items() for value in pair]
 
 
 def _image_keys(seed: int | Sequence[int], images: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Prompts become embeddings: two tokenizers, two text encoders."""
+"""Prompts become embeddings: a tokenizer and a text encoder, or two of each."""
 
 from __future__ import annotations
 
@@ -19,67 +19,75 @@ from distrijax.tokenizer import CLIPTokenizer
 
 Prompt = str | Sequence[str]
 
+Prompts = tuple[Prompt | None, ...]
+"""What a caller gives for each encoder: SDXL's prompt and prompt_2, the prompt alone of a model with one encoder."""
 
-Texts = tuple[list[str], list[str]]
-"""Prompts for the first and for the second encoder, equally many."""
+Texts = tuple[list[str], ...]
+"""Prompts for each encoder, equally many."""
 
 
 class Embeddings(NamedTuple):
-    """What the UNet reads of prompts: each token's embedding from both encoders, and the second one's pooled one."""
+    """What the UNet reads of prompts: each token's embedding from all encoders, and the last one's pooled one, if any."""
 
     tokens: Float[Array, "b t e"]
-    pooled: Float[Array, "b p"]
+    pooled: Float[Array, "b p"] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoder:
-    """SDXL's two text encoders side by side.
+    """The text encoders of a model side by side.
 
-    zeros_for_empty: whether a missing negative prompt is all zeros instead of the embedding of "" (SDXL's
-    `force_zeros_for_empty_prompt`). everywhere: how the embeddings lie on the mesh (replicated).
+    pooled: whether the UNet reads the last encoder's pooled embedding, too. zeros_for_empty: whether a missing negative
+    prompt is all zeros instead of the embedding of "" (SDXL's `force_zeros_for_empty_prompt`). everywhere: how the
+    embeddings lie on the mesh (replicated).
     """
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextEncoder, CLIPTextEncoder]
+    tokenizers: tuple[CLIPTokenizer, ...]
+    encoders: tuple[CLIPTextEncoder, ...]
+    pooled: bool
     zeros_for_empty: bool
     everywhere: NamedSharding
     programs: Programs
 
-    def __call__(self, prompt: Sequence[str], prompt_2: Sequence[str], *, clip_skip: int = 0) -> Embeddings:
-        """Embeddings of as many prompts; `prompt_2` goes to the second encoder."""
+    def __call__(self, texts: Texts, *, clip_skip: int = 0) -> Embeddings:
+        """Embeddings of as many prompts as each encoder is given."""
         outputs = []
-        for tokenizer, encoder, texts in zip(self.tokenizers, self.encoders, (prompt, prompt_2), strict=True):
-            ids = jax.device_put(tokenizer(texts), self.everywhere)
+        for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
+            ids = jax.device_put(tokenizer(prompts), self.everywhere)
             leaves, structure = jax.tree.flatten(encoder)
             outputs.append(self.programs(_encode, (structure, self.everywhere, clip_skip), tuple(leaves), ids))
-        (first, _), (second, pooled) = outputs
-        return Embeddings(jnp.concatenate([first, second], -1), pooled)
+        tokens, pooled = zip(*outputs, strict=True)
+        return Embeddings(jnp.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
 
     def given(self, tokens: Any, pooled: Any, name: str, dtype: Any) -> Embeddings | None:
-        """Embeddings that a caller passes in, checked and placed; None when there are none."""
+        """Embeddings that a caller passes in, checked and placed; None when there are none.
+
+        pooled: None where the model reads none. name: "" or "negative_", before the arguments' names in errors.
+        """
         if tokens is None and pooled is None:
             return None
-        if tokens is None or pooled is None:
+        if self.pooled and (tokens is None or pooled is None):
             raise DistriError(
                 f"only one of {name}prompt_embeds and {name}pooled_prompt_embeds is given; give both or none"
             )
-        tokens, pooled = np.asarray(tokens), np.asarray(pooled)
-        width = sum(encoder.config.hidden_size for encoder in self.encoders)
-        pooled_width = self.encoders[1].config.projection_dim
-        ranks = tokens.ndim == 3 and pooled.ndim == 2
-        if not ranks or len(tokens) != len(pooled) or tokens.shape[2] != width or pooled.shape[1] != pooled_width:
-            raise DistriError(
-                f"{name}prompt_embeds is {list(tokens.shape)} and {name}pooled_prompt_embeds {list(pooled.shape)}; "
-                f"give [prompts, tokens, {width}] and [prompts, {pooled_width}]"
-            )
-        return Embeddings(*(jax.device_put(value.astype(dtype), self.everywhere) for value in (tokens, pooled)))
+        needed = {"prompt_embeds": ("prompts", "tokens", sum(encoder.config.hidden_size for encoder in self.encoders))}
+        if self.pooled:
+            needed["pooled_prompt_embeds"] = ("prompts", self.encoders[-1].config.projection_dim)
+        values = [np.asarray(value) for value in (tokens, pooled)[: len(needed)]]
+        fits = [
+            v.ndim == len(form) and v.shape[-1] == form[-1] for v, form in zip(values, needed.values(), strict=True)
+        ]
+        if not all(fits) or len({len(value) for value in values}) > 1:
+            got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))
+            forms = (f"[{', '.join(map(str, form))}]" for form in needed.values())
+            raise DistriError(f"{' and '.join(got)}; give {' and '.join(forms)}")
+        placed = [jax.device_put(value.astype(dtype), self.everywhere) for value in values]
+        return Embeddings(placed[0], placed[1] if self.pooled else None)
 
     def read(
         self,
-        prompt: Prompt | None,
-        prompt_2: Prompt | None,
-        negative_prompt: Prompt | None,
-        negative_prompt_2: Prompt | None,
+        prompts: Prompts,
+        negative_prompts: Prompts,
         given: Embeddings | None,
         given_negative: Embeddings | None,
         *,
@@ -90,23 +98,21 @@ class PromptEncoder:
         given, given_negative: embeddings that take the place of prompts. None among the branches stands for zeros. Raises
         DistriError for prompts that contradict each other or are missing.
         """
-        for name, ones, other in (
-            ("", (prompt, prompt_2), given),
-            ("negative_", (negative_prompt, negative_prompt_2), given_negative),
-        ):
-            for suffix, one in zip(("", "_2"), ones, strict=True):
+        for name, ones, other in (("prompt", prompts, given), ("negative_prompt", negative_prompts, given_negative)):
+            for label, one in zip(_labels(name, ones), ones, strict=True):
                 if one is not None and other is not None:
-                    raise DistriError(f"both {name}prompt{suffix} and {name}prompt_embeds are given; give one of them")
-        text = given or _pair_up("prompt", prompt, prompt_2)
+                    raise DistriError(f"both {label} and {name}_embeds are given; give one of them")
+        text = given or _line_up("prompt", prompts)
         if not guided:
             return (text,)
         if given_negative is not None:
             if given is not None:
                 _check_alike(given_negative, given)
             return given_negative, text
-        if negative_prompt is None and self.zeros_for_empty:
+        first, *others = negative_prompts
+        if first is None and self.zeros_for_empty:
             return None, text
-        return _pair_up("negative_prompt", negative_prompt or "", negative_prompt_2, len(text[0])), text
+        return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
 
     def encode(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> tuple[Embeddings, ...]:
         """The embeddings of what `read` returned; raises DistriError where those of the branches differ in shape.
@@ -115,7 +121,7 @@ class PromptEncoder:
         """
 
         def embed(branch: Texts | Embeddings, clip_skip: int = 0) -> Embeddings:
-            return branch if isinstance(branch, Embeddings) else self(*branch, clip_skip=clip_skip)
+            return branch if isinstance(branch, Embeddings) else self(branch, clip_skip=clip_skip)
 
         *others, text = branches
         text = embed(text, clip_skip)
@@ -144,17 +150,22 @@ def _check_alike(negative: Embeddings, text: Embeddings) -> None:
         )
 
 
-def _pair_up(name: str, first: Prompt | None, second: Prompt | None, count: int | None = None) -> tuple[list, list]:
-    """Texts for both encoders, as many as `count` (or as the first has); the second encoder reads the first's unless told."""
+def _line_up(name: str, prompts: Prompts, count: int | None = None) -> Texts:
+    """Texts for each encoder, as many as `count` (or as one of them has); the others read the first's unless told."""
+    first, labels = prompts[0], _labels(name, prompts)
     if first is None:
         raise DistriError(f"{name} is missing; give a string, a list of strings, or {name}_embeds")
-    texts = as_list(first, name)
-    texts_2 = texts if second is None else as_list(second, f"{name}_2")
-    count = count or max(len(texts), len(texts_2))
-    for label, values in ((name, texts), (f"{name}_2", texts_2)):
+    texts = [as_list(first if one is None else one, label) for label, one in zip(labels, prompts, strict=True)]
+    count = count or max(map(len, texts))
+    for label, values in zip(labels, texts, strict=True):
         if len(values) not in (1, count):
             raise DistriError(f"{label} has {len(values)} entries for {count} prompts; give one, or as many as prompts")
-    return tuple(values * count if len(values) == 1 else values for values in (texts, texts_2))
+    return tuple(values * count if len(values) == 1 else values for values in texts)
+
+
+def _labels(name: str, prompts: Prompts) -> list[str]:
+    """What a caller calls the prompts of each encoder: prompt, prompt_2."""
+    return [name if number == 1 else f"{name}_{number}" for number in range(1, len(prompts) + 1)]
 
 
 def _encode(static, params, ids):

@@ -31,12 +31,12 @@ from distrijax import (
     SCHEDULERS,
     DistriConfig,
     DistriError,
-    DistriSDXLPipeline,
     DistriWarning,
     MeshPlan,
     Parallelism,
     SplitScheme,
     SyncMode,
+    load_pipeline,
     plan_mesh,
 )
 from distrijax import plan as planning
@@ -105,7 +105,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--batch", type=int, default=1, help="pictures of the prompt: NAME-0.png, NAME-1.png ... (default: %(default)s)"
     )
-    add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
+    add(
+        "--model",
+        help="Stable Diffusion 1.x, 2.x or XL: a folder in the diffusers layout or a hub id (default: embedded)",
+    )
     add("--variant", help="of the weight files, for example fp16")
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
@@ -132,7 +135,7 @@ def generate(arguments: argparse.Namespace) -> None:
     )
     folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
     configs = read_configs(folder, arguments.scheduler)
-    size = arguments.image_size or default_size(configs.unet, configs.vae)
+    size = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     if arguments.plan:
         print_plan(arguments, config, configs, size)
         return
@@ -145,9 +148,7 @@ def generate(arguments: argparse.Namespace) -> None:
     print(f"image    {image}", flush=True)
 
     start = time.perf_counter()
-    pipe = DistriSDXLPipeline.from_pretrained(
-        folder, config, dtype=dtype, variant=arguments.variant, scheduler=arguments.scheduler
-    )
+    pipe = load_pipeline(folder, config, dtype=dtype, variant=arguments.variant, scheduler=arguments.scheduler)
     loaded = time.perf_counter()
     print(f"load     {loaded - start:.1f} s", flush=True)
     call = {

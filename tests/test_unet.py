@@ -124,6 +124,21 @@ def test_whole_unet_equals_diffusers(pairs, kind):
     assert relative_error(got, nhwc(pair.seen[""][1][0])) < EXACT
 
 
+@pytest.mark.parametrize("size", [(13, 10), (7, 9), (1, 3)])
+def test_sizes_that_do_not_halve_equal_diffusers(size):
+    """Odd numbers of rows and columns at every level: an upsampling leaves a row or a column out."""
+    torch.manual_seed(1)
+    source = disturb(UNet2DConditionModel(**REFINER))
+    ours = port(UNet(UNetConfig.from_dict(REFINER), rngs=nnx.Rngs(0)), source)
+    sample, prompt, pooled, ids = (torch.randn(*shape) for shape in ((1, 4, *size), (1, 7, 24), (1, 20), (1, 5)))
+    with torch.no_grad():
+        added = {"text_embeds": pooled, "time_ids": ids}
+        wanted = source(sample, 500, prompt, added_cond_kwargs=added).sample
+    arguments = [value.numpy() for value in (prompt, pooled, ids)]
+    run = jax.jit(lambda unet, x, *a: unet(x, jnp.float32(500), unet.condition(*a), WholeImage()))
+    assert relative_error(run(ours, nhwc(sample), *arguments), nhwc(wanted)) < EXACT
+
+
 def ours_for(kind: str, module: nnx.Module, given: dict, context: dict) -> jax.Array:
     """What our part of this kind gives for what torch's was given."""
     arrays = {name: value for name, value in given.items() if name != "return_dict"}
@@ -141,7 +156,8 @@ def ours_for(kind: str, module: nnx.Module, given: dict, context: dict) -> jax.A
         return module(x, WholeImage(), context)
     if kind == "up":
         skips = [jnp.asarray(nhwc(skip)) for skip in arrays["res_hidden_states_tuple"]]
-        return module(x, skips, WholeImage(), embedding, context)
+        above = jnp.zeros((1, 2 * x.shape[1], 2 * x.shape[2], 1))  # of the level above; its size alone is looked at
+        return module(x, [above, *skips], WholeImage(), embedding, context)
     return module(x, WholeImage(), embedding, context)
 
 

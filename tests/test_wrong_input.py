@@ -119,8 +119,12 @@ CHECKPOINTS = {
     "broken index": (content("model_index.json", '{"_class_name": '), r"model_index\.json is not readable JSON"),
     "index is a list": (content("model_index.json", "[]"), r"model_index\.json holds a list"),
     "another pipeline": (
+        entry("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
+        r"_class_name is 'StableDiffusionInpaintPipeline'; .*'StableDiffusionXLPipeline'",
+    ),
+    "pipeline of the other family": (
         entry("model_index.json", _class_name="StableDiffusionPipeline"),
-        r"_class_name is 'StableDiffusionPipeline'; .*'StableDiffusionXLPipeline'",
+        "holds a Stable Diffusion pipeline, not Stable Diffusion XL; load it with DistriSDPipeline",
     ),
     "no unet": (no("unet"), "lacks unet;"),
     "two parts missing": (lambda folder: (no("vae")(folder), no("tokenizer_2")(folder)), "lacks tokenizer_2, vae;"),
@@ -146,8 +150,8 @@ CHECKPOINTS = {
     "parts of two models": (entry("unet/config.json", cross_attention_dim=2048), "2048 and the text encoders.*64;"),
     "words without embedding": (entry("text_encoder/config.json", vocab_size=100), "words and its text encoder 100;"),
     "unsupported scheduler": (
-        entry("scheduler/scheduler_config.json", _class_name="PNDMScheduler"),
-        "scheduler class is 'PNDMScheduler'; supported",
+        entry("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler"),
+        "scheduler class is 'HeunDiscreteScheduler'; supported",
     ),
     "unsupported scheduler option": (
         entry("scheduler/scheduler_config.json", prediction_type="flow"),
@@ -216,7 +220,7 @@ def test_loading_with_wrong_arguments_is_refused(kind, tiny_checkpoint):
 
 CONFIGS = {
     "unknown sync_mode": ({"sync_mode": "no_sync_gn"}, "sync_mode is 'no_sync_gn'; use one of: corrected_async_gn"),
-    "unknown parallelism": ({"parallelism": "tensor"}, "parallelism is 'tensor'; use one of: patch"),
+    "unknown parallelism": ({"parallelism": "pipe"}, "parallelism is 'pipe'; use one of: patch, naive_patch, tensor"),
     "unknown split_scheme": ({"split_scheme": "col"}, "split_scheme is 'col'; use one of: row, column, alternate"),
     "negative warm-up": ({"warmup_steps": -1}, "warmup_steps is -1; give a whole number of at least 0"),
     "fraction of a device": ({"devices": 2.5}, "devices is 2.5; give a whole number"),
@@ -248,9 +252,9 @@ def embeds(tokens: tuple = (2, 77, 64), pooled: tuple = (2, 32), prefix: str = "
 
 
 CALLS = {
-    "odd height": ({"height": 100}, "height is 100 and 2 patches need a multiple of 64; use 64 or 128"),
-    "low height": ({"height": 8}, "height is 8 and 2 patches need a multiple of 64; use 64"),
-    "odd width": ({"width": 65}, "width is 65 and this model needs a multiple of 32; use 64 or 96"),
+    "odd height": ({"height": 100}, "height is 100 and this model needs a multiple of 8; use 96 or 104"),
+    "low height": ({"height": 7}, "height is 7 and this model needs a multiple of 8; use 8"),
+    "odd width": ({"width": 65}, "width is 65 and this model needs a multiple of 8; use 64 or 72"),
     "zero height": ({"height": 0}, "height is 0; give a whole number of at least 1"),
     "negative width": ({"width": -64}, "width is -64; give a whole number"),
     "height of text": ({"height": "64"}, "height is '64'; give a whole number"),
@@ -280,7 +284,7 @@ CALLS = {
     ),
     "pooled of wrong width": (
         {"prompt": None, **embeds(pooled=(2, 31))},
-        r"pooled_prompt_embeds \[2, 31\]; give .* and \[prompts, 32\]",
+        r"pooled_prompt_embeds is \[2, 31\]; give .* and \[prompts, 32\]",
     ),
     "negative embeddings of wrong length": (
         {"prompt": None, **embeds(), **embeds(tokens=(2, 50, 64), prefix="negative_")},

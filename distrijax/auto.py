@@ -1,0 +1,31 @@
+"""The pipeline that a checkpoint is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distrijax.config import DistriConfig
+from distrijax.loading import find_family, find_folder
+from distrijax.pipeline import Pipeline
+from distrijax.pipeline_sd import DistriSDPipeline
+from distrijax.pipeline_sdxl import DistriSDXLPipeline
+
+
+def load_pipeline(
+    pretrained_model_name_or_path: str | Path,
+    distri_config: DistriConfig | None = None,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Pipeline:
+    """`from_pretrained` of DistriSDPipeline or DistriSDXLPipeline, whichever model_index.json asks for.
+
+    Raises DistriError for other pipelines, and as `from_pretrained` does, whose further options are `dtype` and `scheduler`.
+    """
+    folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
+    family = find_family(folder)
+    (kind,) = (kind for kind in (DistriSDPipeline, DistriSDXLPipeline) if kind.family is family)
+    return kind.from_pretrained(folder, distri_config, variant=variant, **options)

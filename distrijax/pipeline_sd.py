@@ -1,0 +1,73 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, whose token embeddings are all that the UNet is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from distrijax.loading import SD
+from distrijax.pipeline import Call, Callback, Pipeline, PipelineOutput
+from distrijax.prompt import Prompt
+
+
+class DistriSDPipeline(Pipeline):
+    """Stable Diffusion 1.x and 2.x by displaced patch parallelism; a call mirrors diffusers' StableDiffusionPipeline.
+
+    Epsilon or v-prediction is the scheduler's `prediction_type`. Of a checkpoint's parts, safety_checker,
+    feature_extractor and image_encoder are neither read nor run: diffusers blackens the pictures that its safety checker
+    dislikes, here every picture is returned, and whoever shows them to others has to look at them. As in diffusers, and
+    whatever scheduler_config.json says, steps_offset is 1 and clip_sample false.
+    Heights, widths, steps, guidance, schedulers and numbers of images may change from call to call; only new shapes
+    compile. `scheduler` may be replaced (`distrijax.schedulers.with_class`). `programs` counts what was compiled.
+    """
+
+    family = SD
+
+    def __call__(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        negative_prompt_embeds: Any = None,
+        clip_skip: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        chunk_size: int | None = 1,
+    ) -> PipelineOutput:
+        """Paints prompts; arguments as in diffusers, except those that `distrijax.pipeline.Call` describes.
+
+        height, width: pixels; None takes the size the model was trained for. negative_prompt: None is "". clip_skip: how
+        many of the text encoder's last layers the prompt leaves out. Raises DistriError for arguments that cannot be used.
+        """
+        height, width = self._size(height, width)
+        call = Call(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            latents=latents,
+            clip_skip=clip_skip,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            chunk_size=chunk_size,
+        )
+        branches = self._prompts.read(
+            (prompt,),
+            (negative_prompt,),
+            self._prompts.given(prompt_embeds, None, "", self.dtype),
+            self._prompts.given(negative_prompt_embeds, None, "negative_", self.dtype),
+            guided=call.guided,
+        )
+        return self._paint(call, branches)
