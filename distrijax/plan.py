@@ -102,7 +102,8 @@ def plan(
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
     rows = layout.bands.band
     padding = 1 - latent[0] / (layout.patches * rows)
-    return Plan(mesh, layout.patches, rows, padding, dict(stale), dict(received))
+    received = {kind: round(count) for kind, count in received.items()}
+    return Plan(mesh, layout.patches, rows, padding, dict(stale), received)
 
 
 def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:
@@ -127,7 +128,7 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:
     return inputs, state, xs
 
 
-def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, int]]:
+def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, float]]:
     """(kind, receiving patch or None for all, bytes) of every collective of a program; of a conditional, its dearer branch.
 
     sizes: of the mesh's axes.
@@ -154,7 +155,7 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
             times = {"all_gather": n - 1, "all_to_all": (n - 1) / n}.get(name, 2 * (n - 1) / n)
             summed = "guidance" if CFG in axes else "partial sums"
             kind = KINDS[name] or (_kind(operand) if name == "all_gather" else summed)
-            yield kind, None, int(times * _bytes(operand))
+            yield kind, None, times * _bytes(operand)
 
 
 def _programs(value: Any) -> Iterator[Any]:

@@ -104,5 +104,5 @@ def test_the_plan_alone_needs_no_devices_and_writes_nothing(tiny_checkpoint, tmp
 
 
 def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(tiny_checkpoint):
-    with pytest.raises(SystemExit, match="height is 64 and 8 patches need a multiple of 256; use 256"):
-        generate_script.main(["--model", str(tiny_checkpoint), "--plan", "--devices", "16", "--image-size", "64"])
+    with pytest.raises(SystemExit, match="height is 65 and this model needs a multiple of 8; use 64 or 72"):
+        generate_script.main(["--model", str(tiny_checkpoint), "--plan", "--devices", "16", "--image-size", "65"])

@@ -91,7 +91,8 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
 
     def call(exchange, leaves, x):
         module = jax.tree.unflatten(structure, leaves)
-        return module(x, jnp.float32(500), module.condition(prompt, *added), exchange)
+        conditioning = module.condition(*map(jnp.asarray, (prompt, *added)))
+        return module(x, jnp.float32(500), conditioning, exchange)
 
     cut = jax.shard_map(
         lambda leaves, x: call(PartOfChannels(PATCH), leaves, x), mesh=mesh, in_specs=(specs, P()), out_specs=P()

@@ -349,7 +349,7 @@ COMMANDS = {
     "no devices": ("--devices 0", "devices is 0; give a whole number of at least 1"),
     "negative warm-up": ("--warmup-steps -1", "warmup_steps is -1; give a whole number of at least 0"),
     "bad folder": ("--model ./nowhere", r"\./nowhere is not a folder; give a folder"),
-    "odd size": ("--image-size 100 --devices 4", "height is 100 and 2 patches need a multiple of 64; use 64 or 128"),
+    "odd size": ("--image-size 100 --devices 4", "height is 100 and this model needs a multiple of 8; use 96 or 104"),
 }
 
 

@@ -1,0 +1,98 @@
+"""Any size on any number of devices: what many devices compute in synchronous steps is what one device computes.
+
+Small random models of SDXL's shape (three levels) and of Stable Diffusion's (four): latents after two whole steps.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from oracle import psnr, relative_error
+
+from distrijax import DistriConfig, load_pipeline
+
+CLOSE = 1e-4
+GRID = [  # height, width, devices
+    (768, 768, 8),  # SD: four levels make twelve rows of the latent sixteen
+    (1000, 1016, 3),
+    (64, 64, 8),  # the deepest level has two rows, or one, for eight devices
+    (8, 8, 2),  # one row and one column, at every level
+    (264, 200, 5),
+    (136, 256, 6),
+    (520, 72, 7),
+]
+EVERY_FAMILY = pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_sd_checkpoint"], ids=["SDXL", "SD"])
+
+
+@pytest.fixture(scope="module")
+def paint(request):
+    """Latents or pictures by family, size and configuration; those of one device are computed once."""
+
+    @functools.cache
+    def pipeline(family: str, **settings):
+        pipe = load_pipeline(request.getfixturevalue(family), DistriConfig(**settings))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @functools.cache
+    def latents(family: str, height: int, width: int, kind: str = "latent", steps: int = 2, **settings) -> np.ndarray:
+        call = dict(height=height, width=width, num_inference_steps=steps, output_type=kind, chunk_size=None)
+        return np.asarray(pipeline(family, **settings)("a red circle", **call).images)
+
+    return latents
+
+
+@pytest.mark.parametrize(("height", "width", "devices"), GRID, ids=lambda value: str(value))
+@EVERY_FAMILY
+def test_full_sync_equals_one_device(paint, family, height, width, devices):
+    got = paint(family, height, width, devices=devices, split_batch=False, sync_mode="full_sync")
+    assert got.shape[2:] == (height // 8, width // 8)
+    assert relative_error(got, paint(family, height, width, devices=1)) < CLOSE
+
+
+@EVERY_FAMILY
+def test_full_sync_equals_one_device_with_the_cfg_split(paint, family):
+    """Three patches for each branch."""
+    got = paint(family, 136, 256, devices=6, sync_mode="full_sync")
+    assert relative_error(got, paint(family, 136, 256, devices=1)) < CLOSE
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_pictures_of_any_size_are_decoded_by_all_devices(paint, devices):
+    got = paint("tiny_checkpoint", 136, 256, kind="np", devices=devices, sync_mode="full_sync")
+    assert got.shape == (1, 136, 256, 3)
+    assert psnr(got, paint("tiny_checkpoint", 136, 256, kind="np", devices=1)) > 80
+
+
+def test_displaced_steps_of_uneven_bands_start_from_the_synchronous_ones(paint):
+    """Three steps of which one is displaced: near the exact result, and not it."""
+    size = dict(height=136, width=256, steps=3, devices=5)
+    exact = paint("tiny_checkpoint", **size, sync_mode="full_sync")
+    error = relative_error(paint("tiny_checkpoint", **size, warmup_steps=1), exact)
+    assert 1e-5 < error < 0.3
+
+
+@pytest.mark.parametrize("scheme", ["row", "column", "alternate"])
+def test_naive_patches_paint_beyond_the_border_and_are_cut(paint, scheme):
+    settings = dict(devices=3, parallelism="naive_patch", split_scheme=scheme)
+    got = paint("tiny_checkpoint", 136, 200, **settings)
+    assert got.shape[2:] == (17, 25)
+    assert np.isfinite(got).all()
+
+
+def test_the_first_naive_patch_is_a_picture_of_its_own(paint, request):
+    """17 rows among 3 devices are bands of 8, and the first is one device's picture of 8 rows."""
+    noise = np.random.default_rng(1).standard_normal((1, 4, 17, 25), np.float32)
+    call = dict(
+        width=200, num_inference_steps=2, output_type="latent", original_size=(136, 200), target_size=(136, 200)
+    )
+
+    def pipe(**settings):
+        return load_pipeline(request.getfixturevalue("tiny_checkpoint"), DistriConfig(**settings))
+
+    naive = pipe(devices=3, parallelism="naive_patch", split_scheme="row")
+    got = np.asarray(naive("a red circle", height=136, latents=noise, **call).images)
+    alone = pipe(devices=1)("a red circle", height=64, latents=noise[:, :, :8], **call).images
+    assert relative_error(got[:, :, :8], alone) < CLOSE

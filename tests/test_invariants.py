@@ -1,0 +1,150 @@
+"""What must hold in every mode and parallelism, whatever else they do: one test for each invariant and setting it applies to.
+
+Small random weights; the embedded model's trained ones have tests of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+from oracle import relative_error
+from test_denoise import Seen, Still
+
+from distrijax import DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode, denoise
+from distrijax.exchange import STRATEGIES, OwnMoments
+
+PROMPT = "a red circle on the left"
+SIZE = {"height": 136, "width": 64}  # 17 rows of the latent: no number of devices divides them
+WARM_UP = 1
+STEPS = 4
+
+PATCH = {mode.value: {"sync_mode": mode} for mode in SyncMode}
+NAIVE = {f"naive {scheme}": {"parallelism": Parallelism.NAIVE_PATCH, "split_scheme": scheme} for scheme in SplitScheme}
+TENSOR = {"tensor": {"parallelism": Parallelism.TENSOR}}
+EVERY = PATCH | NAIVE | TENSOR
+EXACT = {name: EVERY[name] for name in ("full_sync", "tensor")}
+DISPLACED = {mode.value: {"sync_mode": mode} for mode in STRATEGIES}
+# by definition the moments of the others never come in: the synchronous answer is not their fixed point
+POOLED = {name: DISPLACED[name] for name in DISPLACED if not issubclass(STRATEGIES[SyncMode(name)], OwnMoments)}
+
+FIXED_POINT = {}
+"""How near, where a strategy exchanges rounded values."""
+
+MESHES = {"3 patches": {"devices": 3}, "2 x 2 x 2": {"devices": 8, "data": 2}}
+
+
+class Case(NamedTuple):
+    """A setting on a mesh, and how to paint with it."""
+
+    settings: dict
+    pipe: Callable[..., DistriSDXLPipeline]
+
+    def paint(self, *, callback=None, **changes) -> np.ndarray:
+        """Latents of two images."""
+        return latents(self.pipe(**self.settings | changes), callback_on_step_end=callback)
+
+
+def latents(pipe: DistriSDXLPipeline, prompt: str = PROMPT, **changes) -> np.ndarray:
+    call = SIZE | {"num_inference_steps": STEPS, "num_images_per_prompt": 2, "output_type": "latent"} | changes
+    return np.asarray(pipe(prompt, **call).images)
+
+
+def trajectory(case: Case, **changes) -> list[np.ndarray]:
+    seen = []
+    case.paint(callback=lambda *arguments: seen.append(np.asarray(arguments[3]["latents"])), **changes)
+    return seen
+
+
+def one_device_is_torch_diffusers(case: Case, request) -> None:
+    torch_pipe = request.getfixturevalue("torch_pipe")
+    noise = torch.randn(1, 4, 17, 8)
+    wanted = torch_pipe(PROMPT, **SIZE, num_inference_steps=STEPS, latents=noise.clone(), output_type="latent").images
+    one = case.pipe(**case.settings | {"devices": 1, "data": None})
+    call = dict(num_images_per_prompt=1, guidance_scale=5.0, latents=noise.numpy())
+    assert relative_error(latents(one, **call), wanted.numpy()) < 1e-3
+
+
+def many_devices_equal_one(case: Case, request) -> None:
+    assert relative_error(case.paint(), latents(case.pipe(devices=1))) < 1e-4
+
+
+def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
+    """A displaced step that sees what the step before saw answers as that did."""
+    pipe, seen = case.pipe(**case.settings), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe, "_denoise", lambda *arguments: seen.append(arguments) or arguments[2])
+        latents(pipe)
+    ((loop, inputs, state, xs, *_),) = seen
+    loop = dataclasses.replace(loop, scheduler=Still())
+    once = jax.tree.map(lambda column: column[:1], xs)
+
+    def run(function, *arguments):
+        state, stale = jax.jit(function, static_argnums=0)(loop, pipe._unet_params, inputs, *arguments, once)
+        return np.asarray(state.output)[:, : SIZE["height"] // 8], stale
+
+    blank = Seen(state.latents, 0 * state.latents)
+    wanted, stale = run(denoise.warm_up, blank)
+    got, _ = run(denoise.displaced, blank, stale)
+    assert relative_error(got, wanted) < FIXED_POINT.get(loop.strategy, 1e-5)
+
+
+def first_steps_are_synchronous(case: Case, request) -> None:
+    got, wanted = trajectory(case), trajectory(case, sync_mode="full_sync")
+    errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
+    assert max(errors[: WARM_UP + 1]) < 1e-6
+    assert min(errors[WARM_UP + 1 :]) > 1e-5
+
+
+def the_same_seed_gives_the_same_noise_and_the_same_bits(case: Case, request) -> None:
+    np.testing.assert_array_equal(case.paint(), case.paint())
+    layout = functools.partial(denoise.Layout, guided=True, latent=(17, 8), levels=3)
+    pipe, keys = case.pipe(**case.settings), jax.random.split(jax.random.key(0), 2)
+
+    def noise(pipe):
+        parallelism, scheme = pipe.config.parallelism, pipe.config.split_scheme
+        whole = layout(pipe.mesh, parallelism=parallelism, split_scheme=scheme)
+        return np.asarray(jax.jit(lambda keys: denoise.draw_latents(whole, 4, keys))(keys))[:, :17, :8]
+
+    np.testing.assert_array_equal(noise(pipe), noise(case.pipe(devices=1)))
+
+
+APPLIES = {
+    one_device_is_torch_diffusers: EVERY,
+    many_devices_equal_one: EXACT,
+    the_synchronous_answer_is_a_fixed_point: POOLED,
+    first_steps_are_synchronous: DISPLACED,
+    the_same_seed_gives_the_same_noise_and_the_same_bits: EVERY,
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    """A pipeline by its configuration."""
+
+    @functools.cache
+    def load(**settings) -> DistriSDXLPipeline:
+        config = DistriConfig(**{"warmup_steps": WARM_UP} | settings)
+        pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+def cases() -> Iterator:
+    for invariant, settings in APPLIES.items():
+        for name, setting in settings.items():
+            for mesh in MESHES:
+                yield pytest.param(invariant, setting | MESHES[mesh], id=f"{invariant.__name__}-{name}-{mesh}")
+
+
+@pytest.mark.parametrize(("invariant", "settings"), list(cases()))
+def test_invariant_holds(invariant, settings, pipe, request):
+    invariant(Case(settings, pipe), request)
