@@ -33,6 +33,9 @@ IGNORED = ("text_model.embeddings.position_ids",)
 UNPREFIXED = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 """Beginnings of names in text encoders that transformers 5 wrote without their `text_model.`"""
 
+DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""What old VAEs, those of Stable Diffusion 1.x and 2.x among them, call the projections of their attention."""
+
 LISTED = 8
 """How many offending tensors an error names for each kind of trouble."""
 
@@ -141,16 +144,25 @@ def _index_names(stem: str, variant: str | None) -> list[str]:
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of safetensors files, one at a time."""
+    """Names (as they are today) and tensors of safetensors files, one at a time."""
     for file in files:
         try:
             with safe_open(file, framework="np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield (f"text_model.{name}" if name.startswith(UNPREFIXED) else name), tensors.get_tensor(name)
+                    yield _current_name(name), tensors.get_tensor(name)
         except FileNotFoundError:
             raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
         except (SafetensorError, OSError) as error:
             raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _current_name(name: str) -> str:
+    if name.startswith(UNPREFIXED):
+        return f"text_model.{name}"
+    if ".mid_block.attentions." in name:
+        for old, new in DEPRECATED.items():
+            name = name.replace(old, new)
+    return name
 
 
 def finite(tensor: np.ndarray) -> bool:

@@ -47,6 +47,17 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd_checkpoints(tmp_path_factory) -> dict[int, Path]:
+    """Small random checkpoints like Stable Diffusion 1.x and 2.x (v-prediction), by version: 1 and 2."""
+    from tiny_pipeline import save_tiny_sd_pipeline
+
+    folders = {version: tmp_path_factory.mktemp(f"tiny-sd{version}") for version in (1, 2)}
+    for version, folder in folders.items():
+        save_tiny_sd_pipeline(folder, version)
+    return folders
+
+
+@pytest.fixture(scope="session")
 def torch_pipe(tiny_checkpoint):
     """`tiny_checkpoint` in torch diffusers (StableDiffusionXLPipeline); tests share it, so leave it as it is."""
     from tiny_pipeline import load_torch_pipeline

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from distrijax.config import DistriError
 from distrijax.schedulers import (
     DDIM,
+    PNDM,
     SCHEDULERS,
     DPMSolverPP2M,
     Euler,
@@ -29,7 +30,8 @@ from distrijax.schedulers import (
     with_class,
 )
 
-CLASSES = (DDIM, Euler, EulerAncestral, DPMSolverPP2M)
+CLASSES = (DDIM, Euler, EulerAncestral, DPMSolverPP2M, PNDM)
+ZERO_SNR = (DDIM, Euler, EulerAncestral, DPMSolverPP2M)  # that know rescale_betas_zero_snr
 SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDXL_CONFIG = SDXL_BETAS | {
     "_class_name": "EulerDiscreteScheduler",
@@ -49,6 +51,11 @@ SDXL_CONFIG = SDXL_BETAS | {
 SHAPE = (2, 4, 3, 4)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning:diffusers")
+
+
+def made(kind, **options):
+    """A scheduler of this class; PNDM's default is a form of it that is not supported."""
+    return kind(**({"skip_prk_steps": True} if kind is PNDM else {}), **options)
 
 
 def fake_model(latents, timestep):
@@ -104,7 +111,7 @@ def run(scheduler, steps, model=fake_model):
     start, *fresh = noises(steps)
     constants, init_noise_sigma = scheduler.schedule(steps)
     state, trajectory = scheduler.init(jnp.asarray(start), init_noise_sigma), []
-    for i in range(steps):
+    for i in range(len(constants.timestep)):
         step = jax.tree.map(lambda column, i=i: column[i], constants)
         model_output = model(scheduler.scale_input(state.latents, step), float(step.timestep))
         noise = jnp.asarray(fresh[i]) if scheduler.needs_noise else None
@@ -135,8 +142,10 @@ def cases():
         (False, True),
         (1, 2, 5, 20, 50),
     ):
-        if kind is EulerAncestral and prediction == "sample":
+        if kind in (EulerAncestral, PNDM) and prediction == "sample":
             continue  # diffusers does not have it; see test_a_model_of_the_image_gives_the_same_as_one_of_the_noise
+        if kind is PNDM and zero_snr:
+            continue  # no option of PNDM
         if kind is DDIM and prediction == "epsilon" and zero_snr and (spacing, steps) in WITHOUT_IMAGE:
             continue  # diffusers divides by zero; see test_ddim_refuses_noise_prediction_where_no_image_is_left
         for karras in (False, True) if kind in (Euler, DPMSolverPP2M) else (None,):
@@ -154,6 +163,9 @@ WITHOUT_IMAGE = {("trailing", n) for n in (1, 2, 5, 20, 50)} | {("linspace", n) 
 @pytest.mark.parametrize("kind, options, steps", list(cases()))
 def test_every_step_agrees_with_diffusers(kind, options, steps, monkeypatch):
     config = SDXL_BETAS | {"steps_offset": 1} | options
+    if kind is PNDM:
+        config |= {"skip_prk_steps": True}
+        del config["rescale_betas_zero_snr"]
     assert_agrees(kind, config, steps, monkeypatch, double=options["rescale_betas_zero_snr"])
 
 
@@ -184,6 +196,10 @@ def random_config(kind, choose):
             config |= {"use_karras_sigmas": karras, "final_sigmas_type": final}
             config["sigma_max"] = choose.choice((None, 12.0))
             config["sigma_min"] = choose.choice((None, 0.05))
+        case "PNDM":
+            del config["rescale_betas_zero_snr"]
+            config |= {"skip_prk_steps": True, "set_alpha_to_one": choose.choice((False, True))}
+            config["prediction_type"] = choose.choice(("epsilon", "v_prediction"))
         case "EulerAncestral":
             config["prediction_type"] = choose.choice(("epsilon", "v_prediction"))
         case "DPMSolverPP2M":
@@ -230,12 +246,12 @@ def test_ddim_refuses_noise_prediction_where_no_image_is_left():
 def test_trailing_spacing_never_takes_a_step_too_many():
     # 1000 / 61 is rounded such that diffusers' arange yields 62 timesteps, the last of them -1
     for kind in CLASSES:
-        steps, _ = kind(timestep_spacing="trailing").schedule(61)
-        assert len(steps.timestep) == 61
+        steps, _ = made(kind, timestep_spacing="trailing").schedule(61)
+        assert len(steps.timestep) == (62 if kind is PNDM else 61)
         assert steps.timestep[-1] == round(1000 / 61) - 1
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", ZERO_SNR)
 @pytest.mark.parametrize("zero_snr", (False, True))
 def test_a_model_of_the_image_gives_the_same_as_one_of_the_velocity(kind, zero_snr):
     config = SDXL_BETAS | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": zero_snr}
@@ -255,7 +271,7 @@ def test_a_model_of_the_image_gives_the_same_as_one_of_the_velocity(kind, zero_s
 
 
 def sample(scheduler, steps, init_noise_sigma, start, fresh, dtype=jnp.float32):
-    """The whole loop as one scan; returns the latents after each step."""
+    """The whole loop as one scan; returns the latents after each call of the model."""
 
     def body(state, inputs):
         step, noise = inputs
@@ -270,9 +286,10 @@ def sample(scheduler, steps, init_noise_sigma, start, fresh, dtype=jnp.float32):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scan_over_the_steps_equals_a_python_loop(name):
     scheduler = load_scheduler(SDXL_CONFIG, name)
-    start, fresh = jnp.asarray(noises(7)[0]), jnp.asarray(noises(7)[1:])
+    steps, sigma = scheduler.schedule(7)
+    start, *fresh = noises(len(steps.timestep))
     compiled = jax.jit(sample, static_argnames=("scheduler", "dtype"))
-    trajectory = compiled(scheduler, *scheduler.schedule(7), start, fresh)
+    trajectory = compiled(scheduler, steps, sigma, jnp.asarray(start), jnp.stack(fresh))
     for a, b in zip(trajectory, run(scheduler, 7)[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
@@ -280,8 +297,9 @@ def test_a_scan_over_the_steps_equals_a_python_loop(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_band_of_rows_is_updated_like_the_whole_image(name):
     scheduler = load_scheduler(SDXL_CONFIG, name)
-    start, fresh = jnp.asarray(noises(5)[0]), jnp.asarray(noises(5)[1:])
     steps, sigma = scheduler.schedule(5)
+    start, *fresh = noises(len(steps.timestep))
+    start, fresh = jnp.asarray(start), jnp.stack(fresh)
     mesh = jax.make_mesh((4,), ("patch",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = P(None, None, "patch")
     banded = jax.shard_map(
@@ -299,20 +317,22 @@ def test_a_band_of_rows_is_updated_like_the_whole_image(name):
 def test_state_and_constants_are_float32_with_a_bfloat16_model(name):
     scheduler = load_scheduler(SDXL_CONFIG, name)
     steps, sigma = scheduler.schedule(3)
-    assert all(column.shape == (3,) and column.dtype == np.float32 for column in steps)
-    start, *fresh = jnp.asarray(noises(3), jnp.bfloat16)
+    calls = 4 if name == "pndm" else 3
+    assert all(column.shape == (calls,) and column.dtype == np.float32 for column in steps)
+    start, *fresh = jnp.asarray(noises(calls), jnp.bfloat16)
     state = scheduler.init(start, sigma)
-    for i in range(3):
+    for i in range(calls):
         step = jax.tree.map(lambda column, i=i: column[i], steps)
         assert scheduler.scale_input(state.latents, step).dtype == np.float32
         state = scheduler.update(state, start, step, fresh[i] if scheduler.needs_noise else None)
-        assert all(leaf.dtype == np.float32 and leaf.shape == SHAPE for leaf in state)
+        assert all(leaf.dtype == np.float32 and leaf.shape == SHAPE for leaf in jax.tree.leaves(state))
 
 
 def assert_finite(scheduler, steps):
     constants, sigma = scheduler.schedule(steps)
     assert all(np.isfinite(column).all() for column in constants) and math.isfinite(sigma)
-    assert all(len(column) == steps for column in constants)
+    calls = steps + 1 if isinstance(scheduler, PNDM) and steps > 1 else steps
+    assert all(len(column) == calls for column in constants)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -330,21 +350,22 @@ def test_constants_are_finite_for_any_number_of_steps(kind, spacing, prediction)
         options = [{**option, "solver_type": solver} for option in options for solver in ("midpoint", "heun")]
     most = 999 if kind is DPMSolverPP2M and spacing == "leading" else 1000
     for option, steps in itertools.product(options, (1, 2, 3, 15, 334, 501, 999, most)):
-        assert_finite(kind(**option, timestep_spacing=spacing, prediction_type=prediction), steps)
+        assert_finite(made(kind, **option, timestep_spacing=spacing, prediction_type=prediction), steps)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("steps", (0, -1, 1001, 2.0, True, "20", None))
 def test_a_wrong_number_of_steps_is_refused(kind, steps):
     with pytest.raises(DistriError, match="num_inference_steps is"):
-        kind().schedule(steps)
+        made(kind).schedule(steps)
 
 
 def test_steps_that_do_not_fit_the_spacing_are_refused():
     with pytest.raises(DistriError, match="'leading' use at most 999"):
         DPMSolverPP2M(timestep_spacing="leading").schedule(1000)
-    with pytest.raises(DistriError, match="steps_offset 1 reach timestep 1000"):
-        DDIM(steps_offset=1).schedule(1000)
+    for kind in (DDIM, PNDM):
+        with pytest.raises(DistriError, match="steps_offset 1 reach timestep 1000"):
+            made(kind, steps_offset=1, timestep_spacing="leading").schedule(1000)
 
 
 # Images whose values are normally distributed: the best prediction and the probability flow have closed forms.
@@ -419,6 +440,49 @@ def test_ancestral_sampling_of_a_gaussian_has_its_mean_and_spread():
     assert abs(state.latents.std() - SPREAD) < 0.015
 
 
+def test_pndm_stays_on_the_path_of_a_noise_that_does_not_change():
+    scheduler = made(PNDM, **SDXL_BETAS, steps_offset=1)
+    image, noise = 0.7, noises(1)[1]
+    squares = scheduler.cumulative_alphas().astype(np.float64)
+
+    def at(timestep):
+        return math.sqrt(squares[int(timestep)]) * image + math.sqrt(1 - squares[int(timestep)]) * noise
+
+    constants, _ = scheduler.schedule(20)
+    state = scheduler.init(jnp.asarray(at(constants.timestep[0]), jnp.float32), 1.0)
+    for i in range(21):
+        step = jax.tree.map(lambda column, i=i: column[i], constants)
+        state = scheduler.update(state, jnp.asarray(noise), step)
+        after = constants.timestep[max(i, 1)] - (
+            0 if i <= 1 else 50
+        )  # both of the first two calls arrive at the second
+        np.testing.assert_allclose(state.latents, at(max(after, 0)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ("epsilon", "v_prediction"))
+def test_pndm_integrates_polynomials_of_the_degree_that_its_history_allows(prediction):
+    """Of x^n at this call's place 0 and at the places of the history the step takes the mean over its width, 1 / (n + 1)."""
+    constants, _ = made(PNDM, prediction_type=prediction, timestep_spacing="trailing").schedule(8)
+    weights = np.stack([getattr(constants, f"from_output{suffix}") for suffix in ("", "_1", "_2", "_3")], -1)
+    weights = weights / weights.sum(-1, keepdims=True)
+    places = [[0, 0, 0, 0], [1, 0, 0, 0], *[[0, -1, -2, -3]] * 7]  # the second call looks back at the step's beginning
+    for call, (row, place) in enumerate(zip(weights, places, strict=True)):
+        for degree in range(min(max(call, 1), 4)):
+            assert np.dot(row, np.power(place, float(degree))) == pytest.approx(1 / (degree + 1), abs=1e-5), (
+                call,
+                degree,
+            )
+
+
+def test_pndm_visits_the_second_timestep_twice_and_begins_again_from_the_first_latents():
+    scheduler = made(PNDM, **SDXL_BETAS, steps_offset=1)
+    constants, _ = scheduler.schedule(4)
+    assert constants.timestep.tolist() == [751, 501, 501, 251, 1]
+    assert constants.moves.tolist() == [1, 0, 1, 1, 1]
+    assert (constants.from_latents == 0).tolist() == (constants.from_start != 0).tolist() == [i == 1 for i in range(5)]
+    assert scheduler.schedule(1)[0].timestep.tolist() == [1]
+
+
 def test_the_scheduler_config_of_sdxl_is_read():
     scheduler = load_scheduler(SDXL_CONFIG)
     assert scheduler == Euler(**SDXL_BETAS, steps_offset=1, timestep_spacing="leading")
@@ -443,7 +507,7 @@ def test_a_change_of_class_keeps_the_options_that_diffusers_keeps(config, name):
         getattr(diffusers, config["_class_name"]).from_config(config).config
     )
     for field in dataclasses.fields(scheduler):
-        if field.name not in ("_source", "use_karras_sigmas"):
+        if field.name not in ("_source", "use_karras_sigmas", "skip_prk_steps"):  # which the name decides
             assert getattr(scheduler, field.name) == theirs.config[field.name], field.name
     assert getattr(scheduler, "use_karras_sigmas", None) in (None, name.endswith("karras"))
     # and by way of every other class
@@ -469,7 +533,7 @@ def test_equal_options_make_equal_schedulers_whatever_they_were_read_from():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"_class_name": "PNDMScheduler"}, "'PNDMScheduler'; supported: DDIMScheduler, .*; or put one of ddim, "),
+        ({"_class_name": "UniPCMultistepScheduler"}, "'UniPCM.*'; supported: DDIMScheduler, .*; or put one of ddim, "),
         ({}, "scheduler class is None; supported: "),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "'cosine'; use one of: linear, scaled_linear"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, "'flow'; use one of: epsilon, v_prediction"),
@@ -498,6 +562,12 @@ def test_equal_options_make_equal_schedulers_whatever_they_were_read_from():
         ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1"),
         ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "variance_type is 'learned'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "thresholding is True"),
+        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps is False and .* not supported; set it to true"),
+        (
+            {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "prediction_type": "sample"},
+            "PNDM takes epsilon or",
+        ),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": 1}, "set_alpha_to_one is 1; use"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_sentence(config, message):
@@ -507,5 +577,5 @@ def test_what_is_not_supported_is_refused_in_one_sentence(config, message):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(DistriError, match="scheduler is 'pndm'; use one of: ddim, euler, "):
-        load_scheduler(SDXL_CONFIG, "pndm")
+    with pytest.raises(DistriError, match="scheduler is 'heun'; use one of: ddim, euler, "):
+        load_scheduler(SDXL_CONFIG, "heun")

@@ -1,4 +1,4 @@
-"""SDXL's pipeline with every part small and random, made by torch diffusers and transformers."""
+"""Pipelines of Stable Diffusion XL, 1.x and 2.x with every part small and random, made by torch diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from scenes import all_captions_vocabulary
 from tiny_tokenizer import train_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -52,36 +61,84 @@ SCHEDULER = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
+SD_UNET = UNET | {
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": TEXT_WIDTH,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+}
+SD_UNETS = {
+    1: SD_UNET | {"attention_head_dim": 4, "use_linear_projection": False},
+    2: SD_UNET | {"attention_head_dim": (2, 4, 4), "use_linear_projection": True, "upcast_attention": True},
+}
+SD_VAE = VAE | {"scaling_factor": 0.18215}
+SD_TEXTS = {1: ("<|endoftext|>", "quick_gelu"), 2: ("!", "gelu")}
+SD_SCHEDULERS = {
+    1: PNDMScheduler(**SCHEDULER, skip_prk_steps=True),
+    2: DDIMScheduler(**SCHEDULER, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+}
 
 
 def save_tiny_pipeline(folder: Path, *, seed: int = 0) -> None:
-    """Writes the pipeline to `folder` in the diffusers layout, float32; the same weights for the same seed."""
-    texts = Path(tempfile.mkdtemp())
-    for name, pad_token in PADDINGS.items():
-        train_tokenizer(all_captions_vocabulary(), texts / name, vocab_size=1024, pad_token=pad_token)
-    tokenizers = {name: CLIPTokenizer.from_pretrained(texts / name) for name in PADDINGS}
-    torch.manual_seed(seed)
-    parts = {
-        "unet": UNet2DConditionModel(**UNET),
-        "vae": AutoencoderKL(**VAE),
-        "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act="quick_gelu")),
-        "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizers["tokenizer_2"], hidden_act="gelu")),
-    }
-    for part in parts.values():
-        _disturb(part)
-    scheduler = EulerDiscreteScheduler(**SCHEDULER)
-    StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=scheduler).save_pretrained(folder)
-    for name in PADDINGS:  # transformers has saved them in its own way; these are files as SDXL has them
-        shutil.rmtree(folder / name)
-        shutil.move(texts / name, folder / name)
-    texts.rmdir()
+    """Writes an SDXL pipeline to `folder` in the diffusers layout, float32; the same weights for the same seed."""
+    with tempfile.TemporaryDirectory() as texts:
+        tokenizers = _train_tokenizers(PADDINGS, texts)
+        torch.manual_seed(seed)
+        parts = {
+            "unet": UNet2DConditionModel(**UNET),
+            "vae": AutoencoderKL(**VAE),
+            "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act="quick_gelu")),
+            "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizers["tokenizer_2"], hidden_act="gelu")),
+        }
+        for part in parts.values():
+            _disturb(part)
+        scheduler = EulerDiscreteScheduler(**SCHEDULER)
+        _save(StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=scheduler), folder, texts)
 
 
-def load_torch_pipeline(folder: Path) -> StableDiffusionXLPipeline:
+def save_tiny_sd_pipeline(folder: Path, version: int, *, seed: int = 0) -> None:
+    """The same of a pipeline like Stable Diffusion 1.x or 2.x (with v-prediction): version 1 or 2."""
+    padding, hidden_act = SD_TEXTS[version]
+    with tempfile.TemporaryDirectory() as texts:
+        tokenizers = _train_tokenizers({"tokenizer": padding}, texts)
+        torch.manual_seed(seed)
+        parts = {
+            "unet": UNet2DConditionModel(**SD_UNETS[version]),
+            "vae": AutoencoderKL(**SD_VAE),
+            "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act=hidden_act)),
+        }
+        for part in parts.values():
+            _disturb(part)
+        absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**parts, **tokenizers, **absent, scheduler=SD_SCHEDULERS[version])
+        _save(pipe, folder, texts)
+
+
+def load_torch_pipeline(folder: Path) -> DiffusionPipeline:
     """The pipeline as torch diffusers reads it, in float32, without watermark and progress bar."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32, add_watermarker=False)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.watermark = None  # SDXL's
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _train_tokenizers(paddings: dict[str, str], texts: str) -> dict[str, CLIPTokenizer]:
+    """Tokenizers by the name of their folder, read from files in `texts` such as Stable Diffusion has them."""
+    for name, pad_token in paddings.items():
+        train_tokenizer(all_captions_vocabulary(), Path(texts, name), vocab_size=1024, pad_token=pad_token)
+    return {name: CLIPTokenizer.from_pretrained(Path(texts, name)) for name in paddings}
+
+
+def _save(pipe: DiffusionPipeline, folder: Path, texts: str) -> None:
+    pipe.save_pretrained(folder)
+    for tokenizer in Path(
+        texts
+    ).iterdir():  # transformers has saved them in its own way; these files are as they were read
+        shutil.rmtree(folder / tokenizer.name)
+        shutil.copytree(tokenizer, folder / tokenizer.name)
 
 
 def _text_config(tokenizer: CLIPTokenizer, *, hidden_act: str) -> CLIPTextConfig:

@@ -11,14 +11,17 @@ from distrijax.schedulers.ddim import DDIM
 from distrijax.schedulers.dpm_solver import DPMSolverPP2M, MultistepState
 from distrijax.schedulers.euler import Euler
 from distrijax.schedulers.euler_ancestral import EulerAncestral
+from distrijax.schedulers.pndm import PNDM, PNDMState
 
 __all__ = [
     "DDIM",
+    "PNDM",
     "SCHEDULERS",
     "DPMSolverPP2M",
     "Euler",
     "EulerAncestral",
     "MultistepState",
+    "PNDMState",
     "Scheduler",
     "State",
     "load_scheduler",
@@ -32,6 +35,7 @@ SCHEDULERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "euler-ancestral": (EulerAncestral, {}),
     "dpm++2m": (DPMSolverPP2M, {"use_karras_sigmas": False}),
     "dpm++2m-karras": (DPMSolverPP2M, {"use_karras_sigmas": True}),
+    "pndm": (PNDM, {"skip_prk_steps": True}),
 }
 """Short names: the class, and the options that the name decides."""
 

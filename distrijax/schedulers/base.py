@@ -28,9 +28,10 @@ from distrijax.schedulers import common
 ELSEWHERE = frozenset(
     "algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final "
     "final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final original_inference_steps "
-    "predict_x0 sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min skip_prk_steps solver_order "
-    "solver_p solver_type thresholding time_shift_type timestep_scaling timestep_type use_beta_sigmas "
-    "use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas variance_type".split()
+    "predict_x0 rescale_betas_zero_snr sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min "
+    "skip_prk_steps solver_order solver_p solver_type thresholding time_shift_type timestep_scaling timestep_type "
+    "use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas "
+    "variance_type".split()
 )
 """Options that only some of diffusers' schedulers have. A config may carry those of other classes (SDXL's does) so that
 the class can be exchanged; in a class that does not have them they mean nothing, there as here."""
@@ -67,14 +68,12 @@ class Scheduler(ModelConfig, abc.ABC):
     prediction_type: common.Prediction = common.Prediction.EPSILON
     timestep_spacing: common.Spacing = common.Spacing.LINSPACE
     steps_offset: int = 0
-    rescale_betas_zero_snr: bool = False
     _source: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
         self._choose(common.BetaSchedule, "beta_schedule")
         self._choose(common.Prediction, "prediction_type")
         self._choose(common.Spacing, "timestep_spacing")
-        self._flag("rescale_betas_zero_snr")
         positive(self.num_train_timesteps, "num_train_timesteps", least=2)
         positive(self.steps_offset, "steps_offset", least=0)
         for name in ("beta_start", "beta_end"):
@@ -107,7 +106,8 @@ class Scheduler(ModelConfig, abc.ABC):
     def schedule(self, num_inference_steps: int) -> tuple[Steps, float]:
         """The constants of every step, and the standard deviation of the noise to start from.
 
-        Returns a NamedTuple of float32 numpy arrays [num_inference_steps], to be scanned; `timestep` is for the model.
+        Returns a NamedTuple of float32 numpy arrays, to be scanned, with an entry for each call of the model: as many as
+        steps, or more where the method needs them (PNDM). `timestep` is for the model.
         Raises DistriError when the number of steps does not suit the scheduler.
         """
 
@@ -133,13 +133,15 @@ class Scheduler(ModelConfig, abc.ABC):
         noise: fresh standard normal noise if `needs_noise`, otherwise None.
         """
 
+    def betas(self) -> common.Table:
+        """The variances added at every training timestep, float32."""
+        if self.trained_betas is not None:
+            return np.asarray(self.trained_betas, np.float32)
+        return common.betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps)
+
     def cumulative_alphas(self) -> common.Table:
         """alpha^2 at every training timestep, float32 (diffusers' `alphas_cumprod`)."""
-        if self.trained_betas is not None:
-            betas = np.asarray(self.trained_betas, np.float32)
-        else:
-            betas = common.betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps)
-        return common.cumulative_alphas(betas, rescale_zero_snr=self.rescale_betas_zero_snr)
+        return common.cumulative_alphas(self.betas(), rescale_zero_snr=False)
 
     def spaced_timesteps(self, num_inference_steps: int, *, omit_zero: bool = False) -> common.Levels:
         """The timesteps to visit, descending; raises DistriError for a number of steps below 1 or above the trained."""
@@ -155,6 +157,17 @@ class Scheduler(ModelConfig, abc.ABC):
         return common.spaced_timesteps(
             self.timestep_spacing, self.num_train_timesteps, num_inference_steps, self.steps_offset, omit_zero=omit_zero
         )
+
+    def whole_timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """`spaced_timesteps` as whole numbers; raises DistriError also where they reach beyond the trained ones."""
+        timesteps = np.round(self.spaced_timesteps(num_inference_steps)).astype(int)
+        last = self.num_train_timesteps - 1
+        if timesteps[0] > last:
+            raise DistriError(
+                f"{len(timesteps)} steps with steps_offset {self.steps_offset} reach timestep {timesteps[0]} and the "
+                f"model's last is {last}; use fewer steps or a smaller steps_offset"
+            )
+        return timesteps
 
     def _choose(self, kind, name: str) -> None:
         object.__setattr__(self, name, choose(kind, getattr(self, name), name))
@@ -184,6 +197,23 @@ class Scheduler(ModelConfig, abc.ABC):
             )
         for value in self.trained_betas:
             self._between_zero_and_one(value, "an entry of trained_betas")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZeroSNRScheduler(Scheduler):
+    """A scheduler that can do without any image in the noise it starts from.
+
+    rescale_betas_zero_snr: make the last training timestep pure noise (algorithm 1 of arXiv 2305.08891).
+    """
+
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._flag("rescale_betas_zero_snr")
+
+    def cumulative_alphas(self) -> common.Table:
+        return common.cumulative_alphas(self.betas(), rescale_zero_snr=self.rescale_betas_zero_snr)
 
 
 def to_float32(steps: Steps) -> Steps:

@@ -138,3 +138,9 @@ def image_weights(prediction: Prediction, alpha: Levels, sigma: Levels) -> tuple
             return alpha, -sigma
         case Prediction.SAMPLE:
             return np.zeros_like(alpha), np.ones_like(sigma)
+
+
+def noise_weights(prediction: Prediction, alpha: Levels, sigma: Levels) -> tuple[Levels, Levels]:
+    """(a, b) such that a * latents + b * model_output is the noise, for latents alpha * image + sigma * noise."""
+    on_latents, on_output = image_weights(prediction, alpha, sigma)
+    return (1 - alpha * on_latents) / sigma, -alpha * on_output / sigma

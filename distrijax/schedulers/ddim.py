@@ -10,7 +10,7 @@ import numpy as np
 
 from distrijax.config import DistriError
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, Scheduler, State, to_float32
+from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
 
 
 class DDIMSteps(NamedTuple):
@@ -26,7 +26,7 @@ class DDIMSteps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DDIM(Scheduler):
+class DDIM(ZeroSNRScheduler):
     """diffusers' DDIMScheduler with eta = 0.
 
     clip_sample: clip the predicted image to plus or minus clip_sample_range (the predicted noise stays as it is).
@@ -47,21 +47,22 @@ class DDIM(Scheduler):
         self._positive_number("clip_sample_range")
 
     def schedule(self, num_inference_steps: int) -> tuple[DDIMSteps, float]:
-        timesteps = np.round(self.spaced_timesteps(num_inference_steps)).astype(int)
+        timesteps = self.whole_timesteps(num_inference_steps)
         table = self.cumulative_alphas().astype(np.float64)
-        self._check_reach(timesteps, table)
+        self._check_image_left(timesteps[0], table)
         # as in diffusers the step down is always train // steps, even where the spacing's next timestep is another
         following = timesteps - self.num_train_timesteps // num_inference_steps
         final = 1.0 if self.set_alpha_to_one else table[0]
         next_squared = np.where(following < 0, final, table[np.maximum(following, 0)])
         alpha, sigma = np.sqrt(table[timesteps]), np.sqrt(1 - table[timesteps])
-        on_latents, on_output = common.image_weights(self.prediction_type, alpha, sigma)
+        image_from_latents, image_from_output = common.image_weights(self.prediction_type, alpha, sigma)
+        noise_from_latents, noise_from_output = common.noise_weights(self.prediction_type, alpha, sigma)
         steps = DDIMSteps(
             timestep=timesteps,
-            image_from_latents=on_latents,
-            image_from_output=on_output,
-            noise_from_latents=(1 - alpha * on_latents) / sigma,
-            noise_from_output=-alpha * on_output / sigma,
+            image_from_latents=image_from_latents,
+            image_from_output=image_from_output,
+            noise_from_latents=noise_from_latents,
+            noise_from_output=noise_from_output,
             next_alpha=np.sqrt(next_squared),
             next_sigma=np.sqrt(1 - next_squared),
         )
@@ -75,16 +76,10 @@ class DDIM(Scheduler):
             image = jnp.clip(image, -self.clip_sample_range, self.clip_sample_range)
         return State(step.next_alpha * image + step.next_sigma * predicted_noise)
 
-    def _check_reach(self, timesteps: np.ndarray, table: np.ndarray) -> None:
-        last = self.num_train_timesteps - 1
-        if timesteps[0] > last:
-            raise DistriError(
-                f"{len(timesteps)} steps with steps_offset {self.steps_offset} reach timestep {timesteps[0]} and the "
-                f"model's last is {last}; use fewer steps or a smaller steps_offset"
-            )
-        if table[timesteps[0]] == 0 and self.prediction_type == common.Prediction.EPSILON:
+    def _check_image_left(self, first: int, table: np.ndarray) -> None:
+        if table[first] == 0 and self.prediction_type == common.Prediction.EPSILON:
             raise DistriError(
                 f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
-                f"{timesteps[0]}, so DDIM cannot find it; use timestep_spacing 'leading', another scheduler, or a "
+                f"{first}, so DDIM cannot find it; use timestep_spacing 'leading', another scheduler, or a "
                 "model with 'v_prediction'"
             )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from distrijax.config import check_choice
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, Scheduler, to_float32
+from distrijax.schedulers.base import Column, ZeroSNRScheduler, to_float32
 
 
 class SolverType(enum.StrEnum):
@@ -46,7 +46,7 @@ class MultistepState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPMSolverPP2M(Scheduler):
+class DPMSolverPP2M(ZeroSNRScheduler):
     """diffusers' DPMSolverMultistepScheduler with algorithm_type dpmsolver++, of order 1 or 2.
 
     solver_type: `midpoint` or `heun`.

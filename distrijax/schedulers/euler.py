@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, Scheduler, State, to_float32
+from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
 
 
 class EulerSteps(NamedTuple):
@@ -27,7 +27,7 @@ class EulerSteps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SigmaScheduler(Scheduler):
+class SigmaScheduler(ZeroSNRScheduler):
     """A scheduler whose latents are image + sigma * noise, visited at a descending series of sigmas."""
 
     def scale_input(self, latents: Float[Array, "b h w c"], step) -> Float[Array, "b h w c"]:

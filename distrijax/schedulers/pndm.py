@@ -1,0 +1,126 @@
+"""PLMS, the linear multistep form of PNDM (arXiv 2202.09778); agrees with diffusers' PNDMScheduler.
+
+Each step is DDIM's, but with a mean of this call's model output and the last three: Adams and Bashforth's fourth-order
+weights, or fewer while the history is short. The first step is made twice, the second time from the same latents with the
+mean of the outputs at its two ends; so there is one call of the model more than there are steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from distrijax.config import DistriError
+from distrijax.schedulers import common
+from distrijax.schedulers.base import Column, Scheduler, to_float32
+
+BEGINNING = ((1, 0, 0, 0), (1 / 2, 1 / 2, 0, 0), (3 / 2, -1 / 2, 0, 0), (23 / 12, -16 / 12, 5 / 12, 0))
+"""Weights of the model output and of the three before it, in the first calls; the second does not enter the history."""
+
+ADAMS_BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
+"""The same in all other calls."""
+
+REPEATED = 1
+"""The call that makes the first step again."""
+
+
+class PNDMSteps(NamedTuple):
+    """How much the next latents have of the latents, of those of the call before, and of the model's last four outputs.
+
+    moves: 1 where this output enters the history, 0 where it does not.
+    """
+
+    timestep: Column
+    from_latents: Column
+    from_start: Column
+    from_output: Column
+    from_output_1: Column
+    from_output_2: Column
+    from_output_3: Column
+    moves: Column
+
+
+class PNDMState(NamedTuple):
+    """The latents, those that the call before started from, and its last three outputs, newest first; float32."""
+
+    latents: Float[Array, "b h w c"]
+    start: Float[Array, "b h w c"]
+    outputs: tuple[Float[Array, "b h w c"], Float[Array, "b h w c"], Float[Array, "b h w c"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PNDM(Scheduler):
+    """diffusers' PNDMScheduler without the Runge-Kutta steps, as Stable Diffusion 1.x has it.
+
+    skip_prk_steps: has to be true; false is diffusers' default.
+    set_alpha_to_one: end without noise, instead of at the level of training timestep 0.
+    """
+
+    diffusers_name: ClassVar[str] = "PNDMScheduler"
+
+    timestep_spacing: common.Spacing = common.Spacing.LEADING
+    skip_prk_steps: bool = False
+    set_alpha_to_one: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._flag("skip_prk_steps", "set_alpha_to_one")
+        if self.prediction_type == common.Prediction.SAMPLE:
+            raise DistriError(
+                "prediction_type is 'sample' and PNDM takes epsilon or v_prediction; use another scheduler"
+            )
+        if not self.skip_prk_steps:
+            raise DistriError(
+                "skip_prk_steps is False and PNDM's Runge-Kutta steps are not supported; set it to true, as Stable "
+                "Diffusion's checkpoints do, or use another scheduler"
+            )
+
+    def schedule(self, num_inference_steps: int) -> tuple[PNDMSteps, float]:
+        timesteps = self.whole_timesteps(num_inference_steps)
+        stride = self.num_train_timesteps // num_inference_steps
+        visited = np.concatenate([timesteps[:2], timesteps[1:]])  # a single step has no second timestep to repeat
+        repeated = np.arange(len(visited)) == REPEATED
+        # as in diffusers a step is always train // steps wide, even where the spacing's is another
+        before = visited + stride * repeated
+        after = before - stride
+        table = self.cumulative_alphas().astype(np.float64)
+        final = 1.0 if self.set_alpha_to_one else table[0]
+        on_sample, on_output = self._transfer(table[before], np.where(after < 0, final, table[np.maximum(after, 0)]))
+        means = np.array([*BEGINNING, *[ADAMS_BASHFORTH] * len(visited)])[: len(visited)]
+        steps = PNDMSteps(
+            visited,
+            np.where(repeated, 0, on_sample),
+            np.where(repeated, on_sample, 0),
+            *(on_output * weight for weight in means.T),
+            moves=~repeated,
+        )
+        return to_float32(steps), 1.0
+
+    def init(self, noise, init_noise_sigma) -> PNDMState:
+        latents = super().init(noise, init_noise_sigma).latents
+        start, *outputs = (jnp.zeros_like(latents) for _ in range(4))
+        return PNDMState(latents, start, tuple(outputs))
+
+    def update(self, state: PNDMState, model_output, step: PNDMSteps, noise=None) -> PNDMState:
+        output = model_output.astype(jnp.float32)
+        first, second, third = state.outputs
+        latents = step.from_latents * state.latents + step.from_start * state.start
+        latents += step.from_output * output + step.from_output_1 * first
+        latents += step.from_output_2 * second + step.from_output_3 * third
+        moved = jax.tree.map(
+            lambda new, old: jnp.where(step.moves > 0, new, old), (output, first, second), state.outputs
+        )
+        return PNDMState(latents, state.latents, moved)
+
+    def _transfer(self, squares: common.Levels, next_squares: common.Levels) -> tuple[common.Levels, common.Levels]:
+        """(a, b) such that a * latents + b * model_output are the latents at the next alpha^2 (equation 11, DDIM's)."""
+        alpha, sigma = np.sqrt(squares), np.sqrt(1 - squares)
+        image = common.image_weights(self.prediction_type, alpha, sigma)
+        noise = common.noise_weights(self.prediction_type, alpha, sigma)
+        next_alpha, next_sigma = np.sqrt(next_squares), np.sqrt(1 - next_squares)
+        return tuple(next_alpha * i + next_sigma * n for i, n in zip(image, noise, strict=True))

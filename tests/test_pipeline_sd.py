@@ -1,0 +1,239 @@
+"""Stable Diffusion 1.x and 2.x against torch diffusers on one device, many devices against one, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from oracle import psnr, relative_error
+from safetensors.numpy import load_file, save_file
+from test_wrong_input import assert_one_sentence, entry
+from tiny_pipeline import load_torch_pipeline
+from transformers import CLIPTextModel
+
+from distrijax import DistriConfig, DistriError, DistriSDPipeline, DistriSDXLPipeline, load_pipeline
+from distrijax.schedulers import with_class
+
+PROMPT = "a red circle on the left"
+OTHER = "two blue squares on a green background"
+SIZE = {"height": 256, "width": 64}
+LATENT = (4, 32, 8)
+
+
+@pytest.fixture(scope="module")
+def pipe_on(tiny_sd_checkpoints):
+    """A pipeline by version and configuration: pipe_on(1, devices=4, split_batch=False)."""
+
+    @functools.cache
+    def load(version: int, **settings) -> DistriSDPipeline:
+        pipe = DistriSDPipeline.from_pretrained(tiny_sd_checkpoints[version], DistriConfig(**settings))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def one(pipe_on):
+    """One device, by version: one(1)."""
+    return lambda version: pipe_on(version, devices=1, sync_mode="full_sync")
+
+
+@pytest.fixture(scope="module")
+def torch_pipes(tiny_sd_checkpoints):
+    """The checkpoints in torch diffusers, by version."""
+    return functools.cache(lambda version: load_torch_pipeline(tiny_sd_checkpoints[version]))
+
+
+def paint(pipe: DistriSDPipeline, *arguments, kind: str = "latent", **changes) -> np.ndarray:
+    settings = SIZE | {"num_inference_steps": 4} | changes
+    return np.asarray(pipe(*(arguments or (PROMPT,)), **settings, output_type=kind).images)
+
+
+ORACLES = {
+    "1.x": (1, None, {"negative_prompt": "a blue square", "num_inference_steps": 6}),
+    "1.x without guidance": (1, None, {"guidance_scale": 1.0, "clip_skip": 2, "num_inference_steps": 1}),
+    "1.x euler": (1, ("euler", EulerDiscreteScheduler), {"guidance_rescale": 0.7, "clip_skip": 1}),
+    "1.x dpm++2m": (1, ("dpm++2m", DPMSolverMultistepScheduler), {"guidance_scale": 3.0, "clip_skip": 0}),
+    "2.x": (2, None, {}),
+    "2.x pndm": (2, ("pndm", functools.partial(PNDMScheduler.from_config, skip_prk_steps=True)), {"clip_skip": 1}),
+}
+
+
+@pytest.mark.parametrize("case", ORACLES)
+def test_one_device_equals_torch_diffusers(monkeypatch, one, torch_pipes, case):
+    version, scheduler, settings = ORACLES[case]
+    # with clip_skip diffusers still looks for the final norm where transformers had it before version 5
+    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda encoder: encoder), raising=False)
+    ours, theirs = one(version), torch_pipes(version)
+    if scheduler:
+        name, kind = scheduler
+        monkeypatch.setattr(theirs, "scheduler", getattr(kind, "from_config", kind)(theirs.scheduler.config))
+        monkeypatch.setattr(ours, "scheduler", with_class(ours.scheduler, name))
+    noise = torch.randn(1, *LATENT)
+
+    def wanted(output_type):
+        defaults = SIZE | {"num_inference_steps": 4, "latents": noise.clone()}
+        return theirs(PROMPT, **defaults | settings, output_type=output_type).images
+
+    assert relative_error(paint(ours, latents=noise.numpy(), **settings), wanted("latent")) < 1e-3
+    assert psnr(paint(ours, kind="np", latents=noise.numpy(), **settings), wanted("np")) > 50
+
+
+def test_the_missing_negative_prompt_is_the_empty_one(one):
+    np.testing.assert_array_equal(paint(one(1)), paint(one(1), negative_prompt=""))
+    assert relative_error(paint(one(1)), paint(one(1), negative_prompt=OTHER)) > 1e-3
+
+
+def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipes):
+    with torch.no_grad():
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        given = dict(zip(names, torch_pipes(1).encode_prompt(PROMPT, "cpu", 1, True, OTHER), strict=True))
+    given = {name: value.numpy() for name, value in given.items()}
+    assert relative_error(paint(one(1), None, **given), paint(one(1), negative_prompt=OTHER)) < 1e-4
+    del given["negative_prompt_embeds"]
+    assert relative_error(paint(one(1), None, **given), paint(one(1))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("version", "settings"),
+    [
+        (1, {"devices": 2}),
+        (1, {"devices": 2, "split_batch": False}),
+        (1, {"devices": 4}),
+        (1, {"devices": 8}),
+        (1, {"devices": 8, "split_batch": False}),
+        (2, {"devices": 4}),
+        (2, {"devices": 4, "split_batch": False}),
+    ],
+    ids=str,
+)
+def test_full_sync_equals_one_device(pipe_on, one, version, settings):
+    many = pipe_on(version, **settings, sync_mode="full_sync")
+    assert relative_error(paint(many), paint(one(version))) < 1e-4
+
+
+def test_pictures_of_a_batch_are_those_of_single_calls(one):
+    pair = paint(one(1), [PROMPT, OTHER], seed=[3, 4], num_images_per_prompt=1)
+    assert pair.shape == (2, *LATENT)
+    assert relative_error(pair[1:], paint(one(1), OTHER, seed=4)) < 1e-4
+
+
+def test_warm_up_and_progress_count_calls_of_the_unet(pipe_on, monkeypatch, capsys):
+    """PNDM makes four of them for three steps, of which warmup_steps + 1 are exact."""
+
+    def trajectory(**settings) -> list[np.ndarray]:
+        seen = []
+        pipe = pipe_on(1, devices=2, split_batch=False, **settings)
+        monkeypatch.setattr(pipe, "_progress", {})
+        keep = lambda *arguments: seen.append(np.asarray(arguments[3]["latents"]))  # noqa: E731
+        paint(pipe, num_inference_steps=3, callback_on_step_end=keep)
+        assert "4/4" in capsys.readouterr().err
+        return seen
+
+    got, wanted = trajectory(warmup_steps=1), trajectory(sync_mode="full_sync")
+    errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
+    assert len(errors) == 4
+    assert max(errors[:2]) < 1e-6
+    assert min(errors[2:]) > 1e-5
+
+
+def test_default_size_is_the_models(one):
+    assert one(1).default_size == (128, 128)
+
+
+def test_old_names_of_the_vaes_attention_are_read(tiny_sd_checkpoints, tmp_path, one):
+    """As Stable Diffusion's own files have them."""
+    folder = shutil.copytree(tiny_sd_checkpoints[1], tmp_path / "model")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old(name: str) -> str:
+        return functools.reduce(lambda text, pair: text.replace(*pair), names.items(), name)
+
+    tensors = load_file(file)
+    renamed = {old(name): tensor for name, tensor in tensors.items()}
+    assert len(renamed.keys() - tensors.keys()) == 16
+    save_file(renamed, file)
+    pipe = DistriSDPipeline.from_pretrained(folder, DistriConfig(devices=1))
+    for got, wanted in zip(pipe._vae_params, one(1)._vae_params, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_the_right_pipeline_is_found(tiny_checkpoint, tiny_sd_checkpoints):
+    assert type(load_pipeline(tiny_sd_checkpoints[2], DistriConfig(devices=1))) is DistriSDPipeline
+    assert type(load_pipeline(tiny_checkpoint, DistriConfig(devices=1), scheduler="ddim")) is DistriSDXLPipeline
+
+
+CHECKPOINTS = {
+    "folder of SDXL": (
+        entry("model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "holds a Stable Diffusion XL pipeline, not Stable Diffusion; load it with DistriSDXLPipeline",
+    ),
+    "UNet of SDXL": (
+        entry(
+            "unet/config.json",
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=80,
+        ),
+        "addition_embed_type is 'text_time' and the text encoder .* no pooled embedding; use parts of one",
+    ),
+    "UNet of another text encoder": (
+        entry("unet/config.json", cross_attention_dim=64),
+        "cross_attention_dim is 64 and the text encoder's width is 32; use parts of one",
+    ),
+    "Runge-Kutta steps": (
+        entry("scheduler/scheduler_config.json", skip_prk_steps=False),
+        "skip_prk_steps is False .*; set it to true",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_checkpoint_that_does_not_fit_is_refused(kind, tiny_sd_checkpoints, tmp_path):
+    damage, pattern = CHECKPOINTS[kind]
+    folder = shutil.copytree(tiny_sd_checkpoints[1], tmp_path / "model")
+    damage(folder)
+    with pytest.raises(DistriError) as error:
+        DistriSDPipeline.from_pretrained(folder, DistriConfig(devices=1))
+    assert_one_sentence(str(error.value).replace(str(tmp_path), ""), pattern)
+
+
+CALLS = {
+    "no prompt": ({"prompt": None}, "prompt is missing; give a string"),
+    "prompt and embeddings": (
+        {"prompt_embeds": np.zeros((1, 77, 32))},
+        "both prompt and prompt_embeds are given; give one",
+    ),
+    "embeddings of wrong width": (
+        {"prompt": None, "prompt_embeds": np.zeros((1, 77, 64))},
+        r"prompt_embeds is \[1, 77, 64\]; give \[prompts, tokens, 32\]",
+    ),
+    "negative embeddings of wrong length": (
+        {
+            "prompt": None,
+            "prompt_embeds": np.zeros((1, 77, 32)),
+            "negative_prompt_embeds": np.zeros((1, 50, 32)),
+        },
+        r"negative embeddings are \[1, 50, 32\] and the prompt's are \[1, 77, 32\]; give",
+    ),
+    "negative prompts": ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts; give one, or"),
+    "clip skip": ({"clip_skip": 4}, "clip_skip is 4; .* takes 0 to 3"),
+    "width": ({"width": 65}, "width is 65 and this model needs a multiple of 32; use 64 or 96"),
+    "steps": ({"num_inference_steps": 1000}, "steps_offset 1 reach timestep 1000 .*; use fewer steps"),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_wrong_call_is_refused_before_anything_is_compiled(kind, pipe_on):
+    arguments, pattern = CALLS[kind]
+    pipe = pipe_on(1, devices=1)
+    with pytest.raises(DistriError) as error:
+        pipe(**{"prompt": "a", "height": 64, "width": 64, "num_inference_steps": 2, **arguments})
+    assert_one_sentence(str(error.value), pattern)
+    assert pipe.programs.count == 0
