@@ -16,9 +16,14 @@ class DistriError(ValueError):
 
 
 class SyncMode(enum.StrEnum):
-    """What a patch knows of the others after the warm-up (names as in DistriFusion's `mode`)."""
+    """What a patch knows of the others after the warm-up.
+
+    Names as in DistriFusion's `mode`; damped_async_gn and async_tokens are ours.
+    """
 
     CORRECTED_ASYNC_GN = "corrected_async_gn"
+    DAMPED_ASYNC_GN = "damped_async_gn"
+    ASYNC_TOKENS = "async_tokens"
     STALE_GN = "stale_gn"
     SYNC_GN = "sync_gn"
     SEPARATE_GN = "separate_gn"
@@ -76,6 +81,7 @@ class DistriConfig:
     devices: how many devices to use; None means all that JAX shows.
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).
     warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
+    compress: keys and values travel as int8, after the warm-up: half the bytes of bfloat16, lossy.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
     parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode` and
         `warmup_steps` say nothing in naive_patch, which exchanges no activations, and in tensor, which is exact.
@@ -86,6 +92,7 @@ class DistriConfig:
     devices: int | None = None
     sync_mode: SyncMode = SyncMode.CORRECTED_ASYNC_GN
     warmup_steps: int = 4
+    compress: bool = False
     split_batch: bool = True
     parallelism: Parallelism = Parallelism.PATCH
     split_scheme: SplitScheme = SplitScheme.ALTERNATE

@@ -26,10 +26,10 @@ from jaxtyping import Array, Float, Key
 
 from distrijax.config import DistriConfig, Parallelism, SplitScheme
 from distrijax.exchange import (
-    Displaced,
     Exchange,
     PartOfChannels,
     Stale,
+    Strategy,
     Synchronous,
     WholeImage,
     branch_sum,
@@ -121,7 +121,7 @@ class Loop:
     unet: jax.tree_util.PyTreeDef  # of the UNet module; its leaves are the `params` of the programs
     scheduler: Scheduler
     dtype: Any
-    strategy: type[Displaced] | None = Displaced  # what follows the warm-up; None where all steps are stateless
+    strategy: Strategy | None  # what follows the warm-up; None where all steps are stateless
     weights: P | tuple[P, ...] = WHOLE  # how `params` lie on the mesh
 
 
@@ -142,7 +142,7 @@ def loop_of(
 ) -> Loop:
     """The loop of a call of this configuration: the one place that chooses which steps it has."""
     patch = layout.parallelism is Parallelism.PATCH
-    strategy = strategy_of(config.sync_mode, layout.patches) if patch else None
+    strategy = strategy_of(config.sync_mode, layout.patches, compress=config.compress) if patch else None
     return Loop(layout, unet, scheduler, dtype, strategy, weights)
 
 
@@ -264,7 +264,7 @@ def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
 def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
     state = _scan_stateless(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
-    exchange = Synchronous(loop.layout.rows, loop.layout.bands, keep_moments=loop.strategy.KEEPS_MOMENTS)
+    exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy)
     state = _step(loop, partial(unet, exchange=exchange), inputs, state, jax.tree.map(lambda a: a[-1], xs))
     return state, exchange.finish()
 

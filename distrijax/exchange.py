@@ -11,7 +11,7 @@ something from other bands, and ask an exchange object for it:
       patch i+1  | first row ──┼──┘       WholeImage     one device: nothing to ask for, zero padding at the edges
                  | ........... |          Synchronous    blocking and exact; what it publishes starts the stale state
                                           Displaced      what the others published at the previous step, own part fresh;
-                                                         and its variants (`STRATEGIES`)
+                                                         and its variants (`KINDS`)
                                           PartOfChannels no bands: every device has the whole image and a part of the
                                                          channels (tensor parallelism)
 
@@ -24,13 +24,14 @@ no keys to an attention, not counted in moments. What a layer computes there is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
 from distrijax.config import SyncMode
 from distrijax.mesh import CFG, PATCH, Bands
@@ -41,9 +42,17 @@ Stale = dict[str, Array]
 """What one patch published at a step, keyed by the path of the layer (local shards, batch first):
 
 halo     [b, above + below, w, c]  its last `above` rows, then its first `below` rows, in the model's dtype
-tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype
-moments  [b, groups, 2]            mean and variance for each group, float32; in modes that read them
+tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype; or, compressed, in int8 and
+                                   [b, 1, 2 * c] the scale of each channel, float32, under the path and `SCALE`
+moments  [b, groups, 2]            mean and variance for each group, float32
+
+A strategy keeps those kinds that its next step reads from before.
 """
+
+HALO, TOKENS, MOMENTS = "halo", "tokens", "moments"
+
+SCALE = ".scale"
+"""What the name of compressed tokens' scales ends in."""
 
 
 class Exchange(Protocol):
@@ -116,23 +125,26 @@ class Synchronous(WholeImage):
     """Blocking exchange of fresh values: exact for any number of patches.
 
     axis: the mesh axis, or axes, along which the rows are cut. bands: where the image's rows do not fill the bands; None
-    where they do. keep_moments: whether the steps that follow read them.
+    where they do. strategy: of the step that follows, and so what to publish; None publishes everything.
     """
 
-    def __init__(self, axis: Axis = PATCH, bands: Bands | None = None, *, keep_moments: bool = True):
-        self.axis, self.bands, self.keep_moments = axis, bands, keep_moments
+    def __init__(self, axis: Axis = PATCH, bands: Bands | None = None, strategy: Strategy | None = None):
+        self.axis, self.bands = axis, bands
+        self.strategy = strategy or Strategy(Displaced)
         self.fresh: Stale = {}
         self.asked: set[str] = set()
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        return _with_neighbours(x, self._publish(name, _edges(x, above, below)), above, self.axis)
+        return _with_neighbours(x, self._publish(HALO, name, _edges(x, above, below)), above, self.axis)
 
     def tokens(self, name, kv):
-        return self._image_tokens(lax.all_gather(self._publish(name, _flat(kv)), self.axis, axis=1, tiled=True), kv)
+        own = _flat(kv)
+        self._publish_tokens(name, own)
+        return self._image_tokens(lax.all_gather(own, self.axis, axis=1, tiled=True), kv)
 
     def moments(self, name, x, size):
-        own = self._publish(name, self._own(x, size), keep=self.keep_moments)
+        own = self._publish(MOMENTS, name, self._own(x, size))
         return _pooled(lax.all_gather(own, self.axis), self._shares(x))
 
     def exact(self) -> Exchange:
@@ -141,13 +153,19 @@ class Synchronous(WholeImage):
     def finish(self) -> Stale:
         return self.fresh
 
-    def _publish(self, name: str, value: Array, *, keep: bool = True) -> Array:
+    def _publish(self, kind: str, name: str, value: Array) -> Array:
         if name in self.asked:
             raise KeyError(f"the layer name {name!r} was used twice in one call; every exchanging layer needs its own")
         self.asked.add(name)
-        if keep:
+        if kind in self.strategy.kind.KEEPS:
             self.fresh[name] = value
         return value
+
+    def _publish_tokens(self, name: str, own: Float[Array, "b t c2"]) -> None:
+        if self.strategy.compress:
+            own, scale = _compressed(own)
+            self._publish(TOKENS, name + SCALE, scale)
+        self._publish(TOKENS, name, own)
 
     def _rows(self, x: Float[Array, "b h w c"]) -> tuple[int, int]:
         """The rows of all bands together and those of the image, at the level of `x`."""
@@ -182,38 +200,48 @@ class Displaced(Synchronous):
     activations, so all of them can travel while the device computes. The one exception is the UNet's input, which is asked
     for through `exact`: one fresh row of the latent from each neighbour (the original has the whole latent everywhere).
 
-    GroupNorm: the whole image's stale moments plus the change of the own patch, mean = mean_j m^_j + (m_i - m^_i) and the
-    same for E[x^2]; where the resulting variance is negative the own variance is used (arXiv 2402.19481, section 4.2).
-    Two deviations from the original's code, both towards exactness: moments are float32, and the variance is the
-    population's (torch's GroupNorm) instead of being scaled by n/(n-1) with the local element count.
+    GroupNorm: the whole image's stale moments plus the change of the own patch, mean = mean_j m^_j + a (m_i - m^_i) and the
+    same for E[x^2], where a, the `correction`, is 1: the other patches are taken to have changed as this one did. Where the
+    resulting variance is negative the own variance is used (arXiv 2402.19481, section 4.2). Two deviations from the
+    original's code, both towards exactness: moments are float32, and the variance is the population's (torch's GroupNorm)
+    instead of being scaled by n/(n-1) with the local element count.
     """
 
-    KEEPS_MOMENTS: ClassVar[bool] = True
+    KEEPS: ClassVar[frozenset[str]] = frozenset({HALO, TOKENS, MOMENTS})
 
-    def __init__(self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None):
-        super().__init__(axis, bands, keep_moments=self.KEEPS_MOMENTS)
+    def __init__(self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None, strategy: Strategy | None = None):
+        super().__init__(axis, bands, strategy or Strategy(type(self)))
         self.stale = stale
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        fresh = self._publish(name, _edges(x, above, below))
-        return _with_neighbours(x, self._previous(name, fresh), above, self.axis)
+        self._publish(HALO, name, _edges(x, above, below))
+        return _with_neighbours(x, self._previous(name), above, self.axis)
 
     def tokens(self, name, kv):
         own = _flat(kv)
-        everyone = lax.all_gather(self._previous(name, self._publish(name, own)), self.axis, axis=1, tiled=True)
+        self._publish_tokens(name, own)
+        everyone = lax.all_gather(self._previous(name), self.axis, axis=1, tiled=True)
+        if self.strategy.compress:
+            scales = lax.all_gather(self._previous(name + SCALE), self.axis, axis=1, tiled=True)
+            everyone = _restored(everyone, scales, own.dtype)
         place = first_row(own.shape[1], self.axis)
         return self._image_tokens(lax.dynamic_update_slice_in_dim(everyone, own, place, axis=1), kv)
 
     def moments(self, name, x, size):
-        own = self._own(x, size)
-        stale = self._previous(name, self._publish(name, own))
+        own = self._publish(MOMENTS, name, self._own(x, size))
+        stale = self._previous(name)
         (own_mean, own_variance), (old_mean, old_variance) = _split(own), _split(stale)
         stale_mean, stale_variance = _split(_pooled(lax.all_gather(stale, self.axis), self._shares(x)))
-        change = own_mean - old_mean
+        change, a = own_mean - old_mean, self.correction(x)
         # E[x^2] - mean^2 of the corrected moments with the squares multiplied out, so that nothing large cancels
-        variance = stale_variance + (own_variance - old_variance) + 2 * change * (old_mean - stale_mean)
-        return jnp.stack([stale_mean + change, jnp.where(variance < 0, own_variance, variance)], -1)
+        shift = 2 * (old_mean - stale_mean) + (1 - a) * change
+        variance = stale_variance + a * ((own_variance - old_variance) + change * shift)
+        return jnp.stack([stale_mean + a * change, jnp.where(variance < 0, own_variance, variance)], -1)
+
+    def correction(self, x: Float[Array, "b h w c"]) -> Array | float:
+        """How much of the own patch's change goes into the whole image's moments."""
+        return 1.0
 
     def finish(self) -> Stale:
         unused = sorted(self.stale.keys() - self.fresh.keys())
@@ -221,10 +249,10 @@ class Displaced(Synchronous):
             raise KeyError(f"stale state was never read: {', '.join(unused)}; it belongs to another model")
         return self.fresh
 
-    def _previous(self, name: str, fresh: Array) -> Array:
+    def _previous(self, name: str) -> Array:
         if name not in self.stale:
             raise KeyError(f"no stale state for {name!r}; create it with a synchronous step of the same model")
-        stale = self.stale[name]
+        stale, fresh = self.stale[name], self.fresh[name]
         if (stale.shape, stale.dtype) != (fresh.shape, fresh.dtype):
             raise ValueError(
                 f"{name}: stale state is {stale.dtype}{list(stale.shape)} and this step's is {fresh.dtype}"
@@ -234,29 +262,44 @@ class Displaced(Synchronous):
 
 
 class StaleMoments(Displaced):
-    """stale_gn: the moments, too, are the others' previous ones beside the own fresh ones."""
+    """stale_gn: the moments are the others' previous ones beside the own fresh ones, a correction by the own share."""
 
-    def moments(self, name, x, size):
-        own = self._own(x, size)
-        everyone = lax.all_gather(self._previous(name, self._publish(name, own)), self.axis)
-        everyone = lax.dynamic_update_index_in_dim(everyone, own, lax.axis_index(self.axis), axis=0)
-        return _pooled(everyone, self._shares(x))
+    def correction(self, x):
+        return jnp.asarray(self._shares(x))[lax.axis_index(self.axis)]
+
+
+class DampedMoments(Displaced):
+    """damped_async_gn: half of the correction.
+
+    Where a patch changes otherwise than the rest, the whole correction overshoots, and a variance near zero makes GroupNorm
+    blow up; a half does not (figures in docs/staleness.md).
+    """
+
+    def correction(self, x):
+        return 0.5
 
 
 class FreshMoments(Displaced):
     """sync_gn: a blocking exchange of the moments at every step; halo and tokens are displaced."""
 
-    KEEPS_MOMENTS = False
+    KEEPS = frozenset({HALO, TOKENS})
     moments = Synchronous.moments
+
+
+class FreshRows(FreshMoments):
+    """async_tokens: blocking exchanges of what is small, moments and boundary rows; only tokens are displaced."""
+
+    KEEPS = frozenset({TOKENS})
+    halo = Synchronous.halo
 
 
 class OwnMoments(Displaced):
     """separate_gn: every patch is normalised by itself; halo and tokens are displaced."""
 
-    KEEPS_MOMENTS = False
+    KEEPS = frozenset({HALO, TOKENS})
 
     def moments(self, name, x, size):
-        return self._publish(name, self._own(x, size), keep=False)
+        return self._publish(MOMENTS, name, self._own(x, size))
 
 
 class Frozen(OwnMoments):
@@ -270,8 +313,10 @@ class Frozen(OwnMoments):
         return self.stale
 
 
-STRATEGIES: dict[SyncMode, type[Displaced]] = {
+KINDS: dict[SyncMode, type[Displaced]] = {
     SyncMode.CORRECTED_ASYNC_GN: Displaced,
+    SyncMode.DAMPED_ASYNC_GN: DampedMoments,
+    SyncMode.ASYNC_TOKENS: FreshRows,
     SyncMode.STALE_GN: StaleMoments,
     SyncMode.SYNC_GN: FreshMoments,
     SyncMode.SEPARATE_GN: OwnMoments,
@@ -280,9 +325,20 @@ STRATEGIES: dict[SyncMode, type[Displaced]] = {
 """What follows the warm-up in each mode; full_sync has nothing to follow it."""
 
 
-def strategy_of(mode: SyncMode, patches: int) -> type[Displaced] | None:
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What a displaced step exchanges, and so what the step before it publishes. compress: tokens travel as int8."""
+
+    kind: type[Displaced]
+    compress: bool = False
+
+    def __call__(self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None) -> Displaced:
+        return self.kind(stale, axis, bands, self)
+
+
+def strategy_of(mode: SyncMode, patches: int, *, compress: bool = False) -> Strategy | None:
     """What follows the warm-up; None where every step is synchronous, as with one patch, which has nobody to wait for."""
-    return STRATEGIES.get(mode) if patches > 1 else None
+    return Strategy(KINDS[mode], compress) if mode in KINDS and patches > 1 else None
 
 
 def branch_sum(x: Array) -> Array:
@@ -325,6 +381,20 @@ def _with_neighbours(x: Array, edges: Array, above: int, axis: Axis) -> Array:
     if edges.shape[1] > above:
         parts.append(lax.ppermute(edges[:, above:], axis, up))
     return jnp.concatenate(parts, 1)
+
+
+def _compressed(x: Float[Array, "b t c"]) -> tuple[Int8[Array, "b t c"], Float[Array, "b 1 c"]]:
+    """Rounded to 8 bit, in steps of each channel's largest value / 127; the step is the scale."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
+
+
+def _restored(x: Int8[Array, "b t c"], scales: Float[Array, "b n c"], dtype: Any) -> Float[Array, "b t c"]:
+    """The inverse of `_compressed` for the tokens of n patches after another."""
+    b, n, c = scales.shape
+    parts = x.reshape(b, n, -1, c).astype(jnp.float32) * scales[:, :, None]
+    return parts.reshape(x.shape).astype(dtype)
 
 
 def _split(moments: Array) -> tuple[Array, Array]:

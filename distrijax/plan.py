@@ -20,13 +20,14 @@ import numpy as np
 from distrijax import denoise, tensor
 from distrijax.config import DistriConfig
 from distrijax.denoise import Inputs, Loop
+from distrijax.exchange import HALO, MOMENTS, TOKENS
 from distrijax.mesh import CFG, MeshPlan, check_images, plan_mesh
 from distrijax.schedulers import Scheduler
 from distrijax.unet import UNetConfig, abstract_unet
 
-TOKENS = 77
+PROMPT_TOKENS = 77
 
-KINDS = {"all_gather": None, "ppermute": "halo", "all_to_all": "columns", "psum": None, "psum_invariant": None}
+KINDS = {"all_gather": None, "ppermute": HALO, "all_to_all": "columns", "psum": None, "psum_invariant": None}
 """Collectives as JAX names them, and what they carry; a gather's operand tells, and a sum's axes."""
 
 
@@ -96,7 +97,7 @@ def plan(
         else:
             rows[patch] += count
     if rows:
-        received["halo"] = max(rows.values())
+        received[HALO] = max(rows.values())
     stale = Counter()
     for leaf in kept.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
@@ -113,7 +114,7 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    hidden = array(branches, images, TOKENS, unet.context(0), dtype=loop.dtype)
+    hidden = array(branches, images, PROMPT_TOKENS, unet.context(0), dtype=loop.dtype)
     pooled = ids = None
     if unet.addition_embed_type:
         sizes = 6  # of SDXL's micro-conditioning; a refiner has 5, which changes nothing here
@@ -170,8 +171,8 @@ def _programs(value: Any) -> Iterator[Any]:
 def _kind(leaf: Any) -> str:
     """Which question of a layer a published array answers (`distrijax.exchange.Stale`)."""
     if len(leaf.shape) == 4:
-        return "halo"
-    return "moments" if leaf.shape[-1] == 2 else "tokens"
+        return HALO
+    return MOMENTS if leaf.shape[-1] == 2 else TOKENS
 
 
 def _bytes(leaf: Any) -> int:

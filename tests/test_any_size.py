@@ -23,16 +23,18 @@ GRID = [  # height, width, devices
     (136, 256, 6),
     (520, 72, 7),
 ]
-EVERY_FAMILY = pytest.mark.parametrize("family", ["tiny_checkpoint", "tiny_sd_checkpoint"], ids=["SDXL", "SD"])
+EVERY_FAMILY = pytest.mark.parametrize("family", ["SDXL", "SD"])
 
 
 @pytest.fixture(scope="module")
-def paint(request):
+def paint(tiny_checkpoint, tiny_sd_checkpoints):
     """Latents or pictures by family, size and configuration; those of one device are computed once."""
+
+    folders = {"SDXL": tiny_checkpoint, "SD": tiny_sd_checkpoints[1]}
 
     @functools.cache
     def pipeline(family: str, **settings):
-        pipe = load_pipeline(request.getfixturevalue(family), DistriConfig(**settings))
+        pipe = load_pipeline(folders[family], DistriConfig(**settings))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -61,28 +63,28 @@ def test_full_sync_equals_one_device_with_the_cfg_split(paint, family):
 
 @pytest.mark.parametrize("devices", [3, 8])
 def test_pictures_of_any_size_are_decoded_by_all_devices(paint, devices):
-    got = paint("tiny_checkpoint", 136, 256, kind="np", devices=devices, sync_mode="full_sync")
+    got = paint("SDXL", 136, 256, kind="np", devices=devices, sync_mode="full_sync")
     assert got.shape == (1, 136, 256, 3)
-    assert psnr(got, paint("tiny_checkpoint", 136, 256, kind="np", devices=1)) > 80
+    assert psnr(got, paint("SDXL", 136, 256, kind="np", devices=1)) > 80
 
 
 def test_displaced_steps_of_uneven_bands_start_from_the_synchronous_ones(paint):
     """Three steps of which one is displaced: near the exact result, and not it."""
     size = dict(height=136, width=256, steps=3, devices=5)
-    exact = paint("tiny_checkpoint", **size, sync_mode="full_sync")
-    error = relative_error(paint("tiny_checkpoint", **size, warmup_steps=1), exact)
+    exact = paint("SDXL", **size, sync_mode="full_sync")
+    error = relative_error(paint("SDXL", **size, warmup_steps=1), exact)
     assert 1e-5 < error < 0.3
 
 
 @pytest.mark.parametrize("scheme", ["row", "column", "alternate"])
 def test_naive_patches_paint_beyond_the_border_and_are_cut(paint, scheme):
     settings = dict(devices=3, parallelism="naive_patch", split_scheme=scheme)
-    got = paint("tiny_checkpoint", 136, 200, **settings)
+    got = paint("SDXL", 136, 200, **settings)
     assert got.shape[2:] == (17, 25)
     assert np.isfinite(got).all()
 
 
-def test_the_first_naive_patch_is_a_picture_of_its_own(paint, request):
+def test_the_first_naive_patch_is_a_picture_of_its_own(tiny_checkpoint):
     """17 rows among 3 devices are bands of 8, and the first is one device's picture of 8 rows."""
     noise = np.random.default_rng(1).standard_normal((1, 4, 17, 25), np.float32)
     call = dict(
@@ -90,7 +92,7 @@ def test_the_first_naive_patch_is_a_picture_of_its_own(paint, request):
     )
 
     def pipe(**settings):
-        return load_pipeline(request.getfixturevalue("tiny_checkpoint"), DistriConfig(**settings))
+        return load_pipeline(tiny_checkpoint, DistriConfig(**settings))
 
     naive = pipe(devices=3, parallelism="naive_patch", split_scheme="row")
     got = np.asarray(naive("a red circle", height=136, latents=noise, **call).images)

@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from distrijax.config import SyncMode
 from distrijax.exchange import (
-    STRATEGIES,
+    KINDS,
+    MOMENTS,
+    SCALE,
+    DampedMoments,
     Displaced,
+    FreshMoments,
+    FreshRows,
     Frozen,
     OwnMoments,
     PartOfChannels,
+    StaleMoments,
+    Strategy,
     Synchronous,
     WholeImage,
 )
@@ -119,14 +125,13 @@ def test_padding_is_zeros_to_a_convolution_no_tokens_and_no_part_of_the_moments(
 
 
 @UNEVEN
-@pytest.mark.parametrize("mode", STRATEGIES, ids=str)
+@pytest.mark.parametrize("mode", KINDS, ids=str)
 def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_synchronous_ones(mode, rows, n, levels):
-    strategy = STRATEGIES[mode]
+    kind = KINDS[mode]
 
     def again(exchange, x):
-        exchange.keep_moments = strategy.KEEPS_MOMENTS
-        *_, stale = ask_everything(exchange, x)
-        return ask_everything(strategy(stale, PATCH, exchange.bands), x)[:3]
+        *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, Strategy(kind)), x)
+        return ask_everything(kind(stale, PATCH, exchange.bands), x)[:3]
 
     x, cut, results = on_uneven_bands(rows, n, levels, again)
     halo, tokens, moments = (bands(result, n) for result in results)
@@ -135,7 +140,7 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
         np.testing.assert_array_equal(halo[i], padded[:, i * cut.band : (i + 1) * cut.band + 2])
         np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
         own = x[:, i * cut.band : (i + 1) * cut.band]
-        if not issubclass(strategy, OwnMoments):
+        if not issubclass(kind, OwnMoments):
             np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
         elif own.size:
             np.testing.assert_allclose(moments[i][:, 0], moments_of(own), rtol=1e-5, atol=1e-6)
@@ -174,17 +179,17 @@ def ask_everything(exchange, x):
     return halo, tokens, moments, exchange.finish()
 
 
-EVERY_STRATEGY = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=[str(mode) for mode in STRATEGIES])
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=[str(mode) for mode in KINDS])
 
 
 @AXES
-@EVERY_STRATEGY
-def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis, strategy):
+@EVERY_KIND
+def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis, kind):
     def both(x):
-        *synchronous, stale = ask_everything(Synchronous(axis, keep_moments=strategy.KEEPS_MOMENTS), x)
-        *displaced, fresh = ask_everything(strategy(stale, axis), x)
+        *synchronous, stale = ask_everything(Synchronous(axis, strategy=Strategy(kind)), x)
+        *displaced, fresh = ask_everything(kind(stale, axis), x)
         same = jnp.all(jnp.stack([jnp.all(stale[name] == fresh[name]) for name in stale])).reshape(1, 1)
-        if issubclass(strategy, OwnMoments):
+        if issubclass(kind, OwnMoments):
             synchronous[2] = WholeImage().moments("own", x, SIZE)[:, None]
         return *synchronous, *displaced, same
 
@@ -198,44 +203,80 @@ PREVIOUS, PRESENT = normal(2, ROWS, 3, 4), normal(2, ROWS, 3, 4, seed=1, offset=
 
 
 @functools.cache
-def displaced(strategy: type[Displaced]) -> list[np.ndarray]:
+def displaced(kind: type[Displaced]) -> list[np.ndarray]:
     """Answers to four bands that see the present image and know each other's previous one."""
 
     def local(previous, present):
-        *_, stale = ask_everything(Synchronous(keep_moments=strategy.KEEPS_MOMENTS), previous)
-        return ask_everything(strategy(stale), present)[:3]
+        *_, stale = ask_everything(Synchronous(strategy=Strategy(kind)), previous)
+        return ask_everything(kind(stale), present)[:3]
 
     return on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, out=3)
 
 
-@EVERY_STRATEGY
-def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(strategy):
-    padded = np.pad(PREVIOUS, ((0, 0), (1, 1), (0, 0), (0, 0)))
-    for i, band in enumerate(bands(displaced(strategy)[0], 4)):
+@EVERY_KIND
+def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(kind):
+    """But for the kind whose rows are all fresh."""
+    padded = np.pad(PRESENT if kind is FreshRows else PREVIOUS, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    for i, band in enumerate(bands(displaced(kind)[0], 4)):
         np.testing.assert_array_equal(band[:, 1:-1], PRESENT[:, 4 * i : 4 * i + 4])
         np.testing.assert_array_equal(band[:, [0, -1]], padded[:, [4 * i, 4 * i + 5]])
 
 
-@EVERY_STRATEGY
-def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(strategy):
-    for i, got in enumerate(bands(displaced(strategy)[1], 4)):
+@EVERY_KIND
+def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(kind):
+    for i, got in enumerate(bands(displaced(kind)[1], 4)):
         wanted = PREVIOUS.copy()
         wanted[:, 4 * i : 4 * i + 4] = PRESENT[:, 4 * i : 4 * i + 4]
         np.testing.assert_array_equal(got, wanted.reshape(2, -1, 4))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.values())
-def test_only_no_sync_never_publishes_again(strategy):
+KEPT = {
+    FreshMoments: {"halo", "tokens"},
+    FreshRows: {"tokens"},
+    OwnMoments: {"halo", "tokens"},
+    Frozen: {"halo", "tokens"},
+}
+
+
+@EVERY_KIND
+def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again(kind):
     def local(previous, present):
-        *_, stale = ask_everything(Synchronous(keep_moments=strategy.KEEPS_MOMENTS), previous)
-        *_, kept = ask_everything(strategy(stale), present)
-        *_, fresh = ask_everything(Synchronous(keep_moments=strategy.KEEPS_MOMENTS), present)
-        assert kept.keys() == stale.keys()
-        assert ("moments" in kept) == strategy.KEEPS_MOMENTS
-        wanted = stale if strategy is Frozen else fresh
+        *_, stale = ask_everything(Synchronous(strategy=Strategy(kind)), previous)
+        *_, kept = ask_everything(kind(stale), present)
+        *_, fresh = ask_everything(Synchronous(strategy=Strategy(kind)), present)
+        assert kept.keys() == stale.keys() == KEPT.get(kind, {"halo", "tokens", MOMENTS})
+        wanted = stale if kind is Frozen else fresh
         return (jnp.all(jnp.stack([jnp.all(kept[name] == wanted[name]) for name in kept])).reshape(1, 1),)
 
     assert on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT)[0].all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_compressed_tokens_are_the_others_previous_ones_rounded_to_8_bit(dtype):
+    """Channels of very different sizes, and one of zeros: each has a step of its own, in each patch."""
+    sizes = np.array([100.0, 1.0, 1e-3, 0.0], np.float32)
+    strategy = Strategy(Displaced, compress=True)
+
+    def local(previous, present):
+        *_, stale = ask_everything(Synchronous(strategy=strategy), previous)
+        assert (stale["tokens"].dtype, stale["tokens" + SCALE].dtype) == (jnp.int8, jnp.float32)
+        _, tokens, _, fresh = ask_everything(strategy(stale), present)
+        assert fresh.keys() == stale.keys()
+        return (tokens.astype(jnp.float32),)
+
+    previous, present = (jnp.asarray(x * sizes, dtype) for x in (PREVIOUS, PRESENT))
+    (got,) = on_bands(MeshPlan(1, 1, 4), PATCH, local, previous, present)
+    parts = [np.float32(band).reshape(2, -1, 4) for band in bands(np.asarray(previous), 4)]
+    fresh = [np.float32(band).reshape(2, -1, 4) for band in bands(np.asarray(present), 4)]
+    for i, tokens in enumerate(bands(got, 4)):
+        for j, part in enumerate(np.split(tokens, 4, axis=1)):
+            if i == j:
+                np.testing.assert_array_equal(part, fresh[i])
+                continue
+            step = np.abs(parts[j]).max(1, keepdims=True) / 127
+            slack = 0 if dtype == jnp.float32 else 2.0**-8 * np.abs(parts[j])
+            assert (np.abs(part - parts[j]) <= step * 0.501 + slack).all()
+            assert len(np.unique(part[0, :, 0])) > 8
 
 
 def corrected(previous: np.ndarray, present: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -252,21 +293,23 @@ def raw_moments(x: np.ndarray) -> np.ndarray:
     return np.stack([means, variances + means**2], -1)
 
 
-@EVERY_STRATEGY
-def test_displaced_moments_are_the_papers(strategy):
+@EVERY_KIND
+def test_displaced_moments_are_the_papers(kind):
     """The table of the modes, in means and means of squares; i is the patch that asks."""
     previous, present = raw_moments(PREVIOUS), raw_moments(PRESENT)
-    for i, got in enumerate(bands(displaced(strategy)[2], 4)):
+    for i, got in enumerate(bands(displaced(kind)[2], 4)):
         mixed = previous.copy()
         mixed[i] = present[i]
         mean, squares = np.moveaxis(
             {
-                SyncMode.CORRECTED_ASYNC_GN: previous.mean(0) + (present[i] - previous[i]),
-                SyncMode.STALE_GN: mixed.mean(0),
-                SyncMode.SYNC_GN: present.mean(0),
-                SyncMode.SEPARATE_GN: present[i],
-                SyncMode.NO_SYNC: present[i],
-            }[next(mode for mode in STRATEGIES if STRATEGIES[mode] is strategy)],
+                Displaced: previous.mean(0) + (present[i] - previous[i]),
+                DampedMoments: previous.mean(0) + 0.5 * (present[i] - previous[i]),
+                StaleMoments: mixed.mean(0),
+                FreshMoments: present.mean(0),
+                FreshRows: present.mean(0),
+                OwnMoments: present[i],
+                Frozen: present[i],
+            }[kind],
             -1,
             0,
         )

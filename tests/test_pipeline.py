@@ -16,7 +16,7 @@ from oracle import psnr, relative_error
 from PIL import Image
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
-from distrijax.exchange import STRATEGIES
+from distrijax.exchange import KINDS
 from distrijax.schedulers import with_class
 
 PROMPT = "a red circle on the left"
@@ -180,7 +180,7 @@ def trajectory(pipe: DistriSDXLPipeline, **changes) -> list[np.ndarray]:
     return seen
 
 
-@pytest.mark.parametrize("sync_mode", STRATEGIES, ids=str)
+@pytest.mark.parametrize("sync_mode", KINDS, ids=str)
 def test_first_steps_are_exact_and_later_ones_are_displaced(pipe_on, sync_mode):
     got = trajectory(pipe_on(devices=4, warmup_steps=1, sync_mode=sync_mode), num_inference_steps=5)
     wanted = trajectory(pipe_on(devices=4, sync_mode="full_sync"), num_inference_steps=5)
