@@ -1,4 +1,4 @@
-"""The pipeline that a checkpoint is of."""
+"""The pipeline of whichever family a checkpoint is of."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ def load_pipeline(
     pretrained_model_name_or_path: str | Path,
     distri_config: DistriConfig | None = None,
     *,
+    dtype: Any = None,
     variant: str | None = None,
+    scheduler: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    **options: Any,
 ) -> Pipeline:
     """`from_pretrained` of DistriSDPipeline or DistriSDXLPipeline, whichever model_index.json asks for.
 
-    Raises DistriError for other pipelines, and as `from_pretrained` does, whose further options are `dtype` and `scheduler`.
+    Arguments are those of `from_pretrained`. Raises DistriError as it does, and for pipelines of other families.
     """
     folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
     family = find_family(folder)
     (kind,) = (kind for kind in (DistriSDPipeline, DistriSDXLPipeline) if kind.family is family)
-    return kind.from_pretrained(folder, distri_config, variant=variant, **options)
+    return kind.from_pretrained(folder, distri_config, dtype=dtype, variant=variant, scheduler=scheduler)

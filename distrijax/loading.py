@@ -74,7 +74,7 @@ SD = Family(
     pooled=False,
     penultimate=False,
     sample_size=64,
-    scheduler={"steps_offset": 1, "clip_sample": False},  # of old files diffusers, too, believes nothing else
+    scheduler={"steps_offset": 1, "clip_sample": False},  # diffusers corrects old files so, too
 )
 SDXL = Family(
     name="Stable Diffusion XL",

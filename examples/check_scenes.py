@@ -93,7 +93,7 @@ def contact_sheet(results: Sequence[Result], columns: int = 8) -> Image.Image:
 
 
 def pipeline_generator(args: argparse.Namespace) -> Callable[[list[str], int], np.ndarray]:
-    """The `generate` of `check` that runs a DistriSDXLPipeline."""
+    """The `generate` of `check` that runs a pipeline."""
     import jax
 
     # Has an effect only where the devices are CPUs, and must come before JAX looks for them.
@@ -101,7 +101,7 @@ def pipeline_generator(args: argparse.Namespace) -> Callable[[list[str], int], n
     import distrijax
 
     model = args.model or distrijax.DEFAULT_MODEL
-    pipe = distrijax.DistriSDXLPipeline.from_pretrained(model, distrijax.DistriConfig(devices=args.devices))
+    pipe = distrijax.load_pipeline(model, distrijax.DistriConfig(devices=args.devices))
     height, width = args.image_size
 
     def generate(prompts: list[str], seed: int) -> np.ndarray:

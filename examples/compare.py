@@ -30,7 +30,7 @@ def psnr(pictures: np.ndarray, reference: np.ndarray) -> float:
 
 def paint(devices: int, prompts: tuple[str, ...], settings: argparse.Namespace) -> np.ndarray:
     """Pictures [b, h, w, 3] of the prompts, each from its own seed."""
-    from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
+    from distrijax import DEFAULT_MODEL, DistriConfig, load_pipeline
 
     config = DistriConfig(
         devices=devices,
@@ -40,7 +40,7 @@ def paint(devices: int, prompts: tuple[str, ...], settings: argparse.Namespace) 
         parallelism=settings.parallelism,
         split_scheme=settings.split_scheme,
     )
-    pipeline = DistriSDXLPipeline.from_pretrained(settings.model or DEFAULT_MODEL, config)
+    pipeline = load_pipeline(settings.model or DEFAULT_MODEL, config)
     steps, scale = settings.num_inference_steps, settings.guidance_scale
     return np.concatenate(
         [

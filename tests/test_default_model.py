@@ -53,7 +53,7 @@ def theirs():
 @torch.inference_mode()
 def test_text_encoders_are_those_of_torch(one_device, theirs):
     tokens, _, pooled, _ = theirs.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    ours = one_device._prompts(PROMPTS, PROMPTS)
+    ours = one_device._prompts((PROMPTS, PROMPTS))
     assert relative_error(ours.tokens, tokens.numpy()) < 1e-5
     assert relative_error(ours.pooled, pooled.numpy()) < 1e-5
 

@@ -103,6 +103,14 @@ def test_the_plan_alone_needs_no_devices_and_writes_nothing(tiny_checkpoint, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_of_stable_diffusion_1_has_its_size(tiny_sd_checkpoints, capsys):
+    generate_script.main(["--model", str(tiny_sd_checkpoints[1]), "--plan", "--devices", "4", "--scheduler", "pndm"])
+    mesh, image, _, received = capsys.readouterr().out.splitlines()
+    assert mesh == "mesh     data 1 x cfg 2 x patch 2, float32"
+    assert image == "image    128x128; each device has 64 rows of pixels, 8 of the latent"
+    assert "tokens" in received
+
+
 def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(tiny_checkpoint):
     with pytest.raises(SystemExit, match="height is 65 and this model needs a multiple of 8; use 64 or 72"):
         generate_script.main(["--model", str(tiny_checkpoint), "--plan", "--devices", "16", "--image-size", "65"])

@@ -104,7 +104,6 @@ def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe
     [
         (1, {"devices": 2}),
         (1, {"devices": 2, "split_batch": False}),
-        (1, {"devices": 4}),
         (1, {"devices": 8}),
         (1, {"devices": 8, "split_batch": False}),
         (2, {"devices": 4}),

@@ -76,6 +76,11 @@ FULL_SD15 = CONVOLUTIONS | {
     "norm_num_groups": 32,
     "cross_attention_dim": 768,
 }
+FULL_SD21 = FULL_SD15 | {
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
 FULL_REFINER = REFINER | {
     "block_out_channels": (384, 768, 1536, 1536),
     "transformer_layers_per_block": 4,
@@ -208,7 +213,9 @@ def test_embedding_equals_diffusers(pairs, name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tensors", "millions"), [(FULL_BASE, 1680, 2567.46), (FULL_REFINER, 1220, None)], ids=["base", "refiner"]
+    ("kind", "tensors", "millions"),
+    [(FULL_BASE, 1680, 2567.46), (FULL_REFINER, 1220, None), (FULL_SD15, 686, 859.52), (FULL_SD21, 686, 865.91)],
+    ids=["base", "refiner", "SD 1.5", "SD 2.1"],
 )
 def test_full_size_model_has_the_tensors_of_diffusers(kind, tensors, millions):
     with torch.device("meta"):
