@@ -81,6 +81,8 @@ class DistriConfig:
     devices: how many devices to use; None means all that JAX shows.
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).
     warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
+    extrapolate: devices publish, after the warm-up, a prediction of their next step's values instead of this step's; the
+        same traffic, twice the stale state.
     compress: keys and values travel as int8, after the warm-up: half the bytes of bfloat16, lossy.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
     parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode` and
@@ -92,6 +94,7 @@ class DistriConfig:
     devices: int | None = None
     sync_mode: SyncMode = SyncMode.CORRECTED_ASYNC_GN
     warmup_steps: int = 4
+    extrapolate: bool = False
     compress: bool = False
     split_batch: bool = True
     parallelism: Parallelism = Parallelism.PATCH

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int32, Key
 
 from distrijax.config import DistriConfig, Parallelism, SplitScheme
 from distrijax.exchange import (
@@ -142,7 +143,7 @@ def loop_of(
 ) -> Loop:
     """The loop of a call of this configuration: the one place that chooses which steps it has."""
     patch = layout.parallelism is Parallelism.PATCH
-    strategy = strategy_of(config.sync_mode, layout.patches, compress=config.compress) if patch else None
+    strategy = strategy_of(config, layout.patches) if patch else None
     return Loop(layout, unet, scheduler, dtype, strategy, weights)
 
 
@@ -159,6 +160,27 @@ class Inputs(NamedTuple):
     weights: Float[Array, "branches 2"]
     rescale: Float[Array, ""] | None
     keys: Key[Array, "images"]
+
+
+class Steps(NamedTuple):
+    """The constants of all steps, or of one.
+
+    scheduler: its own. number: of the step, from 1, and so of its noise. pace: how far the next timestep is, over how far
+    the previous one was.
+    """
+
+    scheduler: Any
+    number: Int32[Array | np.ndarray, "*steps"]
+    pace: Float[Array | np.ndarray, "*steps"]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Steps:
+        """All steps of a schedule, on the host. The pace is 1 where a timestep repeats itself, and at both ends."""
+        strides = np.diff(np.asarray(scheduler.timestep, np.float64))
+        pace = np.ones(len(strides) + 1, np.float32)
+        moving = (strides[1:] != 0) & (strides[:-1] != 0)
+        pace[1:-1][moving] = strides[1:][moving] / strides[:-1][moving]
+        return cls(scheduler, np.arange(1, len(pace) + 1, dtype=np.int32), pace)
 
 
 def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
@@ -271,9 +293,8 @@ def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tup
 
 def _scan_stateless(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
     def body(state, x):
-        _, number = x
         if loop.layout.parallelism is Parallelism.NAIVE_PATCH:
-            predict = partial(_predict_alone, loop.layout, unet, number)
+            predict = partial(_predict_alone, loop.layout, unet, x.number)
         else:
             predict = partial(unet, exchange=loop.layout.exact())
         return _step(loop, predict, inputs, state, x), None
@@ -304,7 +325,7 @@ def _predict_alone(
 def _scan_displaced(loop: Loop, unet: UNet, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
     def body(carry, x):
         state, stale = carry
-        exchange = loop.strategy(stale, loop.layout.rows, loop.layout.bands)
+        exchange = loop.strategy(stale, loop.layout.rows, loop.layout.bands, x.pace)
         return (_step(loop, partial(unet, exchange=exchange), inputs, state, x), exchange.finish()), None
 
     return _scan(body, (state, stale), xs)
@@ -316,14 +337,13 @@ def _scan(body, carry, xs):
 
 
 def _step(
-    loop: Loop, predict: Callable[[Array, Array, Conditioning], Array], inputs: Inputs, state: Any, x: Any
+    loop: Loop, predict: Callable[[Array, Array, Conditioning], Array], inputs: Inputs, state: Any, x: Steps
 ) -> Any:
     """One denoising step of one patch.
 
-    predict: the UNet on this patch, of sample, timestep and conditioning. x: (the scheduler's constants of this step, the
-    number of its noise).
+    predict: the UNet on this patch, of sample, timestep and conditioning. x: the constants of this step.
     """
-    step, number = x
+    step, number = x.scheduler, x.number
     images, *shape = state.latents.shape
     branches = inputs.weights.shape[0]
     sample = loop.scheduler.scale_input(state.latents, step).astype(loop.dtype)

@@ -33,7 +33,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int8
 
-from distrijax.config import SyncMode
+from distrijax.config import DistriConfig, SyncMode
 from distrijax.mesh import CFG, PATCH, Bands
 
 Axis = str | tuple[str, ...]
@@ -46,13 +46,17 @@ tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in th
                                    [b, 1, 2 * c] the scale of each channel, float32, under the path and `SCALE`
 moments  [b, groups, 2]            mean and variance for each group, float32
 
-A strategy keeps those kinds that its next step reads from before.
+A strategy keeps those kinds that its next step reads from before. With extrapolation each of these is a prediction, and the
+running mean that it was made from lies beside it, in the same shape, under the path and `MEAN`.
 """
 
 HALO, TOKENS, MOMENTS = "halo", "tokens", "moments"
 
-SCALE = ".scale"
-"""What the name of compressed tokens' scales ends in."""
+SCALE, MEAN = ".scale", ".mean"
+"""What the names of compressed tokens' scales and of running means end in."""
+
+MEMORY = 2 / 3
+"""The part of the running mean that stays from step to step."""
 
 
 class Exchange(Protocol):
@@ -139,8 +143,7 @@ class Synchronous(WholeImage):
         return _with_neighbours(x, self._publish(HALO, name, _edges(x, above, below)), above, self.axis)
 
     def tokens(self, name, kv):
-        own = _flat(kv)
-        self._publish_tokens(name, own)
+        own = self._publish(TOKENS, name, _flat(kv))
         return self._image_tokens(lax.all_gather(own, self.axis, axis=1, tiled=True), kv)
 
     def moments(self, name, x, size):
@@ -154,18 +157,22 @@ class Synchronous(WholeImage):
         return self.fresh
 
     def _publish(self, kind: str, name: str, value: Array) -> Array:
+        """Keeps what the next step will read of `value`, and returns `value`."""
         if name in self.asked:
             raise KeyError(f"the layer name {name!r} was used twice in one call; every exchanging layer needs its own")
         self.asked.add(name)
         if kind in self.strategy.kind.KEEPS:
-            self.fresh[name] = value
+            published = value
+            if self.strategy.extrapolate:
+                published, self.fresh[name + MEAN] = self._ahead(kind, name, value)
+            if self.strategy.compress and kind == TOKENS:
+                published, self.fresh[name + SCALE] = _compressed(published)
+            self.fresh[name] = published
         return value
 
-    def _publish_tokens(self, name: str, own: Float[Array, "b t c2"]) -> None:
-        if self.strategy.compress:
-            own, scale = _compressed(own)
-            self._publish(TOKENS, name + SCALE, scale)
-        self._publish(TOKENS, name, own)
+    def _ahead(self, kind: str, name: str, value: Array) -> tuple[Array, Array]:
+        """A prediction of the next step's value, and the running mean to go on from: here both begin."""
+        return value, value
 
     def _rows(self, x: Float[Array, "b h w c"]) -> tuple[int, int]:
         """The rows of all bands together and those of the image, at the level of `x`."""
@@ -196,7 +203,9 @@ class Synchronous(WholeImage):
 class Displaced(Synchronous):
     """DistriFusion's corrected_async_gn: others' values of the previous step, own values fresh.
 
-    stale: what `finish()` returned at the previous step, on this device. No collective here depends on this step's
+    stale: what `finish()` returned at the previous step, on this device. pace: the distance to the next step over that from
+    the previous one, for extrapolation: what is published is then the fresh value and, at that pace, the way it has gone
+    from its running mean, which is smoother than the last step alone. No collective here depends on this step's
     activations, so all of them can travel while the device computes. The one exception is the UNet's input, which is asked
     for through `exact`: one fresh row of the latent from each neighbour (the original has the whole latent everywhere).
 
@@ -209,9 +218,16 @@ class Displaced(Synchronous):
 
     KEEPS: ClassVar[frozenset[str]] = frozenset({HALO, TOKENS, MOMENTS})
 
-    def __init__(self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None, strategy: Strategy | None = None):
+    def __init__(
+        self,
+        stale: Stale,
+        axis: Axis = PATCH,
+        bands: Bands | None = None,
+        strategy: Strategy | None = None,
+        pace: Float[Array, ""] | float = 1.0,
+    ):
         super().__init__(axis, bands, strategy or Strategy(type(self)))
-        self.stale = stale
+        self.stale, self.pace = stale, pace
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
@@ -219,8 +235,7 @@ class Displaced(Synchronous):
         return _with_neighbours(x, self._previous(name), above, self.axis)
 
     def tokens(self, name, kv):
-        own = _flat(kv)
-        self._publish_tokens(name, own)
+        own = self._publish(TOKENS, name, _flat(kv))
         everyone = lax.all_gather(self._previous(name), self.axis, axis=1, tiled=True)
         if self.strategy.compress:
             scales = lax.all_gather(self._previous(name + SCALE), self.axis, axis=1, tiled=True)
@@ -243,16 +258,27 @@ class Displaced(Synchronous):
         """How much of the own patch's change goes into the whole image's moments."""
         return 1.0
 
+    def _ahead(self, kind, name, value):
+        mean = self._read(name + MEAN)
+        step = (1 - MEMORY) * (value - mean)
+        predicted = value + jnp.asarray(self.pace, value.dtype) * step
+        if kind == MOMENTS:
+            predicted = jnp.stack([predicted[..., 0], jnp.maximum(predicted[..., 1], 0)], -1)
+        return predicted, mean + step
+
     def finish(self) -> Stale:
         unused = sorted(self.stale.keys() - self.fresh.keys())
         if unused:
             raise KeyError(f"stale state was never read: {', '.join(unused)}; it belongs to another model")
         return self.fresh
 
-    def _previous(self, name: str) -> Array:
+    def _read(self, name: str) -> Array:
         if name not in self.stale:
             raise KeyError(f"no stale state for {name!r}; create it with a synchronous step of the same model")
-        stale, fresh = self.stale[name], self.fresh[name]
+        return self.stale[name]
+
+    def _previous(self, name: str) -> Array:
+        stale, fresh = self._read(name), self.fresh[name]
         if (stale.shape, stale.dtype) != (fresh.shape, fresh.dtype):
             raise ValueError(
                 f"{name}: stale state is {stale.dtype}{list(stale.shape)} and this step's is {fresh.dtype}"
@@ -327,18 +353,26 @@ KINDS: dict[SyncMode, type[Displaced]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What a displaced step exchanges, and so what the step before it publishes. compress: tokens travel as int8."""
+    """What a displaced step exchanges, and so what the step before it publishes.
+
+    extrapolate: predictions of the next step's values instead of this step's. compress: tokens travel as int8.
+    """
 
     kind: type[Displaced]
+    extrapolate: bool = False
     compress: bool = False
 
-    def __call__(self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None) -> Displaced:
-        return self.kind(stale, axis, bands, self)
+    def __call__(
+        self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None, pace: Float[Array, ""] | float = 1.0
+    ) -> Displaced:
+        return self.kind(stale, axis, bands, self, pace)
 
 
-def strategy_of(mode: SyncMode, patches: int, *, compress: bool = False) -> Strategy | None:
+def strategy_of(config: DistriConfig, patches: int) -> Strategy | None:
     """What follows the warm-up; None where every step is synchronous, as with one patch, which has nobody to wait for."""
-    return Strategy(KINDS[mode], compress) if mode in KINDS and patches > 1 else None
+    if config.sync_mode not in KINDS or patches == 1:
+        return None
+    return Strategy(KINDS[config.sync_mode], config.extrapolate, config.compress)
 
 
 def branch_sum(x: Array) -> Array:

@@ -22,7 +22,7 @@ from distrijax.config import (
     finite_number,
     positive,
 )
-from distrijax.denoise import Inputs, Layout, Loop, layout_of, loop_of
+from distrijax.denoise import Inputs, Layout, Loop, Steps, layout_of, loop_of
 from distrijax.exchange import Synchronous
 from distrijax.loading import Components, Family, default_size, find_folder, load_components, resolve_dtype
 from distrijax.mesh import CFG, DATA, PATCH, Bands, check_images, check_sizes, plan_mesh
@@ -179,8 +179,7 @@ class Pipeline:
         if noise is None:
             noise = self.programs(_draw_latents, (layout, channels), (), keys)
         state = self.scheduler.init(noise, np.float32(init_noise_sigma))
-        numbers = np.arange(1, len(steps.timestep) + 1, dtype=np.int32)
-        state = self._denoise(loop, inputs, state, (steps, numbers), call.chunk_size, call.callback_on_step_end)
+        state = self._denoise(loop, inputs, state, Steps.of(steps), call.chunk_size, call.callback_on_step_end)
         if call.output_type == "latent":
             return PipelineOutput(self._visible(layout, state.latents))
         pictures = self._decode(layout, state.latents)
@@ -229,9 +228,9 @@ class Pipeline:
             factor = jax.device_put(np.float32(call.guidance_rescale), self._everywhere)
         return Inputs(conditioning, jax.device_put(weights, weights_sharding), factor, keys)
 
-    def _denoise(self, loop: Loop, inputs: Inputs, state, xs, chunk_size: int | None, callback: Callback | None):
+    def _denoise(self, loop: Loop, inputs: Inputs, state, xs: Steps, chunk_size: int | None, callback: Callback | None):
         """All steps: as one program, or in chunks with the host between them."""
-        total = len(xs[1])
+        total = len(xs.number)
         stale_modes = loop.strategy is not None
         warm = min(total, self.config.warmup_steps + 1) if stale_modes else total
 
@@ -259,7 +258,9 @@ class Pipeline:
                 else:
                     state = run(denoise.stateless, state, piece, donate=(1,))
                 if callback is not None:
-                    state = self._call_back(loop.layout, callback, stop - 1, float(xs[0].timestep[stop - 1]), state)
+                    state = self._call_back(
+                        loop.layout, callback, stop - 1, float(xs.scheduler.timestep[stop - 1]), state
+                    )
                 if not progress.disable:
                     jax.block_until_ready(state)  # else the bar would run ahead of the devices
                 progress.update(stop - start)

@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from distrijax import denoise, tensor
 from distrijax.config import DistriConfig
-from distrijax.denoise import Inputs, Loop
+from distrijax.denoise import Inputs, Loop, Steps
 from distrijax.exchange import HALO, MOMENTS, TOKENS
 from distrijax.mesh import CFG, MeshPlan, check_images, plan_mesh
 from distrijax.schedulers import Scheduler
@@ -125,7 +124,7 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:
     inputs = Inputs(conditioning, array(branches, 2), None, keys)
     noise = array(images, *loop.layout.canvas, unet.in_channels)
     state = jax.eval_shape(loop.scheduler.init, noise, array())
-    xs = jax.tree.map(lambda column: column[:1], (loop.scheduler.schedule(2)[0], np.arange(2, dtype=np.int32)))
+    xs = jax.tree.map(lambda column: column[:1], Steps.of(loop.scheduler.schedule(2)[0]))
     return inputs, state, xs
 
 

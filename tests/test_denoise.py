@@ -119,9 +119,11 @@ class Call:
         return jax.jit(function, static_argnums=0)(self.loop, self.params, self.inputs, *arguments)
 
 
-def steps(first: int, last: int) -> tuple[Step, np.ndarray]:
-    """The steps from `first` to before `last`: their constants, and the numbers of their noise."""
-    return Step(np.linspace(900, 0, 8, dtype=np.float32)[first:last]), np.arange(1, 9, dtype=np.int32)[first:last]
+def steps(first: int, last: int) -> denoise.Steps:
+    """The steps from `first` to before `last`."""
+    return jax.tree.map(
+        lambda column: column[first:last], denoise.Steps.of(Step(np.linspace(900, 0, 8, dtype=np.float32)))
+    )
 
 
 def start() -> State:
@@ -239,7 +241,7 @@ def test_state_and_guidance_are_float32_when_the_model_is_bfloat16():
 def test_latents_stay_cut_by_rows():
     call = Call(MeshPlan(2, 2, 2), load_scheduler({"_class_name": "EulerDiscreteScheduler"}))
     table, sigma = call.loop.scheduler.schedule(4)
-    xs = table, np.arange(1, 5, dtype=np.int32)
+    xs = denoise.Steps.of(table)
     state = call.loop.scheduler.init(jnp.asarray(normal(*SHAPE)), np.float32(sigma))
     result = call.run(denoise.stateless, state, xs).latents
     assert {shard.data.shape for shard in result.addressable_shards} == {(1, 4, *SHAPE[2:])}
@@ -257,3 +259,10 @@ def test_a_step_sums_over_the_branches_once_and_gathers_only_what_layers_ask_for
     assert program.count(" psum") == sums
     assert program.count(" all_gather[") == 1  # moments
     assert program.count(" ppermute[") == 2  # one row up, one row down
+
+
+def test_the_pace_is_the_next_stride_over_the_previous_one():
+    """PNDM repeats a timestep; there, and at both ends, nothing is known."""
+    steps = denoise.Steps.of(Step(np.array([900.0, 800, 800, 600, 500, 250])))
+    np.testing.assert_allclose(steps.pace, [1, 1, 1, 0.5, 2.5, 1])
+    np.testing.assert_array_equal(steps.number, np.arange(1, 7))

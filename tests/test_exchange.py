@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from distrijax.exchange import (
     KINDS,
+    MEAN,
     MOMENTS,
     SCALE,
     DampedMoments,
@@ -364,3 +365,45 @@ def test_stale_state_of_another_model_is_refused(call, error, sentence):
 def twice(kv):
     exchange = Synchronous()
     return exchange.tokens("a", kv) + exchange.tokens("a", kv)
+
+
+def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_the_steps():
+    """Three steps, the first synchronous; what is sent after the second is what the third sees of the others."""
+    strategy, pace = Strategy(Displaced, extrapolate=True), 1.5
+    third = normal(2, ROWS, 3, 4, seed=2)
+
+    def local(first, second, third):
+        *_, stale = ask_everything(Synchronous(strategy=strategy), first)
+        assert stale.keys() == {name + suffix for name in ("halo", "tokens", MOMENTS) for suffix in ("", MEAN)}
+        *_, stale = ask_everything(strategy(stale, pace=jnp.float32(pace)), second)
+        halo, tokens, _, stale = ask_everything(strategy(stale, pace=jnp.float32(1.0)), third)
+        return halo, tokens, stale["tokens" + MEAN], stale["moments"][:, None, :, 1]
+
+    halo, tokens, mean, variance = on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, third, out=4)
+    sent = PRESENT + pace / 3 * (PRESENT - PREVIOUS)
+    for i in range(4):
+        own = slice(4 * i, 4 * i + 4)
+        wanted = np.pad(sent, ((0, 0), (1, 1), (0, 0), (0, 0)))[:, 4 * i : 4 * i + 6]
+        wanted[:, 1:-1] = third[:, own]
+        np.testing.assert_allclose(bands(halo, 4)[i], wanted, rtol=1e-5, atol=1e-6)
+        wanted = sent.copy()
+        wanted[:, own] = third[:, own]
+        np.testing.assert_allclose(bands(tokens, 4)[i], wanted.reshape(2, -1, 4), rtol=1e-5, atol=1e-6)
+    after_two = 2 / 3 * PREVIOUS + 1 / 3 * PRESENT
+    np.testing.assert_allclose(mean, (2 / 3 * after_two + 1 / 3 * third).reshape(2, -1, 4), rtol=1e-5, atol=1e-6)
+    assert (variance >= 0).all()
+
+
+def test_a_predicted_variance_is_never_negative():
+    """A band that was wide and is nearly flat now."""
+    strategy = Strategy(Displaced, extrapolate=True)
+
+    def local(x):
+        exchange = Synchronous(strategy=strategy)
+        exchange.moments("a", x, SIZE)
+        following = strategy(exchange.finish(), pace=2.0)
+        following.moments("a", 0.1 * x, SIZE)
+        return (following.finish()["a"][:, None],)
+
+    (published,) = on_bands(MeshPlan(1, 1, 2), PATCH, local, PRESENT)
+    assert (published[..., 1] == 0).all()
