@@ -9,20 +9,23 @@ Compiled programs are kept in the user's cache folder, so that the second run is
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has nothing for a user
-
-import jax
+from command_line import (
+    Parser,
+    check_fits,
+    device_kind,
+    find_devices,
+    find_dtype,
+    keep_compiled_programs,
+    plain_errors,
+    written_whole,
+)
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -32,7 +35,6 @@ from distrijax import (
     DistriConfig,
     DistriError,
     DistriSDXLPipeline,
-    DistriWarning,
     MeshPlan,
     Parallelism,
     SplitScheme,
@@ -40,40 +42,17 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
-from distrijax.denoise import Layout
-from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs, resolve_dtype
-from distrijax.mesh import check_images, check_sizes
+from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
+from distrijax.mesh import check_images
 
 PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     arguments = parse(argv)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("once", DistriWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        try:
-            generate(arguments)
-        except DistriError as error:
-            sys.exit(f"error: {error}")
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            sys.exit(
-                "error: the devices' memory does not suffice; use more devices, a smaller --image-size or bfloat16"
-            )
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+    with plain_errors():
+        generate(arguments)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,10 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if len(arguments.image_size or ()) > 2:
-        parser.error(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
-    if arguments.image_size:
-        arguments.image_size = (arguments.image_size[0], arguments.image_size[-1])
+    arguments.image_size = parser.size(arguments.image_size)
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
     return arguments
@@ -139,8 +115,8 @@ def generate(arguments: argparse.Namespace) -> None:
     outputs = output_files(arguments.output, arguments.batch)
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices))
-    dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
-    image = share(arguments, configs, size, plan)
+    dtype = find_dtype(arguments.dtype)
+    image = share(arguments, config, configs, size, plan)
     print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
     print(f"image    {image}", flush=True)
 
@@ -190,9 +166,9 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
     """What a run would exchange, from the configurations alone; the devices need not be there."""
     found = find_devices(None)
     devices = config.devices or found
-    dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
+    dtype = find_dtype(arguments.dtype)
     mesh = plan_mesh(config, devices)
-    image = share(arguments, configs, size, mesh)
+    image = share(arguments, config, configs, size, mesh)
     planned = planning.plan(
         config,
         configs.unet,
@@ -206,15 +182,12 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
     print(f"mesh     {mesh}, {dtype.name}\nimage    {image}\n{planned}")
 
 
-def share(arguments: argparse.Namespace, configs: Configs, size: tuple[int, int], mesh: MeshPlan) -> str:
+def share(
+    arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan
+) -> str:
     """The picture, and the part of it that one device works on; raises DistriError where it cannot be shared out."""
     check_images(arguments.batch, mesh.data)
-    patches = Layout(mesh.abstract(), guided=arguments.guidance_scale > 1).patches
-    scheme = SplitScheme(arguments.split_scheme) if arguments.parallelism == "naive_patch" else SplitScheme.ROW
-    levels = len(configs.unet.block_out_channels)
-    check_sizes(
-        height=size[0], width=size[1], patches=patches, vae_scale=configs.vae.scale, levels=levels, scheme=scheme
-    )
+    patches = check_fits(config, configs, size, mesh, guided=arguments.guidance_scale > 1)
     rows = size[0] // patches
     several = f", {arguments.batch} of them" if arguments.batch > 1 else ""
     return f"{size[0]}x{size[1]}{several}; each device has {rows} rows of pixels, {rows // configs.vae.scale} of the latent"
@@ -236,43 +209,6 @@ def output_files(output: Path, batch: int) -> list[Path]:
     return outputs
 
 
-def keep_compiled_programs() -> None:
-    """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, however quick they were."""
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrijax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def find_devices(wanted: int | None) -> int:
-    """How many devices to use. Raises DistriError where there are fewer accelerators than `wanted`.
-
-    A machine without accelerators gets as many virtual CPU devices; accelerators do not care for that setting, which must be
-    made before the first look at them.
-    """
-    if wanted is not None:
-        with contextlib.suppress(RuntimeError):  # JAX has been used in this process, and its devices are what they are
-            jax.config.update("jax_num_cpu_devices", wanted)
-    try:
-        found = len(jax.devices())
-    except (RuntimeError, AssertionError):
-        platforms = os.environ.get("JAX_PLATFORMS")
-        raise DistriError(
-            f"JAX finds no device with JAX_PLATFORMS={platforms}; set it otherwise or not at all"
-        ) from None
-    if wanted is not None and wanted > found:
-        raise DistriError(
-            f"--devices is {wanted} and this machine shows {found} ({device_kind()}); use --devices {found} or fewer"
-        )
-    return wanted or found
-
-
-def device_kind() -> str:
-    """What the devices are, for people."""
-    device = jax.devices()[0]
-    return "virtual CPU" if device.platform == "cpu" else device.device_kind
-
-
 def software() -> str:
     """This package and its version, where it is installed."""
     try:
@@ -282,21 +218,13 @@ def software() -> str:
 
 
 def write(picture: Image, output: Path, settings: dict[str, Any]) -> None:
-    """A PNG with its settings as text, written beside and renamed, so that no half of it is ever seen."""
+    """A PNG with its settings as text, written whole or not at all."""
     text = PngInfo()
     for name, value in settings.items():
         if value is not None:
             text.add_text(name, str(value))
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with written_whole(output) as beside:
         picture.save(beside, format="PNG", pnginfo=text)
-        beside.replace(output)
-    except OSError as error:
-        raise DistriError(
-            f"{output} could not be written ({error.strerror}); make room or choose another --output"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
