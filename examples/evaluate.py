@@ -12,7 +12,9 @@ protocol (DistriFusion, arXiv 2402.19481): 5,000 captions of COCO 2014, and FID 
 from __future__ import annotations
 
 import argparse
+import enum
 import gc
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from command_line import (
     written_whole,
 )
 from fidelity import figures
-from fidelity.grid import AXES, Setting, label, settings
+from fidelity.grid import AXES, Axis, Setting, label, settings
 from fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, Optional, compare
 from fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
 from fidelity.results import Results
@@ -38,7 +40,7 @@ from tqdm import tqdm
 from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, DistriSDXLPipeline, Parallelism, plan_mesh
 from distrijax import plan as planning
 from distrijax.config import positive
-from distrijax.loading import DTYPES, default_size, find_folder, read_configs
+from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
 from distrijax.pipeline import to_pil
 
 SHOWN = 4  # prompts on the contact sheet
@@ -48,6 +50,7 @@ class Job(NamedTuple):
     """What all settings have in common: the pipeline's arguments, the arguments of its calls, and the prompts."""
 
     model: Path
+    configs: Configs
     loading: dict[str, Any]
     call: dict[str, Any]
     prompts: Prompts
@@ -67,13 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     for axis in AXES:
-        flag, values = "--" + axis.field.replace("_", "-"), axis.values
-        if axis.kind is bool:
-            add(flag, action=argparse.BooleanOptionalAction, default=values[0], help=axis.help)
-        elif axis.kind is int:
-            add(flag, type=int, nargs="+", default=values, help=f"{axis.help} (default: {' '.join(map(str, values))})")
-        else:
-            add(flag, choices=values, type=axis.kind, nargs="+", default=values, help=f"{axis.help} (default: all)")
+        add_axis(parser, axis)
     add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
     add("--variant", help="of the weight files, for example fp16")
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
@@ -94,6 +91,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def add_axis(parser: Parser, axis: Axis) -> None:
+    """The flag of an axis: several values, or --name and --no-name."""
+    flag, kind = "--" + axis.field.replace("_", "-"), axis.kind
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=axis.values[0], help=axis.help)
+        return
+    accepted = {"choices": tuple(member.value for member in kind)} if issubclass(kind, enum.StrEnum) else {"type": kind}
+    told = f"{axis.help} (default: {' '.join(map(str, axis.values))})"
+    parser.add_argument(flag, nargs="+", default=axis.values, help=told, **accepted)
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Paints and measures what the folder lacks; then writes plot and sheet, and prints the table."""
     for name in ("num_inference_steps", "batch", *(["captions"] if arguments.captions is not None else [])):
@@ -104,20 +112,28 @@ def evaluate(arguments: argparse.Namespace) -> None:
     job = read_job(arguments, prompts)
     chosen = {axis.field: getattr(arguments, axis.field) for axis in AXES}
     grid = settings({field: value if isinstance(value, tuple | list) else (value,) for field, value in chosen.items()})
-    costs = [cost(setting, job) for setting in grid]
+    for setting in grid:
+        check(setting, job)
     results = Results(arguments.output, common(arguments, job))
-    lpips, fid = Optional(Lpips), Optional(Fid)
-    real = results.link_real(prompts.pictures) if prompts.pictures else None
-    batches = [list(results.missing(setting, len(prompts.texts), job.batch)) for setting in grid]
-    with tqdm(total=sum(len(batch) for todo in batches for batch in todo), unit="picture", disable=None) as progress:
-        for setting, told, todo in zip(grid, costs, batches, strict=True):
-            progress.set_description(f"{label(setting) or 'one device'} on {setting['devices']}")
-            if todo:
-                paint(setting, job, todo, results, progress)
-            old = results.row(setting)
-            if todo or old is None or lacks(old, {"lpips": lpips, "fid": fid}):
-                results.add(setting, {**told, **measure(results, setting, lpips, fid, real)})
+    fill(results, grid, job)
     show(results, arguments, len(prompts.texts))
+
+
+def fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
+    """Paints and measures what the results lack of a grid."""
+    count = len(job.prompts.texts)
+    lpips, fid = Optional(Lpips), Optional(Fid)
+    real = results.link_real(job.prompts.pictures) if job.prompts.pictures else None
+    missing = [list(results.missing(setting, count, job.batch)) for setting in grid]
+    with tqdm(total=sum(map(len, itertools.chain(*missing))), unit="picture", disable=None) as progress:
+        for setting, batches in zip(grid, missing, strict=True):
+            progress.set_description(f"{label(setting) or 'one device'} on {setting['devices']}")
+            if batches:
+                paint(setting, job, batches, results, progress)
+            old = None if batches else results.row(setting)
+            if old is None or lacks(old, {"lpips": lpips, "fid": fid}):
+                told = cost(setting, job) if old is None else old
+                results.add(setting, {**told, **measure(results, setting, lpips, fid, real)})
 
 
 def read_prompts(arguments: argparse.Namespace) -> Prompts:
@@ -141,34 +157,35 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
         "guidance_scale": arguments.guidance_scale,
     }
     loading = {"variant": arguments.variant, "scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
-    return Job(folder, loading, call, prompts, min(arguments.batch, len(prompts.texts)))
+    return Job(folder, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts)))
 
 
 def common(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What a folder of results was made with, for all its rows."""
-    model = str(job.model) if arguments.model else "embedded"
+    model = str(job.model.absolute()) if arguments.model else "embedded"
     return {"model": model, **job.loading, "dtype": job.loading["dtype"].name, **job.call, "prompts": job.prompts.texts}
 
 
-def cost(setting: Setting, job: Job) -> dict[str, Any]:
-    """What a setting exchanges, from shapes alone, and whether it is lossless: exact but for rounding.
-
-    Raises DistriError for a setting that cannot be, before anything is painted.
-    """
+def check(setting: Setting, job: Job) -> int:
+    """How many patches share a picture; raises DistriError for a setting that cannot be, before anything is painted."""
     config = DistriConfig(**setting)
-    configs = read_configs(job.model, job.loading["scheduler"])
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
-    patches = check_fits(config, configs, size, plan_mesh(config, config.devices), guided=guided)
+    return check_fits(config, job.configs, size, plan_mesh(config, config.devices), guided=guided)
+
+
+def cost(setting: Setting, job: Job) -> dict[str, Any]:
+    """What a setting exchanges for one picture, and whether it is lossless: exact but for rounding."""
+    config, vae_scale = DistriConfig(**setting), job.configs.vae.scale
     planned = planning.plan(
         config,
-        configs.unet,
-        configs.scheduler,
+        job.configs.unet,
+        job.configs.scheduler,
         devices=config.devices,
-        latent=(size[0] // configs.vae.scale, size[1] // configs.vae.scale),
-        guided=guided,
+        latent=(job.call["height"] // vae_scale, job.call["width"] // vae_scale),
+        guided=job.call["guidance_scale"] > 1,
         dtype=job.loading["dtype"],
     )
-    cut_apart = config.parallelism == Parallelism.NAIVE_PATCH and patches > 1
+    cut_apart = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
     displaced = bool(planned.stale) and config.warmup_steps + 1 < job.call["num_inference_steps"]
     return {
         "exactness": "lossy" if cut_apart or displaced else "lossless",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,17 +26,21 @@ MARGIN, TEXT = 6, 34  # pixels of the sheet
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows that differ in nothing but the number of devices, by their label; axes that never differ are not told."""
     filled = [{key: value for key, value in row.items() if value != ""} for row in rows]
-    told = varying(rows)
+    axes = told(rows)
     result: dict[str, list[Row]] = {}
     for row in filled:
         if row["devices"] != "1":
-            result.setdefault(label(row, told), []).append(row)
+            result.setdefault(label(row, axes), []).append(row)
     return {name: sorted(group, key=lambda row: int(row["devices"])) for name, group in result.items()}
 
 
-def varying(rows: Sequence[Row]) -> list[Axis]:
-    """The axes on which rows differ, where they have a value at all; the first two always, for they name the mode."""
-    return [axis for index, axis in enumerate(AXES) if index < 2 or len({row[axis.field] for row in rows} - {""}) > 1]
+def told(rows: Sequence[Row]) -> list[Axis]:
+    """The axes that name a mode, and those of the others on which rows differ where they have a value at all."""
+    return [
+        axis
+        for axis in AXES
+        if issubclass(axis.kind, enum.StrEnum) or len({row[axis.field] for row in rows} - {""}) > 1
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -43,14 +48,14 @@ def table(rows: Sequence[Row]) -> str:
     devices = sorted({int(row["devices"]) for row in rows} - {1})
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("", lambda row: row["exactness"]),
-        ("PSNR, dB", lambda row: _number(row["psnr"], ".1f")),
-        ("SSIM", lambda row: _number(row["ssim"], ".3f")),
-        ("LPIPS", lambda row: _number(row["lpips"], ".3f")),
-        ("FID", lambda row: _number(row["fid"], ".2f")),
-        ("received per step, MB", lambda row: _number(str(float(row["received_bytes"]) / 1e6), ".3g")),
+        ("PSNR, dB", lambda row: _number(row["psnr"], "z.1f")),
+        ("SSIM", lambda row: _number(row["ssim"], "z.3f")),
+        ("LPIPS", lambda row: _number(row["lpips"], "z.3f")),
+        ("FID", lambda row: _number(row["fid"], "z.2f")),
+        ("received per step, MB", lambda row: _number(str(float(row["received_bytes"]) / 1e6), "z.3g")),
     ]
     if any(row["fid_real"] for row in rows):
-        columns.insert(5, ("FID, real pictures", lambda row: _number(row["fid_real"], ".2f")))
+        columns.insert(5, ("FID, real pictures", lambda row: _number(row["fid_real"], "z.2f")))
     lines = [[f"on {' / '.join(map(str, devices))} devices", *(name for name, _ in columns)]]
     lines += [["---"] * len(lines[0])]
     for name, group in groups(rows).items():

@@ -43,14 +43,18 @@ def squared_errors(pictures: UInt8[np.ndarray, "b h w c"], reference: UInt8[np.n
 
 @jax.jit
 def ssim(pictures: Float[Array, "b h w c"], reference: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Each picture's structural similarity, of values in 0 to 1: Wang et al. 2004, Gaussian windows inside the picture."""
+    """Each picture's structural similarity, of values in 0 to 1: Wang et al. 2004, and, like torchmetrics, mirrored edges."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-np.square(offsets / DEVIATION) / 2)
     weights = np.float32(weights / weights.sum())
 
+    margin = WINDOW // 2
+    margins = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+    pictures, reference = (jnp.pad(x, margins, "reflect") for x in (pictures, reference))
+
     def blur(x: jax.Array) -> jax.Array:
         for axis in (1, 2):
-            size = x.shape[axis] - WINDOW + 1
+            size = x.shape[axis] - 2 * margin
             x = sum(jax.lax.slice_in_dim(x, i, i + size, axis=axis) * weight for i, weight in enumerate(weights))
         return x
 
@@ -112,7 +116,7 @@ class Fid:
 
 
 class Optional:
-    """A metric that may not be had: then it says why, in one line on stderr, and its figures say that they are not available."""
+    """A metric that may not be had: then it says why, in one line on stderr, and its figures say so too."""
 
     def __init__(self, metric: Callable[[], Any]):
         self.name = metric.name
@@ -133,9 +137,7 @@ class Optional:
             return function(*arguments)
         except Exception as error:  # whatever packages, downloads and the network's own code may raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            print(
-                f"{self.name}: {NOT_AVAILABLE} ({reason}); it needs the extra `eval` and its network", file=sys.stderr
-            )
+            print(f"{self.name}: {NOT_AVAILABLE} ({reason}){hint}", file=sys.stderr)
             return NOT_AVAILABLE
 
 
