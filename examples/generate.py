@@ -9,20 +9,23 @@ Compiled programs are kept in the user's cache folder, so that the second run is
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has nothing for a user
-
-import jax
+from command_line import (
+    Parser,
+    device_kind,
+    find_devices,
+    find_dtype,
+    keep_compiled_programs,
+    lay_out,
+    plain_errors,
+    written_whole,
+)
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -31,7 +34,6 @@ from distrijax import (
     SCHEDULERS,
     DistriConfig,
     DistriError,
-    DistriWarning,
     MeshPlan,
     Parallelism,
     SplitScheme,
@@ -40,40 +42,17 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
-from distrijax.denoise import layout_of
-from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs, resolve_dtype
-from distrijax.mesh import check_images, check_sizes
+from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
+from distrijax.mesh import check_images
 
 PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     arguments = parse(argv)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("once", DistriWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-        try:
-            generate(arguments)
-        except DistriError as error:
-            sys.exit(f"error: {error}")
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            sys.exit(
-                "error: the devices' memory does not suffice; use more devices, a smaller --image-size or bfloat16"
-            )
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+    with plain_errors():
+        generate(arguments)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -98,6 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
     modes = tuple(mode.value for mode in SyncMode)
     add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
+    add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
+    add("--compress", action="store_true", help="keys and values travel as int8")
     parallelisms, schemes = ([member.value for member in kind] for kind in (Parallelism, SplitScheme))
     add("--parallelism", choices=parallelisms, default="patch", help="how the UNet is divided (default: %(default)s)")
     add("--split-scheme", choices=schemes, default="alternate", help="cuts of naive_patch (default: %(default)s)")
@@ -114,10 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if len(arguments.image_size or ()) > 2:
-        parser.error(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
-    if arguments.image_size:
-        arguments.image_size = (arguments.image_size[0], arguments.image_size[-1])
+    arguments.image_size = parser.size(arguments.image_size)
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
     return arguments
@@ -129,6 +107,8 @@ def generate(arguments: argparse.Namespace) -> None:
         devices=arguments.devices,
         sync_mode=arguments.sync_mode,
         warmup_steps=arguments.warmup_steps,
+        extrapolate=arguments.extrapolate,
+        compress=arguments.compress,
         split_batch=not arguments.no_split_batch,
         parallelism=arguments.parallelism,
         split_scheme=arguments.split_scheme,
@@ -142,7 +122,7 @@ def generate(arguments: argparse.Namespace) -> None:
     outputs = output_files(arguments.output, arguments.batch)
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices))
-    dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
+    dtype = find_dtype(arguments.dtype)
     image = share(arguments, config, configs, size, plan)
     print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
     print(f"image    {image}", flush=True)
@@ -177,6 +157,8 @@ def generate(arguments: argparse.Namespace) -> None:
         "mesh": plan,
         "sync_mode": config.sync_mode.value,
         "warmup_steps": config.warmup_steps,
+        "extrapolate": config.extrapolate,
+        "compress": config.compress,
         "split_batch": config.split_batch,
         "parallelism": config.parallelism.value,
         "split_scheme": config.split_scheme.value,
@@ -191,7 +173,7 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
     """What a run would exchange, from the configurations alone; the devices need not be there."""
     found = find_devices(None)
     devices = config.devices or found
-    dtype = resolve_dtype(arguments.dtype, jax.devices()[0].platform)
+    dtype = find_dtype(arguments.dtype)
     mesh = plan_mesh(config, devices)
     image = share(arguments, config, configs, size, mesh)
     planned = planning.plan(
@@ -212,10 +194,7 @@ def share(
 ) -> str:
     """The picture, and the part of it that one device works on; raises DistriError where it cannot be shared out."""
     check_images(arguments.batch, mesh.data)
-    check_sizes(height=size[0], width=size[1], vae_scale=configs.vae.scale)
-    latent = size[0] // configs.vae.scale, size[1] // configs.vae.scale
-    levels, guided = len(configs.unet.block_out_channels), arguments.guidance_scale > 1
-    rows = layout_of(config, mesh.abstract(), guided=guided, latent=latent, levels=levels).bands.band
+    rows = lay_out(config, configs, size, mesh, guided=arguments.guidance_scale > 1).bands.band
     several = f", {arguments.batch} of them" if arguments.batch > 1 else ""
     return (
         f"{size[0]}x{size[1]}{several}; each device has {rows * configs.vae.scale} rows of pixels, {rows} of the latent"
@@ -238,43 +217,6 @@ def output_files(output: Path, batch: int) -> list[Path]:
     return outputs
 
 
-def keep_compiled_programs() -> None:
-    """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, however quick they were."""
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrijax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def find_devices(wanted: int | None) -> int:
-    """How many devices to use. Raises DistriError where there are fewer accelerators than `wanted`.
-
-    A machine without accelerators gets as many virtual CPU devices; accelerators do not care for that setting, which must be
-    made before the first look at them.
-    """
-    if wanted is not None:
-        with contextlib.suppress(RuntimeError):  # JAX has been used in this process, and its devices are what they are
-            jax.config.update("jax_num_cpu_devices", wanted)
-    try:
-        found = len(jax.devices())
-    except (RuntimeError, AssertionError):
-        platforms = os.environ.get("JAX_PLATFORMS")
-        raise DistriError(
-            f"JAX finds no device with JAX_PLATFORMS={platforms}; set it otherwise or not at all"
-        ) from None
-    if wanted is not None and wanted > found:
-        raise DistriError(
-            f"--devices is {wanted} and this machine shows {found} ({device_kind()}); use --devices {found} or fewer"
-        )
-    return wanted or found
-
-
-def device_kind() -> str:
-    """What the devices are, for people."""
-    device = jax.devices()[0]
-    return "virtual CPU" if device.platform == "cpu" else device.device_kind
-
-
 def software() -> str:
     """This package and its version, where it is installed."""
     try:
@@ -284,21 +226,13 @@ def software() -> str:
 
 
 def write(picture: Image, output: Path, settings: dict[str, Any]) -> None:
-    """A PNG with its settings as text, written beside and renamed, so that no half of it is ever seen."""
+    """A PNG with its settings as text, written whole or not at all."""
     text = PngInfo()
     for name, value in settings.items():
         if value is not None:
             text.add_text(name, str(value))
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with written_whole(output) as beside:
         picture.save(beside, format="PNG", pnginfo=text)
-        beside.replace(output)
-    except OSError as error:
-        raise DistriError(
-            f"{output} could not be written ({error.strerror}); make room or choose another --output"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

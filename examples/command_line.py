@@ -1,0 +1,122 @@
+"""What the scripts of this folder share: flags told wrong in one line, the devices, compiled programs kept, files written whole."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has nothing for a user
+
+import jax
+import jax.numpy as jnp
+
+from distrijax import DistriConfig, DistriError, DistriWarning, MeshPlan
+from distrijax.denoise import Layout
+from distrijax.loading import Configs, resolve_dtype
+from distrijax.mesh import check_sizes
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong flag in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+    def size(self, numbers: Sequence[int] | None) -> tuple[int, int] | None:
+        """Height and width out of what --image-size got."""
+        if numbers and len(numbers) > 2:
+            self.error(f"--image-size takes H or H W, not {len(numbers)} numbers")
+        return (numbers[0], numbers[-1]) if numbers else None
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raises SystemExit, with one line for stderr, for what a user can mend; prints warnings of this project alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("once", DistriWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            yield
+        except DistriError as error:
+            sys.exit(f"error: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            sys.exit(
+                "error: the devices' memory does not suffice; use more devices, a smaller --image-size or bfloat16"
+            )
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+
+def keep_compiled_programs() -> None:
+    """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, however quick they were."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrijax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def find_devices(wanted: int | None) -> int:
+    """How many devices to use. Raises DistriError where there are fewer accelerators than `wanted`.
+
+    A machine without accelerators gets as many virtual CPU devices; accelerators do not care for that setting, which must be
+    made before the first look at them.
+    """
+    if wanted is not None:
+        with contextlib.suppress(RuntimeError):  # JAX has been used in this process, and its devices are what they are
+            jax.config.update("jax_num_cpu_devices", wanted)
+    try:
+        found = len(jax.devices())
+    except (RuntimeError, AssertionError):
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise DistriError(
+            f"JAX finds no device with JAX_PLATFORMS={platforms}; set it otherwise or not at all"
+        ) from None
+    if wanted is not None and wanted > found:
+        raise DistriError(
+            f"--devices is {wanted} and this machine shows {found} ({device_kind()}); use --devices {found} or fewer"
+        )
+    return wanted or found
+
+
+def find_dtype(name: str | None) -> jnp.dtype:
+    """What --dtype says, or what suits the devices."""
+    return resolve_dtype(name, jax.devices()[0].platform)
+
+
+def device_kind() -> str:
+    """What the devices are, for people."""
+    device = jax.devices()[0]
+    return "virtual CPU" if device.platform == "cpu" else device.device_kind
+
+
+def lay_out(config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan, *, guided: bool) -> Layout:
+    """How a picture of `size`, height and width in pixels, lies on a mesh; raises DistriError where the size cannot be."""
+    scale = configs.vae.scale
+    check_sizes(height=size[0], width=size[1], vae_scale=scale)
+    latent, levels = (size[0] // scale, size[1] // scale), len(configs.unet.block_out_channels)
+    return layout_of(config, mesh.abstract(), guided=guided, latent=latent, levels=levels)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` at the end, so that no half of a file is ever seen."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        raise DistriError(
+            f"{path} could not be written ({error.strerror}); make room or choose another --output"
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)

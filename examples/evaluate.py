@@ -1,0 +1,247 @@
+"""How faithful is each way of sharing a picture out? Many prompts, a grid of settings, and one device's pictures beside.
+
+    python examples/evaluate.py --output fidelity
+
+Paints every prompt on one device and in every setting, seed = index, and writes into --output: the pictures; fidelity.csv, a row
+for each setting (PSNR, SSIM, LPIPS, FID, bytes exchanged); plot.png, PSNR against bytes; sheet.png, pictures with their errors.
+Prints the table in Markdown. A run that was interrupted goes on where it stopped, and further settings may be added to a folder.
+LPIPS and FID need the extra `eval`, and download their networks; without them the rest is done. `--coco FOLDER` is the paper's
+protocol (DistriFusion, arXiv 2402.19481): 5,000 captions of COCO 2014, and FID against its real pictures too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import gc
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from command_line import (
+    Parser,
+    find_devices,
+    find_dtype,
+    keep_compiled_programs,
+    lay_out,
+    plain_errors,
+    written_whole,
+)
+from fidelity import figures
+from fidelity.grid import AXES, Axis, Setting, label, settings
+from fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, Optional, compare
+from fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
+from fidelity.results import Results
+from tqdm import tqdm
+
+from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
+from distrijax import plan as planning
+from distrijax.config import positive
+from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
+from distrijax.pipeline import to_pil
+
+SHOWN = 4  # prompts on the contact sheet
+
+
+class Job(NamedTuple):
+    """What all settings have in common: the pipeline's arguments, the arguments of its calls, and the prompts."""
+
+    model: Path
+    configs: Configs
+    loading: dict[str, Any]
+    call: dict[str, Any]
+    prompts: Prompts
+    batch: int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    arguments = parse(argv)
+    with plain_errors():
+        evaluate(arguments)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags: one for each axis of the grid, which takes several values, and those that all settings share."""
+    summary, _, rest = __doc__.partition("\n")
+    parser = Parser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    for axis in AXES:
+        add_axis(parser, axis)
+    add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
+    add("--variant", help="of the weight files, for example fp16")
+    add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
+    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
+    add("--num-inference-steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+    add("--guidance-scale", type=float, default=5.0, help="how closely to follow the prompt (default: %(default)s)")
+    add("--image-size", type=int, nargs="+", metavar=("H", "W"), help="pixels (default: the model's)")
+    add("--captions", type=int, help="how many prompts (default: 64, all of --prompts, or 5000 of --coco)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: scenes' captions)")
+    source.add_argument("--coco", type=Path, metavar="FOLDER", help="COCO 2014: annotations/, and val2014/ if need be")
+    add("--batch", type=int, default=8, help="prompts for each call of the pipeline (default: %(default)s)")
+    add("--output", type=Path, default=Path("fidelity"), help="folder (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    arguments.image_size = parser.size(arguments.image_size)
+    if min(arguments.devices) < 2:
+        parser.error(f"--devices is {min(arguments.devices)}; one device is always painted, so give 2 or more")
+    return arguments
+
+
+def add_axis(parser: Parser, axis: Axis) -> None:
+    """The flag of an axis: several values, or --name and --no-name."""
+    flag, kind = "--" + axis.field.replace("_", "-"), axis.kind
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=axis.values[0], help=axis.help)
+        return
+    accepted = {"choices": tuple(member.value for member in kind)} if issubclass(kind, enum.StrEnum) else {"type": kind}
+    told = f"{axis.help} (default: {' '.join(map(str, axis.values))})"
+    parser.add_argument(flag, nargs="+", default=axis.values, help=told, **accepted)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Paints and measures what the folder lacks; then writes plot and sheet, and prints the table."""
+    for name in ("num_inference_steps", "batch", *(["captions"] if arguments.captions is not None else [])):
+        positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+    prompts = read_prompts(arguments)
+    keep_compiled_programs()
+    find_devices(max(arguments.devices))
+    job = read_job(arguments, prompts)
+    chosen = {axis.field: getattr(arguments, axis.field) for axis in AXES}
+    grid = settings({field: value if isinstance(value, tuple | list) else (value,) for field, value in chosen.items()})
+    for setting in grid:
+        check(setting, job)
+    results = Results(arguments.output, common(arguments, job))
+    fill(results, grid, job)
+    show(results, arguments, len(prompts.texts))
+
+
+def fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
+    """Paints and measures what the results lack of a grid."""
+    count = len(job.prompts.texts)
+    lpips, fid = Optional(Lpips), Optional(Fid)
+    real = results.link_real(job.prompts.pictures) if job.prompts.pictures else None
+    missing = [list(results.missing(setting, count, job.batch)) for setting in grid]
+    with tqdm(total=sum(map(len, itertools.chain(*missing))), unit="picture", disable=None) as progress:
+        for setting, batches in zip(grid, missing, strict=True):
+            progress.set_description(f"{label(setting) or 'one device'} on {setting['devices']}")
+            if batches:
+                paint(setting, job, batches, results, progress)
+            old = None if batches else results.row(setting)
+            if old is None or lacks(old, {"lpips": lpips, "fid": fid}):
+                told = cost(setting, job) if old is None else old
+                results.add(setting, {**told, **measure(results, setting, lpips, fid, real)})
+
+
+def read_prompts(arguments: argparse.Namespace) -> Prompts:
+    """The prompts that the flags ask for."""
+    if arguments.coco:
+        return coco_prompts(arguments.coco, arguments.captions or 5000)
+    if arguments.prompts:
+        return file_prompts(arguments.prompts, arguments.captions)
+    return scene_prompts(arguments.captions or 64)
+
+
+def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
+    """What all settings share, read before anything is loaded."""
+    folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
+    configs = read_configs(folder, arguments.scheduler)
+    height, width = arguments.image_size or default_size(configs.unet, configs.vae)
+    call = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+    }
+    loading = {"variant": arguments.variant, "scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
+    return Job(folder, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts)))
+
+
+def common(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """What a folder of results was made with, for all its rows."""
+    model = str(job.model.absolute()) if arguments.model else "embedded"
+    return {"model": model, **job.loading, "dtype": job.loading["dtype"].name, **job.call, "prompts": job.prompts.texts}
+
+
+def check(setting: Setting, job: Job) -> int:
+    """How many patches share a picture; raises DistriError for a setting that cannot be, before anything is painted."""
+    config = DistriConfig(**setting)
+    size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
+    return lay_out(config, job.configs, size, plan_mesh(config, config.devices), guided=guided).patches
+
+
+def cost(setting: Setting, job: Job) -> dict[str, Any]:
+    """What a setting exchanges for one picture, and whether it is lossless: exact but for rounding."""
+    config, vae_scale = DistriConfig(**setting), job.configs.vae.scale
+    planned = planning.plan(
+        config,
+        job.configs.unet,
+        job.configs.scheduler,
+        devices=config.devices,
+        latent=(job.call["height"] // vae_scale, job.call["width"] // vae_scale),
+        guided=job.call["guidance_scale"] > 1,
+        dtype=job.loading["dtype"],
+    )
+    cut_apart = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
+    displaced = bool(planned.stale) and config.warmup_steps + 1 < job.call["num_inference_steps"]
+    return {
+        "exactness": "lossy" if cut_apart or displaced else "lossless",
+        "received_bytes": sum(planned.received.values()),
+        "stale_bytes": sum(planned.stale.values()),
+    }
+
+
+def paint(setting: Setting, job: Job, batches: Sequence[range], results: Results, progress: tqdm) -> None:
+    """Paints batches of prompts in one setting; the last batch repeats its prompts, so that one program does for all."""
+    pipe = load_pipeline(job.model, DistriConfig(**setting), **job.loading)
+    for indices in batches:
+        texts = [job.prompts.texts[index] for index in indices]
+        padded = (texts * job.batch)[: job.batch]
+        seeds = [indices.start + offset for offset in range(job.batch)]
+        pictures = pipe(padded, **job.call, seed=seeds, output_type="np", chunk_size=None).images
+        for index, picture in zip(indices, to_pil(pictures), strict=False):
+            results.save(setting, index, picture)
+        progress.update(len(indices))
+    del pipe
+    jax.clear_caches()
+    gc.collect()  # the next setting's weights must not come on top of these
+
+
+def measure(results: Results, setting: Setting, lpips: Optional, fid: Optional, real: Path | None) -> dict[str, Any]:
+    """The figures of a setting's pictures."""
+    pictures, reference = results.pictures(setting), results.reference
+    psnr, ssim = compare(pictures, reference)
+    return {
+        "psnr": psnr,
+        "ssim": ssim,
+        "lpips": lpips(pictures, reference),
+        "fid": fid(pictures, reference),
+        "fid_real": fid(pictures, real) if real else "",
+    }
+
+
+def lacks(row: Mapping[str, str], metrics: Mapping[str, Optional]) -> bool:
+    """Whether a row was written without a metric that is available now."""
+    return any(metric.available and row[column] == NOT_AVAILABLE for column, metric in metrics.items())
+
+
+def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
+    """Writes plot and sheet, and prints the table."""
+    with written_whole(results.folder / "sheet.png") as beside:
+        figures.contact_sheet(results, min(SHOWN, prompts)).save(beside, format="PNG")
+    title = f"{prompts} prompts, {arguments.num_inference_steps} steps of {arguments.scheduler}"
+    try:
+        with written_whole(results.folder / "plot.png") as beside:
+            figures.plot(results.rows, title).savefig(beside, format="png")
+    except ImportError as error:
+        print(f"plot.png: {NOT_AVAILABLE} ({error}); install the extra `eval`", file=sys.stderr)
+    print(f"{title}, guidance {arguments.guidance_scale:g}; PSNR, SSIM, LPIPS and FID against one device's pictures\n")
+    print(figures.table(results.rows))
+    print(f"\nwrote {results.table} and, beside it, plot.png, sheet.png and the pictures")
+
+
+if __name__ == "__main__":
+    main()

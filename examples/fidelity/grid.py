@@ -1,0 +1,106 @@
+"""The grid of settings that examples/evaluate.py compares: a line for each axis, and no setting twice.
+
+A setting is a dictionary of DistriConfig's keyword arguments, without those that have no say beside the others: naive_patch
+and tensor know no `sync_mode`, and one device knows nothing but `devices`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from distrijax import Parallelism, SplitScheme, SyncMode
+
+Setting = dict[str, Any]
+
+ONE_DEVICE: Setting = {"devices": 1}
+"""What every other setting is compared with."""
+
+
+def _patches(setting: Setting) -> bool:
+    return setting["parallelism"] == Parallelism.PATCH
+
+
+def _naive(setting: Setting) -> bool:
+    return setting["parallelism"] == Parallelism.NAIVE_PATCH
+
+
+def _displaced(setting: Setting) -> bool:
+    return _patches(setting) and setting["sync_mode"] != SyncMode.FULL_SYNC
+
+
+class Axis(NamedTuple):
+    """A field of DistriConfig, and the flag and the column of that name.
+
+    values: tried unless the flag says otherwise. has_say: whether the field means anything beside the others of a setting.
+    words: a value in the label of a setting; "" where it goes without saying.
+    """
+
+    field: str
+    values: tuple[Any, ...]
+    help: str
+    has_say: Callable[[Setting], bool] = lambda setting: True
+    words: Callable[[str], str] = str
+
+    @property
+    def kind(self) -> type:
+        return type(self.values[0])
+
+
+AXES = (
+    Axis(
+        "parallelism",
+        tuple(Parallelism),
+        "how the UNet is divided",
+        words=lambda value: "" if value == "patch" else value,
+    ),
+    Axis("sync_mode", tuple(SyncMode), "what patches exchange after the warm-up", _patches),
+    Axis(
+        "extrapolate",
+        (False,),
+        "publish predictions of the next step",
+        _displaced,
+        words=lambda value: "extrapolated" if value == "True" else "",
+    ),
+    Axis(
+        "compress",
+        (False,),
+        "keys and values travel as int8",
+        _displaced,
+        words=lambda value: "int8" if value == "True" else "",
+    ),
+    Axis("split_scheme", tuple(SplitScheme), "cuts of naive_patch", _naive),
+    Axis("warmup_steps", (4,), "exact steps after the first", _displaced, "warm-up {}".format),
+    Axis(
+        "split_batch",
+        (False,),
+        "half of the devices for each branch of the guidance",
+        words=lambda value: "CFG split" if value == "True" else "no CFG split",
+    ),
+    Axis("devices", (2, 4, 8), "how many devices share a picture"),
+)
+"""In the order of a table: what comes last varies first."""
+
+
+def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    """One device, then every different setting of the chosen values; what is not chosen takes an axis's own."""
+    axes = [chosen.get(axis.field) or axis.values for axis in AXES]
+    grid = [ONE_DEVICE]
+    for values in itertools.product(*axes):
+        full = dict(zip((axis.field for axis in AXES), values, strict=True))
+        setting = {axis.field: full[axis.field] for axis in AXES if axis.has_say(full)}
+        if setting not in grid:
+            grid.append(setting)
+    return grid
+
+
+def label(setting: Mapping[str, Any], axes: Sequence[Axis] = AXES) -> str:
+    """A setting in words, of those axes: "naive_patch row, warm-up 4"."""
+    words = [axis.words(str(setting[axis.field])) for axis in axes if axis.field != "devices" and axis.field in setting]
+    return ", ".join(word for word in words if word)
+
+
+def folder_name(setting: Mapping[str, Any]) -> str:
+    """A folder's name for a setting, or for a row of the table that has it: every field that is not empty, and its value."""
+    return ",".join(f"{axis.field}={setting[axis.field]}" for axis in AXES if setting.get(axis.field, "") != "")

@@ -1,0 +1,136 @@
+"""The folder that examples/evaluate.py fills: pictures, a table of figures, and what both were made with.
+
+    settings.json        what all rows have in common; a folder is not gone on with when that differs
+    fidelity.csv         a row for each setting
+    pictures/SETTING/    00000.png, 00001.png ...: picture i is of prompt i, with seed i
+    pictures/real/       links to the real pictures, where there are some
+
+Everything in it appears whole or not at all, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line import written_whole
+from PIL import Image
+
+from distrijax import DistriError
+from fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name
+
+FIGURES = ("exactness", "psnr", "ssim", "lpips", "fid", "fid_real", "received_bytes", "stale_bytes")
+"""Columns beside the axes: lossless or lossy; dB; SSIM; LPIPS; FID against one device's pictures, and against the real ones;
+bytes that the device which receives most gets in a step for one picture; bytes that each keeps for the next step."""
+
+COLUMNS = (*(axis.field for axis in AXES), *FIGURES)
+
+Row = dict[str, str]
+
+
+class Results:
+    """A folder of results. Raises DistriError where it was made with something else in common than `common`."""
+
+    def __init__(self, folder: Path, common: Mapping[str, Any]):
+        self.folder = folder
+        self.table = folder / "fidelity.csv"
+        about = folder / "settings.json"
+        if about.exists():
+            self._check(_read_json(about), common)
+        elif self.table.exists():
+            raise DistriError(f"{self.table} does not say what it was made with; choose another --output")
+        self.rows = self._read()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DistriError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from None
+        with written_whole(about) as beside:
+            beside.write_text(json.dumps(common, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def row(self, setting: Setting) -> Row | None:
+        """The row of a setting, if it has one."""
+        return next((row for row in self.rows if _of(row) == _of(setting)), None)
+
+    def add(self, setting: Setting, figures: Mapping[str, Any]) -> None:
+        """Adds the row of a setting to the table, in place of one that it had."""
+        row = {column: _text({**setting, **figures}.get(column, "")) for column in COLUMNS}
+        old = self.row(setting)
+        if old is None:
+            self.rows.append(row)
+        else:
+            old.update(row)
+        with written_whole(self.table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def pictures(self, setting: Mapping[str, Any]) -> Path:
+        """The folder of a setting's pictures."""
+        return self.folder / "pictures" / folder_name(setting)
+
+    def missing(self, setting: Setting, count: int, batch: int) -> Iterator[range]:
+        """Batches of which a picture is not there; always cut in the same places, so that the pictures come out the same."""
+        for start in range(0, count, batch):
+            indices = range(start, min(start + batch, count))
+            if not all(self._picture(setting, index).exists() for index in indices):
+                yield indices
+
+    def save(self, setting: Setting, index: int, picture: Image.Image) -> None:
+        """Writes one picture of a setting."""
+        path = self._picture(setting, index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as beside:
+            picture.save(beside, format="PNG")
+
+    def link_real(self, files: Sequence[Path]) -> Path:
+        """A folder with nothing but links to the real pictures."""
+        folder = self.folder / "pictures" / "real"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, file in enumerate(files):
+            with written_whole(folder / f"{index:05}{file.suffix}") as beside:
+                beside.symlink_to(file.absolute())
+        return folder
+
+    @property
+    def reference(self) -> Path:
+        """The folder of one device's pictures."""
+        return self.pictures(ONE_DEVICE)
+
+    def _picture(self, setting: Setting, index: int) -> Path:
+        return self.pictures(setting) / f"{index:05}.png"
+
+    def _check(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        for name in new:
+            if old.get(name) != new[name]:
+                told = "" if isinstance(new[name], list) else f" ({old.get(name)}, now {new[name]})"
+                raise DistriError(
+                    f"--output {self.folder} was made with other {name}{told}; choose another folder, or go on as before"
+                )
+
+    def _read(self) -> list[Row]:
+        if not self.table.exists():
+            return []
+        with self.table.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise DistriError(f"{self.table} has other columns than this version writes; choose another --output")
+            return list(reader)
+
+
+def _of(setting: Mapping[str, Any]) -> list[str]:
+    """What identifies a setting, the same for a row of the table."""
+    return [_text(setting.get(axis.field, "")) for axis in AXES]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DistriError(f"{path} cannot be read ({error}); choose another --output") from None
