@@ -1,6 +1,6 @@
 """How faithful is each way of sharing a picture out? Many prompts, a grid of settings, and one device's pictures beside.
 
-    python examples/evaluate.py --output fidelity
+    python examples/evaluate.py --output evaluation
 
 Paints every prompt on one device and in every setting, seed = index, and writes into --output: the pictures; fidelity.csv, a row
 for each setting (PSNR, SSIM, LPIPS, FID, bytes exchanged); plot.png, PSNR against bytes; sheet.png, pictures with their errors.
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: scenes' captions)")
     source.add_argument("--coco", type=Path, metavar="FOLDER", help="COCO 2014: annotations/, and val2014/ if need be")
     add("--batch", type=int, default=8, help="prompts for each call of the pipeline (default: %(default)s)")
-    add("--output", type=Path, default=Path("fidelity"), help="folder (default: %(default)s)")
+    add("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
     if min(arguments.devices) < 2:

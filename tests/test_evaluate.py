@@ -417,8 +417,8 @@ def test_the_grid_has_every_mode_once():
     assert {setting.get("sync_mode") for setting in found} == {None, *SyncMode}
     assert {setting.get("split_scheme") for setting in found} == {None, *SplitScheme}
     assert {setting.get("parallelism") for setting in found} == {None, *Parallelism}
-    displaced = len(SyncMode) - 1
-    assert len(found) == 1 + 3 * (2 * displaced + 1 + len(SplitScheme))
+    displaced, without_modes = len(SyncMode) - 1, len(Parallelism) - 2
+    assert len(found) == 1 + 3 * (2 * displaced + 1 + len(SplitScheme) + without_modes)
     assert all(DistriConfig(**setting) for setting in found)
 
 

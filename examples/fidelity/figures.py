@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAIN = 4  # of the difference maps
-THUMBNAIL = 192  # pixels of the longer side
+THUMBNAIL = 128  # pixels of the longer side
 MARGIN, TEXT = 6, 34  # pixels of the sheet
 
 
