@@ -396,7 +396,7 @@ def first_row(rows: int, axis: Axis) -> Array:
     return lax.axis_index(axis) * rows
 
 
-def _flat(x: Float[Array, "b h w c"]) -> Float[Array, "b t c"]:
+def _flat(x: Float[Array, "b ... c"]) -> Float[Array, "b t c"]:
     """Pixels as tokens, in raster order."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
 

@@ -170,8 +170,8 @@ class Attention(nnx.Module):
         return jnp.concatenate([self.to_k(context), self.to_v(context)], -1)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], exchange: Exchange, kv: Float[Array, "b t c2"] | None = None
-    ) -> Float[Array, "b h w c"]:
+        self, x: Float[Array, "b ... c"], exchange: Exchange, kv: Float[Array, "b t c2"] | None = None
+    ) -> Float[Array, "b ... c"]:
         query = self.to_q(x)
         if kv is None:
             kv = exchange.tokens(self.path, self.project_context(x))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from distrijax import DistriConfig, DistriError, DistriWarning, MeshPlan
-from distrijax.denoise import Layout
+from distrijax.denoise import Layout, layout_of
 from distrijax.loading import Configs, resolve_dtype
 from distrijax.mesh import check_sizes
 

@@ -26,7 +26,8 @@ CAPTIONS, STEPS, SIZE = 3, 3, 64
 GRID = "--devices 2 --parallelism patch --sync-mode corrected_async_gn full_sync --warmup-steps 0"
 SETTINGS = {
     "devices=1": "lossless",
-    "parallelism=patch,sync_mode=corrected_async_gn,warmup_steps=0,split_batch=False,devices=2": "lossy",
+    "parallelism=patch,sync_mode=corrected_async_gn,extrapolate=False,compress=False,"
+    "warmup_steps=0,split_batch=False,devices=2": "lossy",
     "parallelism=patch,sync_mode=full_sync,split_batch=False,devices=2": "lossless",
 }
 LOSSY = list(SETTINGS)[1]
@@ -173,7 +174,7 @@ class StandInPipeline:
 @pytest.fixture
 def stand_in(monkeypatch) -> type[StandInPipeline]:
     monkeypatch.setattr(StandInPipeline, "calls", [], raising=False)
-    monkeypatch.setattr(evaluate, "DistriSDXLPipeline", StandInPipeline)
+    monkeypatch.setattr(evaluate, "load_pipeline", StandInPipeline.from_pretrained)
     cost = {"exactness": "lossy", "received_bytes": 1, "stale_bytes": 1}  # tracing takes seconds
     monkeypatch.setattr(evaluate, "cost", lambda setting, job: cost)
     return StandInPipeline
@@ -189,7 +190,7 @@ def test_prompts_come_in_full_batches_each_with_the_seed_of_its_index(stand_in, 
 
 def test_nothing_is_painted_or_measured_twice(done, tiny_checkpoint, monkeypatch):
     before = (done / "fidelity.csv").read_bytes()
-    monkeypatch.setattr(evaluate.DistriSDXLPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     monkeypatch.setattr(evaluate, "measure", refuse)
     run(tiny_checkpoint, done)
     assert (done / "fidelity.csv").read_bytes() == before
@@ -232,7 +233,7 @@ OTHERS = {
 def test_results_of_other_runs_are_not_mixed(kind, done, tiny_checkpoint, monkeypatch):
     flags, pattern = OTHERS[kind]
     before = {path: path.read_bytes() for path in done.glob("*.*")}
-    monkeypatch.setattr(evaluate.DistriSDXLPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     with pytest.raises(SystemExit, match=rf"^error: --output .* was made with {pattern}; choose another folder"):
         run(tiny_checkpoint, done, *flags.split())
     assert {path: path.read_bytes() for path in done.glob("*.*")} == before
@@ -308,7 +309,7 @@ def painted(done, tmp_path) -> Path:
 
 
 def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, tiny_checkpoint, networks, monkeypatch):
-    monkeypatch.setattr(evaluate.DistriSDXLPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     old = read(painted)
     run(tiny_checkpoint, painted)
     rows = read(painted)
@@ -490,7 +491,7 @@ WRONG = {
     "unknown mode": ("--sync-mode fast", "argument --sync-mode: invalid choice: 'fast' .*choose from"),
     "no captions": ("--captions 0", "--captions is 0; give a whole number of at least 1"),
     "no steps": ("--num-inference-steps 0", "--num-inference-steps is 0; give a whole number of at least 1"),
-    "odd size": ("--devices 8 --image-size 64", "height is 64 and 8 patches need a multiple of 256; use 256"),
+    "odd size": ("--devices 8 --image-size 65", "height is 65 and this model needs a multiple of 8; use 64 or 72"),
     "three sizes": ("--image-size 64 64 64", "--image-size takes H or H W, not 3 numbers"),
     "warm-up": ("--warmup-steps -1", "warmup_steps is -1; give a whole number of at least 0"),
     "no file": ("--prompts nowhere.txt", "--prompts nowhere.txt cannot be read .*; give a text file"),
@@ -510,7 +511,7 @@ WRONG = {
 def test_a_wrong_flag_ends_in_one_line_before_anything_is_painted(kind, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     flags, pattern = WRONG[kind]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.DistriSDXLPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     (tmp_path / "two.txt").write_text("one\n\ntwo\n")
     with pytest.raises(SystemExit) as end:
         evaluate.main(

@@ -223,7 +223,7 @@ CALLS = {
     ),
     "negative prompts": ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 entries for 1 prompts; give one, or"),
     "clip skip": ({"clip_skip": 4}, "clip_skip is 4; .* takes 0 to 3"),
-    "width": ({"width": 65}, "width is 65 and this model needs a multiple of 32; use 64 or 96"),
+    "width": ({"width": 65}, "width is 65 and this model needs a multiple of 8; use 64 or 72"),
     "steps": ({"num_inference_steps": 1000}, "steps_offset 1 reach timestep 1000 .*; use fewer steps"),
 }
 
