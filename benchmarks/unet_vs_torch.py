@@ -100,7 +100,11 @@ def main() -> None:
 def load_unet(folder: Path) -> UNet:
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     return load_module(
-        lambda rngs: UNet(config, rngs=rngs), folder, variant=None, dtype=jnp.float32, place=jax.device_put
+        lambda rngs: UNet(config, rngs=rngs),
+        folder,
+        variant=None,
+        dtype=jnp.float32,
+        placement=lambda module: lambda path, value: jax.device_put(value),
     )
 
 

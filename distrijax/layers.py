@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -258,14 +258,20 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu, "silu": jax.nn.silu}
 
 
-def name_layers(module: nnx.Module, path: str = "") -> None:
+def name_layers(module: nnx.Module) -> None:
     """Tells every exchanging layer its own path, e.g. `down_blocks.0.resnets.1.conv1`."""
-    if hasattr(module, "path"):
-        module.path = path
+    for path, part in walk(module):
+        if hasattr(part, "path"):
+            part.path = ".".join(map(str, path))
+
+
+def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], nnx.Module]]:
+    """A module and all of its parts, with their paths."""
+    yield path, module
     children = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
     for key, child in children:
         if isinstance(child, nnx.Module):
-            name_layers(child, f"{path}.{key}" if path else str(key))
+            yield from walk(child, (*path, key))
 
 
 def _plus(x: Array, bias: Array) -> Array:

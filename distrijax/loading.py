@@ -17,15 +17,16 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from jax.sharding import Mesh
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError, ModelConfig, Parallelism, check_choice
 from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.tensor import place_on
 from distrijax.tokenizer import CLIPTokenizer
-from distrijax.unet import UNet, UNetConfig, abstract_unet
+from distrijax.unet import UNet, UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import Place, load_module, read_json
+from distrijax.weights import Placement, load_module, read_json
 
 VARIANTS = ("fp16", "non_ema")
 """Of weights that lie beside the usual ones on the hub."""
@@ -213,9 +214,9 @@ def load_components(
 
     whole = place_on(mesh)
 
-    def load(name: str, build: Callable, config: ModelConfig, dtype: jnp.dtype = dtype, place: Place = whole):
+    def load(name: str, build: Callable, config: ModelConfig, dtype: jnp.dtype = dtype, placement: Placement = whole):
         return load_module(
-            lambda rngs: build(config, rngs=rngs), folder / name, variant=variant, dtype=dtype, place=place
+            lambda rngs: build(config, rngs=rngs), folder / name, variant=variant, dtype=dtype, placement=placement
         )
 
     def text_encoder(name: str, config: CLIPTextConfig) -> CLIPTextEncoder:
@@ -228,7 +229,7 @@ def load_components(
         index=configs.index,
         tokenizers=tokenizers,
         text_encoders=tuple(map(text_encoder, family.text_encoders, configs.text_encoders)),
-        unet=load("unet", UNet, configs.unet, place=place_on(mesh, parallelism, abstract_unet(configs.unet))),
+        unet=load("unet", UNet, configs.unet, placement=place_on(mesh, parallelism)),
         vae=load("vae", AutoencoderKL, configs.vae, jnp.dtype(jnp.float32) if upcast else dtype),
         scheduler=configs.scheduler,
     )

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
@@ -28,8 +29,9 @@ from distrijax.loading import Components, Family, default_size, find_folder, loa
 from distrijax.mesh import CFG, DATA, PATCH, Bands, check_images, check_sizes, plan_mesh
 from distrijax.programs import Programs
 from distrijax.prompt import Embeddings, PromptEncoder, Texts
-from distrijax.tensor import shared_out
-from distrijax.unet import abstract_unet
+from distrijax.tensor import specs
+from distrijax.unet import UNetConfig
+from distrijax.vae import VAEConfig
 
 Size = tuple[int, int]
 Callback = Callable[["Pipeline", int, float, dict[str, Any]], dict[str, Any] | None]
@@ -108,7 +110,7 @@ class Pipeline:
         )
         (unet, self._unet), (vae, self._vae) = map(jax.tree.flatten, (components.unet, components.vae))
         self._unet_params, self._vae_params = tuple(unet), tuple(vae)
-        _, self._unet_cuts = shared_out(abstract_unet(self.unet_config), config.parallelism, mesh.shape[PATCH])
+        self._unet_cuts = specs(components.unet, config.parallelism)
         self._progress: dict[str, Any] = {}
 
     @classmethod
@@ -187,15 +189,8 @@ class Pipeline:
 
     def _loop(self, call: Call) -> Loop:
         """What the programs of a call depend on; raises DistriError for sizes that are no whole rows of the latent."""
-        scale = self.vae_config.scale
-        check_sizes(height=call.height, width=call.width, vae_scale=scale)
-        layout = layout_of(
-            self.config,
-            self.mesh,
-            guided=call.guided,
-            latent=(call.height // scale, call.width // scale),
-            levels=len(self.unet_config.block_out_channels),
-        )
+        size = call.height, call.width
+        layout = lay_out(self.config, self.mesh, self.unet_config, self.vae_config, size, guided=call.guided)
         return loop_of(self.config, layout, self._unet, self.scheduler, self.dtype, self._unet_cuts)
 
     @property
@@ -245,7 +240,7 @@ class Pipeline:
                 return run(denoise.stateless, state, part(0, total), donate=(1,))
             return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
 
-        size = positive(1 if chunk_size is None else chunk_size, "chunk_size")
+        size = chunk_size or 1
         starts = [*range(0, warm, size), *range(warm, total, size)]
         stale = None
         with tqdm(total=total, **{"disable": jax.process_index() != 0, **self._progress}) as progress:
@@ -291,6 +286,15 @@ class Pipeline:
                 f"the picture has values that are not finite in {self.dtype.name}; use another dtype, scheduler or guidance"
             )
         return np.clip(pictures / 2 + 0.5, 0, 1)
+
+
+def lay_out(
+    config: DistriConfig, mesh: Mesh | AbstractMesh, unet: UNetConfig, vae: VAEConfig, size: Size, *, guided: bool
+) -> Layout:
+    """How a picture of `size` pixels lies on a mesh; raises DistriError for sizes that are no whole rows of the latent."""
+    check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
+    latent = size[0] // vae.scale, size[1] // vae.scale
+    return layout_of(config, mesh, guided=guided, latent=latent, levels=len(unet.block_out_channels))
 
 
 def to_pil(pictures: np.ndarray) -> list[Image.Image]:

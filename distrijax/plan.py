@@ -89,21 +89,21 @@ def plan(
         state, kept = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
         function, arguments = denoise.displaced, (state, kept, xs)
     program = jax.make_jaxpr(partial(function, loop))(params, inputs, *arguments)
-    received, rows = Counter(), Counter()
+    received, by_patch = Counter(), Counter()
     for kind, patch, count in _collectives(program.jaxpr, layout.mesh.shape):
         if patch is None:
             received[kind] += count
         else:
-            rows[patch] += count
-    if rows:
-        received[HALO] = max(rows.values())
+            by_patch[patch] += count
+    if by_patch:
+        received[HALO] = max(by_patch.values())
     stale = Counter()
     for leaf in kept.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
     rows = layout.bands.band
     padding = 1 - latent[0] / (layout.patches * rows)
-    received = {kind: round(count) for kind, count in received.items()}
-    return Plan(mesh, layout.patches, rows, padding, dict(stale), received)
+    rounded = {kind: round(count) for kind, count in received.items()}
+    return Plan(mesh, layout.patches, rows, padding, dict(stale), rounded)
 
 
 def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:

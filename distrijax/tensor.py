@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from distrijax.config import Parallelism
-from distrijax.layers import Conv, Cut, GroupNorm, Linear, Side
+from distrijax.layers import Cut, Side, walk
 from distrijax.mesh import PATCH
-from distrijax.weights import ParamPath, Place
+from distrijax.weights import ParamPath, Place, Placement
 
 
 class Piece(NamedTuple):
@@ -57,8 +57,8 @@ class Piece(NamedTuple):
 def pieces(module: nnx.Module) -> dict[ParamPath, Piece]:
     """The parameters of a module that are divided, by their path; all others lie whole on every device."""
     found = {}
-    for path, layer in _layers(module):
-        if (cut := layer.cut) is None:
+    for path, layer in walk(module):
+        if (cut := getattr(layer, "cut", None)) is None:
             continue
         for name in ("kernel", "bias", "scale"):
             value = getattr(layer, name, None)
@@ -69,11 +69,13 @@ def pieces(module: nnx.Module) -> dict[ParamPath, Piece]:
     return found
 
 
-def _layers(module: nnx.Module, path: ParamPath = ()) -> list[tuple[ParamPath, nnx.Module]]:
-    if isinstance(module, Linear | Conv | GroupNorm):
-        return [(path, module)]
-    children = enumerate(module) if isinstance(module, nnx.List) else vars(module).items()
-    return [found for key, child in children if isinstance(child, nnx.Module) for found in _layers(child, (*path, key))]
+def specs(module: nnx.Module, parallelism: Parallelism) -> P | tuple[P, ...]:
+    """How the leaves of a module lie on the mesh, in the order of `jax.tree.leaves`."""
+    if parallelism is not Parallelism.TENSOR:
+        return P()
+    divided = pieces(module)
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(module))]
+    return tuple(divided[path].spec() if path in divided else P() for path in paths)
 
 
 def shared_out(module: nnx.Module, parallelism: Parallelism, devices: int) -> tuple[nnx.Module, P | tuple[P, ...]]:
@@ -82,23 +84,24 @@ def shared_out(module: nnx.Module, parallelism: Parallelism, devices: int) -> tu
         return module, P()
     divided = pieces(module)
     graph, state = nnx.split(module)
-    specs = []
     for path, leaf in nnx.to_flat_state(state):
-        piece = divided.get(path)
-        specs.append(piece.spec() if piece else P())
-        if piece:
-            leaf.set_value(jax.ShapeDtypeStruct(piece.shape(leaf.shape, devices), leaf.dtype))
-    return nnx.merge(graph, state), tuple(specs)
+        if path in divided:
+            leaf.set_value(jax.ShapeDtypeStruct(divided[path].shape(leaf.shape, devices), leaf.dtype))
+    return nnx.merge(graph, state), specs(module, parallelism)
 
 
-def place_on(mesh: Mesh, parallelism: Parallelism = Parallelism.PATCH, module: nnx.Module | None = None) -> Place:
-    """Puts parameters on the devices of a mesh: whole on each, but for those of `module` that the parallelism divides."""
-    divided = pieces(module) if parallelism is Parallelism.TENSOR and module is not None else {}
+def place_on(mesh: Mesh, parallelism: Parallelism = Parallelism.PATCH) -> Placement:
+    """Puts parameters on the devices of a mesh: whole on each, but for those that the parallelism divides."""
 
-    def place(path: ParamPath, value: np.ndarray) -> jax.Array:
-        if path not in divided:
-            return jax.device_put(value, NamedSharding(mesh, P()))
-        laid_out = divided[path].lay_out(value, mesh.shape[PATCH])
-        return jax.device_put(laid_out, NamedSharding(mesh, divided[path].spec()))
+    def placement(module: nnx.Module) -> Place:
+        divided = pieces(module) if parallelism is Parallelism.TENSOR else {}
 
-    return place
+        def place(path: ParamPath, value: np.ndarray) -> jax.Array:
+            if path not in divided:
+                return jax.device_put(value, NamedSharding(mesh, P()))
+            laid_out = divided[path].lay_out(value, mesh.shape[PATCH])
+            return jax.device_put(laid_out, NamedSharding(mesh, divided[path].spec()))
+
+        return place
+
+    return placement

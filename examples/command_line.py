@@ -16,14 +16,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has n
 import jax
 import jax.numpy as jnp
 
-from distrijax import DistriConfig, DistriError, DistriWarning, MeshPlan
-from distrijax.denoise import Layout, layout_of
-from distrijax.loading import Configs, resolve_dtype
-from distrijax.mesh import check_sizes
+from distrijax import DistriError, DistriWarning
+from distrijax.loading import resolve_dtype
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line."""
+    """Tells a wrong flag in one line, and a script's docstring in its help."""
+
+    def __init__(self, doc: str):
+        summary, _, rest = doc.partition("\n")
+        super().__init__(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
@@ -97,14 +99,6 @@ def device_kind() -> str:
     """What the devices are, for people."""
     device = jax.devices()[0]
     return "virtual CPU" if device.platform == "cpu" else device.device_kind
-
-
-def lay_out(config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan, *, guided: bool) -> Layout:
-    """How a picture of `size`, height and width in pixels, lies on a mesh; raises DistriError where the size cannot be."""
-    scale = configs.vae.scale
-    check_sizes(height=size[0], width=size[1], vae_scale=scale)
-    latent, levels = (size[0] // scale, size[1] // scale), len(configs.unet.block_out_channels)
-    return layout_of(config, mesh.abstract(), guided=guided, latent=latent, levels=levels)
 
 
 @contextlib.contextmanager

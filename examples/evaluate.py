@@ -26,7 +26,6 @@ from command_line import (
     find_devices,
     find_dtype,
     keep_compiled_programs,
-    lay_out,
     plain_errors,
     written_whole,
 )
@@ -41,7 +40,7 @@ from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, Parallelism, load
 from distrijax import plan as planning
 from distrijax.config import positive
 from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
-from distrijax.pipeline import to_pil
+from distrijax.pipeline import lay_out, to_pil
 
 SHOWN = 4  # prompts on the contact sheet
 
@@ -66,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags: one for each axis of the grid, which takes several values, and those that all settings share."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = Parser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     for axis in AXES:
         add_axis(parser, axis)
@@ -170,7 +168,8 @@ def check(setting: Setting, job: Job) -> int:
     """How many patches share a picture; raises DistriError for a setting that cannot be, before anything is painted."""
     config = DistriConfig(**setting)
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
-    return lay_out(config, job.configs, size, plan_mesh(config, config.devices), guided=guided).patches
+    mesh = plan_mesh(config, config.devices).abstract()
+    return lay_out(config, mesh, job.configs.unet, job.configs.vae, size, guided=guided).patches
 
 
 def cost(setting: Setting, job: Job) -> dict[str, Any]:

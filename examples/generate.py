@@ -22,7 +22,6 @@ from command_line import (
     find_devices,
     find_dtype,
     keep_compiled_programs,
-    lay_out,
     plain_errors,
     written_whole,
 )
@@ -44,6 +43,7 @@ from distrijax import (
 from distrijax import plan as planning
 from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
 from distrijax.mesh import check_images
+from distrijax.pipeline import lay_out
 
 PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
 
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; where they have no default, the checkpoint or the machine decides."""
-    summary, _, rest = __doc__.partition("\n")
-    parser = Parser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--devices", type=int, help="how many devices share the picture (default: all that JAX shows)")
     add("--prompt", default=PROMPT, help="what to paint (default: %(default)s)")
@@ -194,7 +193,8 @@ def share(
 ) -> str:
     """The picture, and the part of it that one device works on; raises DistriError where it cannot be shared out."""
     check_images(arguments.batch, mesh.data)
-    rows = lay_out(config, configs, size, mesh, guided=arguments.guidance_scale > 1).bands.band
+    guided = arguments.guidance_scale > 1
+    rows = lay_out(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided).bands.band
     several = f", {arguments.batch} of them" if arguments.batch > 1 else ""
     return (
         f"{size[0]}x{size[1]}{several}; each device has {rows * configs.vae.scale} rows of pixels, {rows} of the latent"

@@ -84,7 +84,7 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
 
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
     _, specs = shared_out(abstract_unet(config), Parallelism.TENSOR, devices)
-    place = place_on(mesh, Parallelism.TENSOR, unet)
+    place = place_on(mesh, Parallelism.TENSOR)(unet)
     flat = nnx.to_flat_state(nnx.state(unet))
     leaves = [place(path, np.asarray(leaf.get_value())) for path, leaf in flat]
     structure = jax.tree.structure(unet)
@@ -105,7 +105,7 @@ def test_shapes_are_those_of_the_placed_parameters():
     config = UNetConfig.from_dict(BASE)
     mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
     model, specs = shared_out(abstract_unet(config), Parallelism.TENSOR, 3)
-    place = place_on(mesh, Parallelism.TENSOR, abstract_unet(config))
+    place = place_on(mesh, Parallelism.TENSOR)(abstract_unet(config))
     flat = nnx.to_flat_state(nnx.state(UNet(config, rngs=nnx.Rngs(0))))
     for (path, leaf), shape, spec in zip(flat, jax.tree.leaves(model), specs, strict=True):
         placed = place(path, np.asarray(leaf.get_value()))

@@ -46,7 +46,7 @@ def folder(module, tmp_path):
 
 
 def load(folder, *, variant=None, dtype=jnp.float32, place=lambda path, tensor: jnp.asarray(tensor), build=Small):
-    return load_module(build, folder, variant=variant, dtype=dtype, place=place)
+    return load_module(build, folder, variant=variant, dtype=dtype, placement=lambda module: place)
 
 
 def leaves(module) -> dict[tuple, np.ndarray]:
