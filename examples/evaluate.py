@@ -147,7 +147,7 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
     """What all settings share, read before anything is loaded."""
     folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
     configs = read_configs(folder, arguments.scheduler)
-    height, width = arguments.image_size or default_size(configs.unet, configs.vae)
+    height, width = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     call = {
         "height": height,
         "width": width,

@@ -99,6 +99,11 @@ def test_a_setting_is_lossless_where_nothing_it_uses_is_stale_or_cut_off(setting
     assert evaluate.cost(setting, job)["exactness"] == exactness
 
 
+def test_pictures_are_as_large_as_the_model_was_trained_for():
+    job = evaluate.read_job(evaluate.parse([]), prompts.scene_prompts(1))
+    assert (job.call["height"], job.call["width"]) == (256, 256)
+
+
 def test_pictures_are_the_pipelines(done, tiny_checkpoint):
     pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(devices=1), scheduler="ddim")
     text = prompts.scene_prompts(CAPTIONS).texts[2]
