@@ -7,7 +7,7 @@ import difflib
 import enum
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 
@@ -81,12 +81,15 @@ class DistriConfig:
     devices: how many devices to use; None means all that JAX shows.
     sync_mode: what the patches exchange after the warm-up (`SyncMode`).
     warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
+    sync_steps: further synchronous steps, numbered from 0, or from the end: -1 is the last. Those that a call does not have
+        are passed over.
     extrapolate: devices publish, after the warm-up, a prediction of their next step's values instead of this step's; the
         same traffic, twice the stale state.
     compress: keys and values travel as int8, after the warm-up: half the bytes of bfloat16, lossy.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
-    parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode` and
-        `warmup_steps` say nothing in naive_patch, which exchanges no activations, and in tensor, which is exact.
+    parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode`,
+        `warmup_steps` and `sync_steps` say nothing in naive_patch, which exchanges no activations, and in tensor, which
+        is exact.
     split_scheme: how naive_patch cuts the picture (`SplitScheme`).
     data, cfg, patch: sizes of the mesh axes; None lets the planner choose.
     """
@@ -94,6 +97,7 @@ class DistriConfig:
     devices: int | None = None
     sync_mode: SyncMode = SyncMode.CORRECTED_ASYNC_GN
     warmup_steps: int = 4
+    sync_steps: Sequence[int] = ()
     extrapolate: bool = False
     compress: bool = False
     split_batch: bool = True
@@ -108,6 +112,7 @@ class DistriConfig:
         object.__setattr__(self, "parallelism", choose(Parallelism, self.parallelism, "parallelism"))
         object.__setattr__(self, "split_scheme", choose(SplitScheme, self.split_scheme, "split_scheme"))
         positive(self.warmup_steps, "warmup_steps", least=0)
+        object.__setattr__(self, "sync_steps", _step_numbers(self.sync_steps))
         for name in ("devices", "data", "cfg", "patch"):
             if getattr(self, name) is not None:
                 positive(getattr(self, name), name)
@@ -117,6 +122,19 @@ class DistriConfig:
             raise DistriError(
                 "cfg=2 splits the guidance branches and split_batch=False forbids it; drop one of the two"
             )
+
+    def synchronous(self, steps: int) -> list[bool]:
+        """Of each of a call's steps, whether it is synchronous."""
+        further = {number % steps for number in self.sync_steps if -steps <= number < steps}
+        return [number <= self.warmup_steps or number in further for number in range(steps)]
+
+
+def _step_numbers(value: Any) -> tuple[int, ...]:
+    """Numbers of steps as a tuple; raises DistriError for what is none."""
+    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+        raise DistriError(f"sync_steps is {value!r}; give whole numbers, from 0 on or from -1 back, such as (20, -1)")
+    return numbers
 
 
 class ModelConfig:

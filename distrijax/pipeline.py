@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -56,7 +57,7 @@ class Call:
     instead of `seed`'s; `output_type="latent"` gives the same layout. callback_on_step_end(pipeline, step, timestep,
     {"latents": ...}) may return {"latents": ...} to go on from; a step is a call of the UNet, of which PNDM makes one more
     than `num_inference_steps`. chunk_size: steps for each visit of the host, for progress and callback; None runs the whole
-    loop as one program.
+    loop as one program, or step by step where `DistriConfig.sync_steps` interrupt it.
     Raises DistriError for arguments that cannot be used.
     """
 
@@ -98,7 +99,7 @@ class Pipeline:
         self.mesh, self.config, self.dtype = mesh, config, dtype
         self.scheduler = components.scheduler
         self.unet_config, self.vae_config = components.unet.config, components.vae.config
-        self.programs = Programs()
+        self.programs = Programs(in_turn=mesh.devices.flat[0].platform == "cpu")
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
         self._prompts = PromptEncoder(
             components.tokenizers,
@@ -224,10 +225,14 @@ class Pipeline:
         return Inputs(conditioning, jax.device_put(weights, weights_sharding), factor, keys)
 
     def _denoise(self, loop: Loop, inputs: Inputs, state, xs: Steps, chunk_size: int | None, callback: Callback | None):
-        """All steps: as one program, or in chunks with the host between them."""
+        """All steps: as one program, or in chunks with the host between them.
+
+        With synchronous steps after the warm-up a chunk of the whole loop is a step, so that two programs do for any order.
+        """
         total = len(xs.number)
-        stale_modes = loop.strategy is not None
-        warm = min(total, self.config.warmup_steps + 1) if stale_modes else total
+        synchronous = self.config.synchronous(total) if loop.strategy is not None else [True] * total
+        warm = synchronous.index(False) if not all(synchronous) else total
+        at_once = chunk_size is None and callback is None
 
         def part(start: int, stop: int):
             return jax.device_put(jax.tree.map(lambda column: column[start:stop], xs), self._everywhere)
@@ -235,20 +240,19 @@ class Pipeline:
         def run(function, *arguments, donate):
             return self.programs(function, loop, self._unet_params, inputs, *arguments, donate=donate)
 
-        if chunk_size is None and callback is None:
-            if warm == total:
-                return run(denoise.stateless, state, part(0, total), donate=(1,))
+        if at_once and warm == total:
+            return run(denoise.stateless, state, part(0, total), donate=(1,))
+        if at_once and not any(synchronous[warm:]):
             return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
 
-        size = chunk_size or 1
-        starts = [*range(0, warm, size), *range(warm, total, size)]
         stale = None
         with tqdm(total=total, **{"disable": jax.process_index() != 0, **self._progress}) as progress:
-            for start, stop in zip(starts, [*starts[1:], total], strict=True):
+            for start, stop in _pieces(synchronous, chunk_size or 1):
                 piece = part(start, stop)
-                if start >= warm:
+                if not synchronous[start]:
                     state, stale = run(denoise.displaced, state, stale, piece, donate=(1, 2))
-                elif stale_modes:
+                elif loop.strategy is not None:
+                    stale = None  # the memory, before a new one is made
                     state, stale = run(denoise.warm_up, state, piece, donate=(1,))
                 else:
                     state = run(denoise.stateless, state, piece, donate=(1,))
@@ -300,6 +304,15 @@ def lay_out(
 def to_pil(pictures: np.ndarray) -> list[Image.Image]:
     """Pictures [b, h, w, 3] in 0 to 1 as PIL images, rounded to 8 bit."""
     return [Image.fromarray(picture) for picture in np.round(pictures * 255).astype(np.uint8)]
+
+
+def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of runs of steps of one kind, of at most `size` steps each."""
+    start = 0
+    for _, alike in itertools.groupby(synchronous):
+        end = start + len(list(alike))
+        yield from ((first, min(first + size, end)) for first in range(start, end, size))
+        start = end
 
 
 def _image_keys(seed: int | Sequence[int], images: int) -> jax.Array:

@@ -17,10 +17,13 @@ Params = tuple[jax.Array, ...]
 class Programs:
     """Compiles `function(static, params, *arguments)` once for each static value and each shape of the arguments.
 
+    in_turn: wait for each program's end. Virtual CPU devices share one pool of threads: with a second program in it, the
+    collectives of the first may wait for ever for a device that gets no thread.
     seconds: spent tracing and compiling so far. count: how many programs that made.
     """
 
-    def __init__(self):
+    def __init__(self, *, in_turn: bool = False):
+        self.in_turn = in_turn
         self.seconds = 0.0
         self._compiled: dict[Hashable, Any] = {}
 
@@ -39,7 +42,8 @@ class Programs:
             jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
             self._compiled[key] = jitted.lower(static, params, *arguments).compile()
             self.seconds += time.perf_counter() - start
-        return self._compiled[key](params, *arguments)
+        result = self._compiled[key](params, *arguments)
+        return jax.block_until_ready(result) if self.in_turn else result
 
 
 @functools.cache

@@ -30,7 +30,7 @@ from command_line import (
     written_whole,
 )
 from fidelity import figures
-from fidelity.grid import AXES, Axis, Setting, label, settings
+from fidelity.grid import AXES, Axis, Setting, label, settings, text
 from fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, Optional, compare
 from fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
 from fidelity.results import Results
@@ -95,8 +95,9 @@ def add_axis(parser: Parser, axis: Axis) -> None:
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=axis.values[0], help=axis.help)
         return
-    accepted = {"choices": tuple(member.value for member in kind)} if issubclass(kind, enum.StrEnum) else {"type": kind}
-    told = f"{axis.help} (default: {' '.join(map(str, axis.values))})"
+    choices = tuple(member.value for member in kind) if issubclass(kind, enum.StrEnum) else None
+    accepted = {"choices": choices} if choices else {"type": axis.read or kind}
+    told = f"{axis.help} (default: {' '.join(map(text, axis.values))})"
     parser.add_argument(flag, nargs="+", default=axis.values, help=told, **accepted)
 
 

@@ -74,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scheduler", choices=tuple(SCHEDULERS), help="(default: the checkpoint's)")
     add("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
+    add("--sync-steps", type=int, nargs="+", default=(), metavar="STEP", help="further exact steps; -1 is the last")
     modes = tuple(mode.value for mode in SyncMode)
     add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
     add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
@@ -106,6 +107,7 @@ def generate(arguments: argparse.Namespace) -> None:
         devices=arguments.devices,
         sync_mode=arguments.sync_mode,
         warmup_steps=arguments.warmup_steps,
+        sync_steps=arguments.sync_steps,
         extrapolate=arguments.extrapolate,
         compress=arguments.compress,
         split_batch=not arguments.no_split_batch,
@@ -156,6 +158,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "mesh": plan,
         "sync_mode": config.sync_mode.value,
         "warmup_steps": config.warmup_steps,
+        "sync_steps": " ".join(map(str, config.sync_steps)) or None,
         "extrapolate": config.extrapolate,
         "compress": config.compress,
         "split_batch": config.split_batch,

@@ -27,7 +27,7 @@ GRID = "--devices 2 --parallelism patch --sync-mode corrected_async_gn full_sync
 SETTINGS = {
     "devices=1": "lossless",
     "parallelism=patch,sync_mode=corrected_async_gn,extrapolate=False,compress=False,"
-    "warmup_steps=0,split_batch=False,devices=2": "lossy",
+    "warmup_steps=0,sync_steps=none,split_batch=False,devices=2": "lossy",
     "parallelism=patch,sync_mode=full_sync,split_batch=False,devices=2": "lossless",
 }
 LOSSY = list(SETTINGS)[1]

@@ -189,6 +189,31 @@ def test_first_steps_are_exact_and_later_ones_are_displaced(pipe_on, sync_mode):
     assert min(errors[2:]) > 1e-5
 
 
+def test_further_synchronous_steps_are_exact(pipe_on, one):
+    """Step 3 from where step 2 went, and the last one, are one device's; two programs do for any order of steps."""
+    pipe = pipe_on(devices=4, warmup_steps=1, sync_steps=(3, -1, 40))
+    got = trajectory(pipe, num_inference_steps=6)
+
+    def restarted(at: int) -> np.ndarray:
+        """One device's latents after step `at`, from the displaced ones before it."""
+        seen = []
+
+        def callback(pipe, step, timestep, tensors):
+            seen.append(np.asarray(tensors["latents"]))
+            return {"latents": got[step]} if step == at - 1 else None
+
+        paint(one, callback_on_step_end=callback, num_inference_steps=6)
+        return seen[at]
+
+    errors = [relative_error(got[step], restarted(step)) for step in range(1, 6)]
+    assert max(errors[i - 1] for i in (1, 3, 5)) < 1e-5
+    assert min(errors[i - 1] for i in (2, 4)) > 1e-5
+    count = pipe.programs.count
+    at_once = paint(pipe, num_inference_steps=6, chunk_size=None)
+    np.testing.assert_array_equal(at_once, got[-1])
+    assert pipe.programs.count == count
+
+
 def naive(pipe_on, scheme: str, **settings) -> DistriSDXLPipeline:
     return pipe_on(devices=4, parallelism="naive_patch", split_scheme=scheme, **settings)
 

@@ -223,6 +223,8 @@ CONFIGS = {
     "unknown parallelism": ({"parallelism": "pipe"}, "parallelism is 'pipe'; use one of: patch, naive_patch, tensor"),
     "unknown split_scheme": ({"split_scheme": "col"}, "split_scheme is 'col'; use one of: row, column, alternate"),
     "negative warm-up": ({"warmup_steps": -1}, "warmup_steps is -1; give a whole number of at least 0"),
+    "a fraction of a step": ({"sync_steps": (3, 0.5)}, r"sync_steps is \(3, 0.5\); give whole numbers"),
+    "no steps": ({"sync_steps": "last"}, "sync_steps is 'last'; give whole numbers, from 0 on or from -1 back"),
     "fraction of a device": ({"devices": 2.5}, "devices is 2.5; give a whole number"),
     "no devices": ({"devices": 0}, "devices is 0; give a whole number of at least 1"),
     "three branches": ({"cfg": 3}, "cfg is 3; .*use 1 or 2"),

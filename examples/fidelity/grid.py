@@ -18,6 +18,10 @@ ONE_DEVICE: Setting = {"devices": 1}
 """What every other setting is compared with."""
 
 
+NONE = "none"
+"""An empty tuple, in words."""
+
+
 def _patches(setting: Setting) -> bool:
     return setting["parallelism"] == Parallelism.PATCH
 
@@ -30,11 +34,16 @@ def _displaced(setting: Setting) -> bool:
     return _patches(setting) and setting["sync_mode"] != SyncMode.FULL_SYNC
 
 
+def steps(given: str) -> tuple[int, ...]:
+    return () if given == NONE else tuple(map(int, given.split()))
+
+
 class Axis(NamedTuple):
     """A field of DistriConfig, and the flag and the column of that name.
 
     values: tried unless the flag says otherwise. has_say: whether the field means anything beside the others of a setting.
-    words: a value in the label of a setting; "" where it goes without saying.
+    words: a value in the label of a setting; "" where it goes without saying. read: a value from the command line; None
+    where its type does that.
     """
 
     field: str
@@ -42,6 +51,7 @@ class Axis(NamedTuple):
     help: str
     has_say: Callable[[Setting], bool] = lambda setting: True
     words: Callable[[str], str] = str
+    read: Callable[[str], Any] | None = None
 
     @property
     def kind(self) -> type:
@@ -73,6 +83,14 @@ AXES = (
     Axis("split_scheme", tuple(SplitScheme), "cuts of naive_patch", _naive),
     Axis("warmup_steps", (4,), "exact steps after the first", _displaced, "warm-up {}".format),
     Axis(
+        "sync_steps",
+        ((),),
+        "further exact steps: none, -1 for the last, '20 -1' for two",
+        _displaced,
+        words=lambda value: "" if value == NONE else f"exact steps {value}",
+        read=steps,
+    ),
+    Axis(
         "split_batch",
         (False,),
         "half of the devices for each branch of the guidance",
@@ -95,12 +113,22 @@ def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
     return grid
 
 
+def text(value: Any) -> str:
+    """A value or a figure as the table has it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or NONE
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def label(setting: Mapping[str, Any], axes: Sequence[Axis] = AXES) -> str:
     """A setting in words, of those axes: "naive_patch row, warm-up 4"."""
-    words = [axis.words(str(setting[axis.field])) for axis in axes if axis.field != "devices" and axis.field in setting]
+    words = [
+        axis.words(text(setting[axis.field])) for axis in axes if axis.field != "devices" and axis.field in setting
+    ]
     return ", ".join(word for word in words if word)
 
 
 def folder_name(setting: Mapping[str, Any]) -> str:
     """A folder's name for a setting, or for a row of the table that has it: every field that is not empty, and its value."""
-    return ",".join(f"{axis.field}={setting[axis.field]}" for axis in AXES if setting.get(axis.field, "") != "")
+    values = {axis.field: text(setting.get(axis.field, "")) for axis in AXES}
+    return ",".join(f"{field}={value}" for field, value in values.items() if value)

@@ -20,7 +20,7 @@ from command_line import written_whole
 from PIL import Image
 
 from distrijax import DistriError
-from fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name
+from fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name, text
 
 FIGURES = ("exactness", "psnr", "ssim", "lpips", "fid", "fid_real", "received_bytes", "stale_bytes")
 """Columns beside the axes: lossless or lossy; dB; SSIM; LPIPS; FID against one device's pictures, and against the real ones;
@@ -56,7 +56,7 @@ class Results:
 
     def add(self, setting: Setting, figures: Mapping[str, Any]) -> None:
         """Adds the row of a setting to the table, in place of one that it had."""
-        row = {column: _text({**setting, **figures}.get(column, "")) for column in COLUMNS}
+        row = {column: text({**setting, **figures}.get(column, "")) for column in COLUMNS}
         old = self.row(setting)
         if old is None:
             self.rows.append(row)
@@ -122,11 +122,7 @@ class Results:
 
 def _of(setting: Mapping[str, Any]) -> list[str]:
     """What identifies a setting, the same for a row of the table."""
-    return [_text(setting.get(axis.field, "")) for axis in AXES]
-
-
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return [text(setting.get(axis.field, "")) for axis in AXES]
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
