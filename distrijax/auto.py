@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def load_pipeline(
     scheduler: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """`from_pretrained` of DistriSDPipeline or DistriSDXLPipeline, whichever model_index.json asks for.
 
@@ -29,4 +31,6 @@ def load_pipeline(
     folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
     family = find_family(folder)
     (kind,) = (kind for kind in (DistriSDPipeline, DistriSDXLPipeline) if kind.family is family)
-    return kind.from_pretrained(folder, distri_config, dtype=dtype, variant=variant, scheduler=scheduler)
+    return kind.from_pretrained(
+        folder, distri_config, dtype=dtype, variant=variant, scheduler=scheduler, compiler_options=compiler_options
+    )

@@ -276,11 +276,15 @@ def whole(loop: Loop, params: Any, inputs: Inputs, state: Any, warm_xs: Any, xs:
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, (warm_xs, xs))
 
 
-def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
+def specs_of(loop: Loop, *, stale: bool) -> tuple:
+    """How the arguments of a program after `loop` lie on the mesh. stale: whether it takes a stale state."""
     layout = loop.layout
     inputs = Inputs(layout.conditioning, P(CFG) if layout.guided else P(), P(), P(DATA))
-    specs = (loop.weights, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=out)
+    return (loop.weights, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
+
+
+def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
+    return jax.shard_map(local, mesh=loop.layout.mesh, in_specs=specs_of(loop, stale=stale), out_specs=out)
 
 
 def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:

@@ -235,13 +235,13 @@ class Displaced(Synchronous):
         return _with_neighbours(x, self._previous(name), above, self.axis)
 
     def tokens(self, name, kv):
-        own = self._publish(TOKENS, name, _flat(kv))
-        everyone = lax.all_gather(self._previous(name), self.axis, axis=1, tiled=True)
+        everyone = lax.all_gather(self._read(name), self.axis)
         if self.strategy.compress:
-            scales = lax.all_gather(self._previous(name + SCALE), self.axis, axis=1, tiled=True)
-            everyone = _restored(everyone, scales, own.dtype)
-        place = first_row(own.shape[1], self.axis)
-        return self._image_tokens(lax.dynamic_update_slice_in_dim(everyone, own, place, axis=1), kv)
+            everyone = _restored(everyone, lax.all_gather(self._read(name + SCALE), self.axis), kv.dtype)
+        own = self._publish(TOKENS, name, _after(_flat(kv), everyone))
+        self._check(name)
+        everyone = lax.dynamic_update_slice_in_dim(everyone, own[None], lax.axis_index(self.axis), axis=0)
+        return self._image_tokens(jnp.moveaxis(everyone, 0, 1).reshape(own.shape[0], -1, own.shape[-1]), kv)
 
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._own(x, size))
@@ -278,13 +278,16 @@ class Displaced(Synchronous):
         return self.stale[name]
 
     def _previous(self, name: str) -> Array:
+        self._check(name)
+        return self._read(name)
+
+    def _check(self, name: str) -> None:
         stale, fresh = self._read(name), self.fresh[name]
         if (stale.shape, stale.dtype) != (fresh.shape, fresh.dtype):
             raise ValueError(
                 f"{name}: stale state is {stale.dtype}{list(stale.shape)} and this step's is {fresh.dtype}"
                 f"{list(fresh.shape)}; a displaced step needs the synchronous step's sizes and dtype"
             )
-        return stale
 
 
 class StaleMoments(Displaced):
@@ -424,11 +427,19 @@ def _compressed(x: Float[Array, "b t c"]) -> tuple[Int8[Array, "b t c"], Float[A
     return jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
 
 
-def _restored(x: Int8[Array, "b t c"], scales: Float[Array, "b n c"], dtype: Any) -> Float[Array, "b t c"]:
-    """The inverse of `_compressed` for the tokens of n patches after another."""
-    b, n, c = scales.shape
-    parts = x.reshape(b, n, -1, c).astype(jnp.float32) * scales[:, :, None]
-    return parts.reshape(x.shape).astype(dtype)
+def _restored(x: Int8[Array, "n b t c"], scales: Float[Array, "n b 1 c"], dtype: Any) -> Float[Array, "n b t c"]:
+    """The inverse of `_compressed`, for n patches."""
+    return (x.astype(jnp.float32) * scales).astype(dtype)
+
+
+def _after(x: Array, read: Array) -> Array:
+    """`x`, but not before `read` is there.
+
+    What a step publishes can take the place of the stale value in memory as soon as that has been gathered. XLA does not know
+    of the hurry: it leaves such writing to the end of the step, and until then holds everything twice.
+    """
+    zero = jnp.minimum(jnp.abs(read[(0,) * read.ndim]), 0)  # for XLA not a constant, so x now depends on `read`
+    return lax.optimization_barrier(x + zero)
 
 
 def _split(moments: Array) -> tuple[Array, Array]:

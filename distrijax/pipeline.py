@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -95,11 +95,18 @@ class Pipeline:
 
     family: ClassVar[Family]
 
-    def __init__(self, components: Components, mesh: jax.sharding.Mesh, config: DistriConfig, dtype: jnp.dtype):
+    def __init__(
+        self,
+        components: Components,
+        mesh: jax.sharding.Mesh,
+        config: DistriConfig,
+        dtype: jnp.dtype,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
         self.mesh, self.config, self.dtype = mesh, config, dtype
         self.scheduler = components.scheduler
         self.unet_config, self.vae_config = components.unet.config, components.vae.config
-        self.programs = Programs(in_turn=mesh.devices.flat[0].platform == "cpu")
+        self.programs = Programs(mesh.devices.flat[0].platform, compiler_options)
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
         self._prompts = PromptEncoder(
             components.tokenizers,
@@ -125,6 +132,7 @@ class Pipeline:
         scheduler: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Reads a folder in the diffusers layout, or a hub id, onto the devices.
 
@@ -151,7 +159,7 @@ class Pipeline:
             mesh=mesh,
             parallelism=config.parallelism,
         )
-        return cls(components, mesh, config, dtype)
+        return cls(components, mesh, config, dtype, compiler_options)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the tqdm progress bar, e.g. disable=True."""

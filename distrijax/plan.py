@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from distrijax import denoise, tensor
 from distrijax.config import DistriConfig
 from distrijax.denoise import Inputs, Loop, Steps
-from distrijax.exchange import HALO, MOMENTS, TOKENS
+from distrijax.exchange import HALO, MOMENTS, TOKENS, Stale
 from distrijax.mesh import CFG, MeshPlan, check_images, plan_mesh
+from distrijax.programs import Params
 from distrijax.schedulers import Scheduler
 from distrijax.unet import UNetConfig, abstract_unet
 
@@ -72,23 +73,11 @@ def plan(
     dtype: Any = jnp.bfloat16,
 ) -> Plan:
     """The plan of a run; latent: its height and width. Raises DistriError for axis sizes that do not fit `devices` or `images`."""
-    mesh = plan_mesh(config, devices)
-    check_images(images, mesh.data)
-    levels = len(unet.block_out_channels)
-    layout = denoise.layout_of(config, mesh.abstract(), guided=guided, latent=latent, levels=levels)
-    model, weights = tensor.shared_out(abstract_unet(unet), layout.parallelism, mesh.patch)
-    leaves, structure = jax.tree.flatten(model)
-    params = tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
-    loop = denoise.loop_of(config, layout, structure, scheduler, dtype, weights)
-
-    inputs, state, xs = _arguments(loop, unet, params, images)
-    kept = {}
-    if loop.strategy is None:
-        function, arguments = denoise.stateless, (state, xs)
-    else:
-        state, kept = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
-        function, arguments = denoise.displaced, (state, kept, xs)
-    program = jax.make_jaxpr(partial(function, loop))(params, inputs, *arguments)
+    step = step_of(
+        config, unet, scheduler, plan_mesh(config, devices), latent=latent, images=images, guided=guided, dtype=dtype
+    )
+    layout, mesh = step.loop.layout, step.mesh
+    program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
     received, by_patch = Counter(), Counter()
     for kind, patch, count in _collectives(program.jaxpr, layout.mesh.shape):
         if patch is None:
@@ -98,12 +87,57 @@ def plan(
     if by_patch:
         received[HALO] = max(by_patch.values())
     stale = Counter()
-    for leaf in kept.values():
+    for leaf in step.stale.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
     rows = layout.bands.band
     padding = 1 - latent[0] / (layout.patches * rows)
     rounded = {kind: round(count) for kind, count in received.items()}
     return Plan(mesh, layout.patches, rows, padding, dict(stale), rounded)
+
+
+class Step(NamedTuple):
+    """A program of one step, and the shapes of what it takes: `function(loop, params, *arguments)`.
+
+    stale: of `arguments`; empty where the step is stateless.
+    """
+
+    mesh: MeshPlan
+    function: Callable
+    loop: Loop
+    params: Params
+    arguments: tuple
+    stale: Stale
+
+
+def step_of(
+    config: DistriConfig,
+    unet: UNetConfig,
+    scheduler: Scheduler,
+    mesh: MeshPlan,
+    *,
+    latent: tuple[int, int],
+    images: int = 1,
+    guided: bool = True,
+    dtype: Any = jnp.bfloat16,
+    devices: Sequence[jax.Device] | None = None,
+) -> Step:
+    """The step that most of a run's steps are: displaced, or stateless where no step is.
+
+    devices: to compile it for; None where it is only traced.
+    """
+    check_images(images, mesh.data)
+    levels = len(unet.block_out_channels)
+    where = mesh.abstract() if devices is None else mesh.build(devices)
+    layout = denoise.layout_of(config, where, guided=guided, latent=latent, levels=levels)
+    model, weights = tensor.shared_out(abstract_unet(unet), layout.parallelism, mesh.patch)
+    leaves, structure = jax.tree.flatten(model)
+    params = tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
+    loop = denoise.loop_of(config, layout, structure, scheduler, dtype, weights)
+    inputs, state, xs = _arguments(loop, unet, params, images)
+    if loop.strategy is None:
+        return Step(mesh, denoise.stateless, loop, params, (inputs, state, xs), {})
+    state, stale = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
+    return Step(mesh, denoise.displaced, loop, params, (inputs, state, stale, xs), stale)
 
 
 def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:

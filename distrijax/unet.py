@@ -418,6 +418,20 @@ class UNet(nnx.Module):
         return [block for transformer in transformers for block in transformer.transformer_blocks]
 
 
+SDXL_BASE = UNetConfig(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    cross_attention_dim=2048,
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+"""Stable Diffusion XL base 1.0's."""
+
+
 def abstract_unet(config: UNetConfig) -> UNet:
     """A UNet of shapes without values."""
     return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))

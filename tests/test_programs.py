@@ -1,13 +1,15 @@
-"""Compiled programs: which of them run at the same time."""
+"""Compiled programs: with which options, and which of them run at the same time."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from distrijax import DistriError
 from distrijax.programs import Programs
 
 
@@ -16,8 +18,34 @@ def slow_sum(static, params, x):
     return jax.lax.fori_loop(0, 300, lambda _, total: total + jnp.sin(x + total), x)
 
 
-def test_in_turn_waits_for_the_end_of_a_program():
+def test_programs_on_virtual_devices_end_before_the_next_begins():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(np.ones((8, 20_000), np.float32), NamedSharding(mesh, P("x")))
-    result = Programs(in_turn=True)(slow_sum, None, (), x)
+    result = Programs("cpu")(slow_sum, None, (), x)
     assert result.is_ready()
+
+
+def test_a_users_options_come_before_the_platforms():
+    name = "xla_gpu_enable_latency_hiding_scheduler"
+    assert Programs("gpu").options[name] is True
+    mended = Programs("gpu", {name: False, "xla_gpu_enable_triton_gemm": False}).options
+    assert (mended[name], mended["xla_gpu_enable_triton_gemm"]) == (False, False)
+    assert mended.keys() - Programs("gpu").options.keys() == {"xla_gpu_enable_triton_gemm"}
+    assert Programs("cpu").options == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"xla_gpu_enable_magic": True}, "No such compile option: 'xla_gpu_enable_magic'"),
+        ({"xla_backend_optimization_level": "high"}, "'high' is not a valid int"),
+    ],
+)
+def test_options_that_xla_does_not_have_are_refused(options, told):
+    x = jax.device_put(np.ones(3, np.float32), sharding())
+    with pytest.raises(DistriError, match=f"XLA refuses a compiler option .*{told}.*; leave it out or correct it"):
+        Programs("cpu", options)(lambda static, params, x: x + 1, None, (), x)
+
+
+def sharding() -> NamedSharding:
+    return NamedSharding(jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), P())

@@ -1,0 +1,180 @@
+"""What hides what: the collectives of a compiled program's scheduled HLO, and the kernels between their start and their done.
+
+XLA prints the instructions of a scheduled program in the order in which they are issued. A collective is hidden where it has
+a start and a done, and products (of matrices, convolutions, attentions) are issued between the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
+
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id", "after-all", "iota")
+"""Opcodes that start no kernel."""
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_CONVOLUTION = re.compile(r"dim_labels=\w+_(\w+)->(\w+)")
+_ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of HLO: name, type of the result, opcode, and the rest of the line."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it takes."""
+        return _NAME.findall(self.rest[: _end(self.rest)])
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that it runs."""
+        return _CALLED.findall(self.rest)
+
+    @property
+    def arrays(self) -> list[str]:
+        """The arrays of its result, for example bf16[2,128,1280]."""
+        return [f"{kind}[{sizes}]" for kind, sizes in _ARRAY.findall(self.shape)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """A collective of a program.
+
+    kind: one of `COLLECTIVES`. arrays: that it yields on a device. received: bytes that come in from other devices, those of
+    a ring for an all-reduce. start, done: its places in the schedule, the same where it is synchronous. behind: names of the
+    products issued between the two.
+    """
+
+    kind: str
+    arrays: tuple[str, ...]
+    received: int
+    start: int
+    done: int
+    behind: tuple[str, ...]
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.start < self.done
+
+
+class Program:
+    """A scheduled HLO text.
+
+    computations: their instructions, by name. step: the longest of them, which is the loop's body where there is a loop.
+    """
+
+    def __init__(self, hlo: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        current: list[Instruction] = []
+        for line in hlo.splitlines():
+            if found := _INSTRUCTION.match(line):
+                current.append(Instruction(*found.groups()))
+            elif found := _COMPUTATION.match(line):
+                current = self.computations.setdefault(found.group(1), [])
+        self.step: list[Instruction] = max(self.computations.values(), key=len, default=[])
+        self._by_name = {each.name: each for body in self.computations.values() for each in body}
+
+    @functools.cached_property
+    def transfers(self) -> list[Transfer]:
+        """The collectives of the step, by their ends."""
+        places = {instruction.name: place for place, instruction in enumerate(self.step)}
+        result = []
+        for place, instruction in enumerate(self.step):
+            if instruction.opcode in COLLECTIVES:
+                result.append(self._transfer(instruction, place, place))
+            elif instruction.opcode.endswith("-done"):
+                start = places[instruction.operands[0]]
+                if (collective := self._started(self.step[start])) is not None:
+                    result.append(self._transfer(collective, start, place))
+        return result
+
+    def flops(self, instruction: Instruction) -> int:
+        """Floating-point operations of the products in an instruction; 0 where there is none."""
+        if instruction.opcode in ("fusion", "call", "while", "conditional"):
+            inner = (each for name in instruction.called for each in self.computations.get(name, ()))
+            return sum(map(self.flops, inner))
+        operands = [
+            _sizes(self._by_name[name].arrays[0]) for name in instruction.operands if self._by_name[name].arrays
+        ]
+        if instruction.opcode == "dot":
+            contracted = _CONTRACTED.search(instruction.rest).group(1)
+            inner = math.prod(operands[0][int(axis)] for axis in contracted.split(",") if axis)
+            return 2 * math.prod(_sizes(instruction.arrays[0])) * inner
+        if found := _CONVOLUTION.search(instruction.rest):
+            kernel, _ = found.groups()
+            per_output = math.prod(size for size, label in zip(operands[1], kernel, strict=True) if label != "o")
+            return 2 * math.prod(_sizes(instruction.arrays[0])) * per_output
+        if instruction.opcode == "custom-call" and _ATTENTION.search(instruction.rest):
+            query, key = operands[:2]
+            return 4 * math.prod(query) * key[1]
+        return 0
+
+    def moved(self, instruction: Instruction) -> int:
+        """Bytes that an instruction's kernel reads and writes; 0 where it has no kernel."""
+        if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done")):
+            return 0
+        read = [array for name in instruction.operands for array in self._by_name[name].arrays]
+        return sum(map(array_bytes, [*instruction.arrays, *read]))
+
+    def _started(self, start: Instruction) -> Instruction | None:
+        """The collective that an asynchronous start begins: itself, or what it wraps; None where it begins something else."""
+        if start.opcode.removesuffix("-start") in COLLECTIVES:
+            return start
+        inner = [each for name in start.called for each in self.computations.get(name, ())]
+        return next((each for each in inner if each.opcode in COLLECTIVES), None)
+
+    def _transfer(self, collective: Instruction, start: int, done: int) -> Transfer:
+        kind = collective.opcode.removesuffix("-start")
+        arrays = tuple(self.step[done].arrays)
+        n = _group(collective)
+        part = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0}.get(
+            kind, (n - 1) / n
+        )
+        behind = tuple(each.name for each in self.step[start + 1 : done] if self.flops(each))
+        return Transfer(kind, arrays, round(part * sum(map(array_bytes, arrays))), start, done, behind)
+
+
+def array_bytes(array: str) -> int:
+    """Bytes of an array as HLO writes it, for example bf16[2,128,1280]."""
+    kind, _ = _ARRAY.fullmatch(array).groups()
+    bits = 8 if kind == "pred" else int(re.search(r"\d+", kind).group())
+    return math.prod(_sizes(array)) * bits // 8
+
+
+def _sizes(array: str) -> list[int]:
+    return [int(size) for size in array[array.index("[") + 1 : -1].split(",") if size]
+
+
+def _group(collective: Instruction) -> int:
+    """How many devices take part in each group of a collective."""
+    found = _GROUPS.search(collective.rest)
+    if found is None:
+        return 1
+    listed, counted = found.groups()
+    return len(listed.split(",")) if listed else int(counted)
+
+
+def _end(rest: str) -> int:
+    """Where the operands end: at the parenthesis that closes the opcode's."""
+    depth = 1
+    for place, character in enumerate(rest):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return place
+    return len(rest)

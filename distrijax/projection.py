@@ -1,0 +1,251 @@
+"""What a step would take on GPUs that are not here: compiled for them by XLA, and projected from the schedule of the program.
+
+Memory, bytes, operations and what hides what are those of the compiled program. Times are projections of a simple model:
+
+    product     its operations at PRODUCTS of the GPU's peak, or its bytes at MEMORY of the bandwidth, whichever takes longer
+    other       its bytes at MEMORY of the bandwidth
+    kernel      LAUNCH besides
+    transfer    LATENCY, and its bytes at LINK of the link; one after the other, beside the kernels
+
+Kernels wait for a transfer at its done alone. PRODUCTS was chosen so that one A100 takes about as long for SDXL's UNet at 3840x3840
+as the original's authors measured (2.8 s, arXiv 2402.19481, table 4); the others are common values. None was measured here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distrijax import denoise
+from distrijax.config import DistriConfig
+from distrijax.mesh import MeshPlan, plan_mesh
+from distrijax.overlap import Instruction, Program, Transfer, array_bytes
+from distrijax.plan import Step, step_of
+from distrijax.programs import OPTIONS, compiled
+from distrijax.schedulers import Scheduler
+from distrijax.targets import GPUS, Gpu, compile_only_devices
+from distrijax.unet import UNetConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PRODUCTS, MEMORY, LINK = 0.6, 0.8, 0.7
+LAUNCH, LATENCY = 3e-6, 15e-6  # seconds
+
+LINKS = {"pcie": 32e9, "network": 25e9}
+"""Bytes per second that come in over other links than a host's own: PCIe 4.0 x16; 200 Gbit/s for each GPU between hosts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A kernel or a transfer on the projected time line, in seconds. product: whether it is one, or else moves bytes."""
+
+    name: str
+    start: float
+    end: float
+    product: bool = False
+    transfer: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """One displaced step (or stateless, where no step is displaced), compiled for some GPU.
+
+    memory: bytes on each device: weights, stale state, other arguments, gathered (the most that is alive at once of what
+    gathers brought), and work (the rest of what the program needs). flops: of the products, of one device.
+    """
+
+    gpu: Gpu
+    mesh: MeshPlan
+    hlo: str
+    memory: dict[str, int]
+
+    def __post_init__(self):
+        object.__setattr__(self, "program", Program(self.hlo))
+
+    @property
+    def flops(self) -> int:
+        return sum(map(self.program.flops, self.program.step))
+
+    @property
+    def received(self) -> int:
+        return sum(transfer.received for transfer in self.program.transfers)
+
+    def events(self, link: float | None = None) -> list[Event]:
+        """The projected time line. link: bytes per second that come in; None is the GPU's own."""
+        return _simulate(self.program, self.gpu, link or self.gpu.link)
+
+
+def compile_step(
+    config: DistriConfig,
+    unet: UNetConfig,
+    scheduler: Scheduler,
+    gpu: str,
+    *,
+    devices: int,
+    latent: tuple[int, int],
+    images: int = 1,
+    guided: bool = True,
+    dtype: Any = jnp.bfloat16,
+    options: dict[str, Any] | None = None,
+) -> CompiledStep:
+    """Compiles the step that most of a run's steps are, for GPUs that need not be there.
+
+    gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: XLA's, over the pipeline's.
+    Raises DistriError for what cannot be shared out, and where the compiler for these GPUs is not installed.
+    """
+    step = step_of(
+        config,
+        unet,
+        scheduler,
+        plan_mesh(config, devices),
+        latent=latent,
+        images=images,
+        guided=guided,
+        dtype=dtype,
+        devices=compile_only_devices(gpu, devices),
+    )
+    places = denoise.specs_of(step.loop, stale=bool(step.stale))
+    params, *arguments = _placed(step.loop.layout.mesh, places, (step.params, *step.arguments))
+    donate = (2, 3) if step.stale else (2,)
+    jitted = jax.jit(step.function, static_argnums=0, donate_argnums=tuple(1 + place for place in donate))
+    program = compiled(jitted.lower(step.loop, params, *arguments), {**OPTIONS["gpu"], **(options or {})})
+    return CompiledStep(GPUS[gpu], step.mesh, program.as_text(), _memory(step, program, places))
+
+
+def _placed(mesh: Any, specs: tuple, arguments: tuple) -> tuple:
+    """Shapes with where they lie; a spec stands for all leaves of an argument."""
+
+    def place(spec: P, part: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
+
+    return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))
+
+
+def _memory(step: Step, program: jax.stages.Compiled, places: tuple) -> dict[str, int]:
+    """Bytes on each device, by kind. All weights count, those too that this program does not read."""
+
+    def on_device(specs: Any, part: Any) -> int:
+        placed = jax.tree.leaves(_placed(step.loop.layout.mesh, (specs,), (part,)))
+        return sum(_shard_bytes(leaf) for leaf in placed)
+
+    analysis = program.memory_analysis()
+    stale = on_device(step.loop.layout.stale, step.stale)
+    others = sum(
+        on_device(specs, part) for specs, part in zip(places[1:], step.arguments, strict=True) if part is not step.stale
+    )
+    gathered = _gathered(Program(program.as_text()))
+    return {
+        "weights": on_device(step.loop.weights, step.params),
+        "stale state": stale,
+        "latents and conditioning": others,
+        "gathered": gathered,
+        "work": max(analysis.temp_size_in_bytes - gathered, 0),
+    }
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    itemsize = leaf.dtype.itemsize
+    size = itemsize
+    for side in shape:
+        size *= side
+    return size
+
+
+def _gathered(program: Program) -> int:
+    """The most bytes of gathered arrays that are alive at once: from the start of a gather to the last use of its result."""
+    aliases = {}  # of an instruction that only names a part of a gather's result: that gather
+    last: dict[str, int] = {}
+    gathers = {program.step[t.done].name: t for t in program.transfers if t.kind == "all-gather"}
+    for place, instruction in enumerate(program.step):
+        for name in instruction.operands:
+            owner = aliases.get(name, name)
+            if owner in gathers:
+                last[owner] = place
+                if instruction.opcode in ("bitcast", "get-tuple-element"):
+                    aliases[instruction.name] = owner
+    changes = Counter()
+    for name, transfer in gathers.items():
+        size = sum(map(array_bytes, transfer.arrays))
+        changes[transfer.start] += size
+        changes[last.get(name, transfer.done) + 1] -= size
+    alive = most = 0
+    for place in sorted(changes):
+        alive += changes[place]
+        most = max(most, alive)
+    return most
+
+
+def _simulate(program: Program, gpu: Gpu, link: float) -> list[Event]:
+    events: list[Event] = []
+    starts: dict[int, list[Transfer]] = {}
+    ends: dict[int, list[Transfer]] = {}
+    for transfer in program.transfers:
+        starts.setdefault(transfer.start, []).append(transfer)
+        ends.setdefault(transfer.done, []).append(transfer)
+    now = free = 0.0  # when the kernels before this place are done, and when the link is
+    arrived: dict[int, float] = {}
+    for place, instruction in enumerate(program.step):
+        for transfer in starts.get(place, ()):
+            begin = max(now, free)
+            free = arrived[transfer.start] = begin + LATENCY + transfer.received / (LINK * link)
+            events.append(Event(transfer.kind, begin, free, transfer=True))
+        for transfer in ends.get(place, ()):
+            now = max(now, arrived[transfer.start])
+        seconds, product = _kernel(program, instruction, gpu)
+        if seconds and place not in starts:
+            events.append(Event(instruction.name, now, now + seconds, product=product))
+            now += seconds
+    return events
+
+
+def _kernel(program: Program, instruction: Instruction, gpu: Gpu) -> tuple[float, bool]:
+    """Seconds of an instruction's kernel, 0 for none; and whether it is a product."""
+    moved = program.moved(instruction)
+    if not moved:
+        return 0.0, False
+    flops = program.flops(instruction)
+    return max(flops / (PRODUCTS * gpu.flops), moved / (MEMORY * gpu.bandwidth)) + LAUNCH, bool(flops)
+
+
+def seconds(events: list[Event]) -> float:
+    """The end of the time line."""
+    return max((event.end for event in events), default=0.0)
+
+
+def waiting(events: list[Event]) -> float:
+    """Seconds in which no kernel runs."""
+    return seconds(events) - sum(event.end - event.start for event in events if not event.transfer)
+
+
+def timeline(events: list[Event], title: str) -> Figure:
+    """A picture: kernels above, transfers below. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 2.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    rows = {
+        "products": (2, "C0", [e for e in events if e.product]),
+        "other kernels": (1, "C1", [e for e in events if not e.product and not e.transfer]),
+        "transfers": (0, "C2", [e for e in events if e.transfer]),
+    }
+    for height, colour, part in rows.values():
+        spans = [(1e3 * event.start, 1e3 * (event.end - event.start)) for event in part]
+        axes.broken_barh(spans, (height - 0.4, 0.8), color=colour, linewidth=0)
+    axes.set_yticks([height for height, *_ in rows.values()], list(rows))
+    axes.set(xlabel="ms (projection)", title=title, xlim=(0, 1e3 * seconds(events)))
+    return figure
+
+
+def write_timeline(events: list[Event], title: str, path: Path) -> None:
+    """The picture of `timeline`, as a PNG."""
+    timeline(events, title).savefig(path, format="png")
