@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from distrijax.auto import load_pipeline
-from distrijax.config import DistriConfig, DistriError, Parallelism, SplitScheme, SyncMode
+from distrijax.config import DistriConfig, DistriError, DistriWarning, Parallelism, SplitScheme, SyncMode
 from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.pipeline import PipelineOutput
 from distrijax.pipeline_sd import DistriSDPipeline
 from distrijax.pipeline_sdxl import DistriSDXLPipeline
 from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
-from distrijax.tokenizer import DistriWarning
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 """The embedded model: a small SDXL-shaped pipeline, trained by examples/train_tiny.py on scenes of coloured shapes."""

@@ -15,6 +15,10 @@ class DistriError(ValueError):
     """Bad input, told in one sentence: what was got, what is allowed, what to do."""
 
 
+class DistriWarning(UserWarning):
+    """Something asked for could not be honoured in full; the picture is made all the same."""
+
+
 class SyncMode(enum.StrEnum):
     """What a patch knows of the others after the warm-up.
 

@@ -254,6 +254,9 @@ class Displaced(Synchronous):
         variance = stale_variance + a * ((own_variance - old_variance) + change * shift)
         return jnp.stack([stale_mean + a * change, jnp.where(variance < 0, own_variance, variance)], -1)
 
+    def exact(self) -> Exchange:
+        return _Apart(self.axis, self.bands)
+
     def correction(self, x: Float[Array, "b h w c"]) -> Array | float:
         """How much of the own patch's change goes into the whole image's moments."""
         return 1.0
@@ -288,6 +291,14 @@ class Displaced(Synchronous):
                 f"{name}: stale state is {stale.dtype}{list(stale.shape)} and this step's is {fresh.dtype}"
                 f"{list(fresh.shape)}; a displaced step needs the synchronous step's sizes and dtype"
             )
+
+
+class _Apart(Synchronous):
+    """The synchronous answers beside a displaced step's: nothing fresh waits for what is stale."""
+
+    def halo(self, name, x, above, below):
+        x = self._without_padding(x)
+        return _with_neighbours(x, _edges(x, above, below), above, self.axis, apart=True)
 
 
 class StaleMoments(Displaced):
@@ -409,10 +420,15 @@ def _edges(x: Array, above: int, below: int) -> Array:
     return jnp.concatenate([x[:, x.shape[1] - above :], x[:, :below]], 1)
 
 
-def _with_neighbours(x: Array, edges: Array, above: int, axis: Axis) -> Array:
-    """`x` between the edges that its neighbours published; ppermute leaves zeros at the image's border."""
+def _with_neighbours(x: Array, edges: Array, above: int, axis: Axis, *, apart: bool = False) -> Array:
+    """`x` between the edges that its neighbours published; ppermute leaves zeros at the image's border.
+
+    apart: XLA combines permutes of equal lists of pairs, and then all wait for the latest. These have a list of their own:
+    the same pairs the other way round.
+    """
     n = lax.axis_size(axis)
-    down, up = [(i, i + 1) for i in range(n - 1)], [(i + 1, i) for i in range(n - 1)]
+    order = range(n - 1)[:: -1 if apart else 1]
+    down, up = [(i, i + 1) for i in order], [(i + 1, i) for i in order]
     parts = [lax.ppermute(edges[:, :above], axis, down)] if above else []
     parts.append(x)
     if edges.shape[1] > above:

@@ -215,3 +215,9 @@ def _bytes(leaf: Any) -> int:
 def megabytes(count: float) -> str:
     """Bytes for people."""
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
+
+
+if __name__ == "__main__":
+    from distrijax.plan_command import main
+
+    main()

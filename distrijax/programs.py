@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from distrijax.config import DistriError
+from distrijax.config import DistriError, DistriWarning
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_enable_analytical_sol_latency_estimator": False,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
         "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000,
         "xla_gpu_collective_permute_combine_threshold_bytes": 1_000_000,
@@ -22,9 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """XLA's options for each of JAX's platforms.
 
-Without the latency-hiding scheduler nothing travels while a GPU computes; with one collective at a time, those that wait
-their turn begin too late. What many layers ask for is small and is combined, but not into anything large: XLA would otherwise
-have the first GroupNorm wait for the keys and values of a layer far behind it.
+Without the latency-hiding scheduler nothing travels while a GPU computes; by its model of Hopper's links what is small need not
+be hidden; with one collective at a time, those that wait their turn begin too late. Only what is small is combined: XLA would
+otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
 """
 
 Params = tuple[jax.Array, ...]
@@ -34,13 +37,13 @@ Params = tuple[jax.Array, ...]
 class Programs:
     """Compiles `function(static, params, *arguments)` once for each static value and each shape of the arguments.
 
-    platform: JAX's name for the devices'. options: XLA's, instead of those of `OPTIONS` or beside them.
+    platform: JAX's name for the devices'. options: a user's for XLA, before those of `OPTIONS`.
     seconds: spent tracing and compiling so far. count: how many programs that made.
     """
 
     def __init__(self, platform: str, options: Mapping[str, Any] | None = None):
         self.platform = platform
-        self.options = {**OPTIONS.get(platform, {}), **(options or {})}
+        self.options = dict(options or {})
         self.seconds = 0.0
         self._compiled: dict[Hashable, Any] = {}
 
@@ -57,7 +60,7 @@ class Programs:
         if key not in self._compiled:
             start = time.perf_counter()
             jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
-            self._compiled[key] = compiled(jitted.lower(static, params, *arguments), self.options)
+            self._compiled[key] = compiled(jitted.lower(static, params, *arguments), self.platform, self.options)
             self.seconds += time.perf_counter() - start
         result = self._compiled[key](params, *arguments)
         # virtual CPU devices share one pool of threads: with a second program in it, the collectives of the first may wait
@@ -65,14 +68,26 @@ class Programs:
         return jax.block_until_ready(result) if self.platform == "cpu" else result
 
 
-def compiled(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
-    """The program, compiled with XLA's options; raises DistriError for one that XLA does not know, or a wrong value."""
-    try:
-        return lowered.compile(compiler_options=dict(options))
-    except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error) or not any(name in str(error) for name in options):
-            raise
-        raise DistriError(f"XLA refuses a compiler option ({error}); leave it out or correct it") from None
+def compiled(lowered: jax.stages.Lowered, platform: str, options: Mapping[str, Any]) -> jax.stages.Compiled:
+    """The program, compiled with the platform's `OPTIONS` and, before them, a user's.
+
+    An option of ours that this version of XLA does not have is left out, with a DistriWarning. Raises DistriError for a
+    user's that XLA does not have, or with a value that it does not take.
+    """
+    chosen = {**OPTIONS.get(platform, {}), **options}
+    while True:
+        try:
+            return lowered.compile(compiler_options=chosen)
+        except jax.errors.JaxRuntimeError as error:
+            told = str(error)
+            refused = next((name for name in chosen if re.search(rf"\b{re.escape(name)}\b", told)), None)
+            if "INVALID_ARGUMENT" not in told or refused is None:
+                raise
+            if refused in options:
+                raise DistriError(f"XLA refuses a compiler option ({told}); leave it out or correct it") from None
+            told = f"this XLA has no option {refused}; less may be hidden behind computing"
+            warnings.warn(told, DistriWarning, stacklevel=2)
+            del chosen[refused]
 
 
 @functools.cache

@@ -14,8 +14,9 @@ as the original's authors measured (2.8 s, arXiv 2402.19481, table 4); the other
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +29,7 @@ from distrijax.config import DistriConfig
 from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.overlap import Instruction, Program, Transfer, array_bytes
 from distrijax.plan import Step, step_of
-from distrijax.programs import OPTIONS, compiled
+from distrijax.programs import compiled
 from distrijax.schedulers import Scheduler
 from distrijax.targets import GPUS, Gpu, compile_only_devices
 from distrijax.unet import UNetConfig
@@ -67,8 +68,9 @@ class CompiledStep:
     hlo: str
     memory: dict[str, int]
 
-    def __post_init__(self):
-        object.__setattr__(self, "program", Program(self.hlo))
+    @functools.cached_property
+    def program(self) -> Program:
+        return Program(self.hlo)
 
     @property
     def flops(self) -> int:
@@ -98,7 +100,7 @@ def compile_step(
 ) -> CompiledStep:
     """Compiles the step that most of a run's steps are, for GPUs that need not be there.
 
-    gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: XLA's, over the pipeline's.
+    gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: for XLA, before the pipeline's.
     Raises DistriError for what cannot be shared out, and where the compiler for these GPUs is not installed.
     """
     step = step_of(
@@ -116,7 +118,7 @@ def compile_step(
     params, *arguments = _placed(step.loop.layout.mesh, places, (step.params, *step.arguments))
     donate = (2, 3) if step.stale else (2,)
     jitted = jax.jit(step.function, static_argnums=0, donate_argnums=tuple(1 + place for place in donate))
-    program = compiled(jitted.lower(step.loop, params, *arguments), {**OPTIONS["gpu"], **(options or {})})
+    program = compiled(jitted.lower(step.loop, params, *arguments), "gpu", options or {})
     return CompiledStep(GPUS[gpu], step.mesh, program.as_text(), _memory(step, program, places))
 
 
@@ -153,12 +155,7 @@ def _memory(step: Step, program: jax.stages.Compiled, places: tuple) -> dict[str
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    itemsize = leaf.dtype.itemsize
-    size = itemsize
-    for side in shape:
-        size *= side
-    return size
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _gathered(program: Program) -> int:
@@ -244,8 +241,3 @@ def timeline(events: list[Event], title: str) -> Figure:
     axes.set_yticks([height for height, *_ in rows.values()], list(rows))
     axes.set(xlabel="ms (projection)", title=title, xlim=(0, 1e3 * seconds(events)))
     return figure
-
-
-def write_timeline(events: list[Event], title: str, path: Path) -> None:
-    """The picture of `timeline`, as a PNG."""
-    timeline(events, title).savefig(path, format="png")

@@ -105,9 +105,7 @@ def compile_only_devices(gpu: str, count: int) -> list[jax.Device]:
     if gpu not in GPUS:
         raise DistriError(f"gpu is {gpu!r}; use one of: {', '.join(GPUS)}")
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
-        raise DistriError(
-            f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install jax-cuda12-plugin and nvidia-cudnn-cu12"
-        )
+        raise DistriError(f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install the extra `plan`")
     with _without_a_gpu():
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=gpu, target_config=GPUS[gpu].as_text(), topology=f"1x1x{count}"

@@ -19,7 +19,7 @@ from jaxtyping import Int32
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from distrijax.config import DistriError, check_choice, positive
+from distrijax.config import DistriError, DistriWarning, check_choice, positive
 from distrijax.weights import read_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -35,10 +35,6 @@ SPECIAL_TOKENS = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_t
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]
 """Ids of the tokens, merges in their order, and the tokens that a folder adds, by id."""
-
-
-class DistriWarning(UserWarning):
-    """Something asked for could not be honoured in full; the picture is made all the same."""
 
 
 @dataclasses.dataclass(frozen=True)

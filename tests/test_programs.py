@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distrijax import DistriError
-from distrijax.programs import Programs
+from distrijax import DistriError, DistriWarning
+from distrijax.programs import OPTIONS, Programs, compiled
 
 
 def slow_sum(static, params, x):
@@ -25,13 +27,31 @@ def test_programs_on_virtual_devices_end_before_the_next_begins():
     assert result.is_ready()
 
 
+@dataclasses.dataclass
+class Lowered:
+    """Compiles with every option that it knows, and refuses the first other one, as XLA does."""
+
+    known: set[str]
+
+    def compile(self, compiler_options):
+        for name in compiler_options:
+            if name not in self.known:
+                raise jax.errors.JaxRuntimeError(f"INVALID_ARGUMENT: No such compile option: '{name}'")
+        return compiler_options
+
+
 def test_a_users_options_come_before_the_platforms():
-    name = "xla_gpu_enable_latency_hiding_scheduler"
-    assert Programs("gpu").options[name] is True
-    mended = Programs("gpu", {name: False, "xla_gpu_enable_triton_gemm": False}).options
-    assert (mended[name], mended["xla_gpu_enable_triton_gemm"]) == (False, False)
-    assert mended.keys() - Programs("gpu").options.keys() == {"xla_gpu_enable_triton_gemm"}
-    assert Programs("cpu").options == {}
+    name, other = "xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_triton_gemm"
+    xla = Lowered({*OPTIONS["gpu"], other})
+    assert compiled(xla, "gpu", {}) == OPTIONS["gpu"]
+    assert compiled(xla, "gpu", {name: False, other: True}) == {**OPTIONS["gpu"], name: False, other: True}
+    assert compiled(xla, "cpu", {}) == {}
+
+
+def test_an_option_of_ours_that_xla_does_not_have_is_left_out_with_a_warning():
+    lost, *others = OPTIONS["gpu"]
+    with pytest.warns(DistriWarning, match=f"this XLA has no option {lost}"):
+        assert list(compiled(Lowered(set(others)), "gpu", {})) == others
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer as TorchTokenizer
 
-from distrijax.config import DistriError
-from distrijax.tokenizer import BEGIN, END, CLIPTokenizer, DistriWarning
+from distrijax import DistriError, DistriWarning
+from distrijax.tokenizer import BEGIN, END, CLIPTokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from tiny_tokenizer import BYTES, count_words, learn_merges, train_tokenizer, write_tokenizer

@@ -1,0 +1,163 @@
+"""The command line of `python -m distrijax.plan`: a step compiled for GPUs that are not here, and what it would take on them.
+
+    python -m distrijax.plan --gpu a100-sxm-80gb --devices 8 --image-size 3840
+
+Nothing is run, no weights are read, and no GPU is needed; the extra `plan` has the compiler. Compiling takes a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from distrijax.config import DistriConfig, DistriError, Parallelism, SyncMode, positive
+from distrijax.loading import DTYPES, find_folder, read_configs
+from distrijax.mesh import check_sizes
+from distrijax.plan import megabytes
+from distrijax.projection import LINKS, CompiledStep, Event, compile_step, seconds, timeline, waiting
+from distrijax.schedulers import load_scheduler
+from distrijax.targets import GPUS
+from distrijax.unet import SDXL_BASE
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    arguments = _parse(argv)
+    jax.config.update("jax_platforms", "cpu")  # what is compiled for needs no device
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)  # nor is it news that there is none
+    try:
+        _tell(arguments)
+    except DistriError as error:
+        sys.exit(f"error: {error}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        "python -m distrijax.plan",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--gpu", default="a100-sxm-80gb", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
+    add("--devices", type=int, default=8, help="how many of them share a picture (default: %(default)s)")
+    add("--image-size", type=int, nargs="+", default=[1024], metavar=("H", "W"), help="pixels (default: 1024)")
+    add("--model", help="folder in the diffusers layout or hub id (default: the UNet of Stable Diffusion XL)")
+    add("--batch", type=int, default=1, help="pictures (default: %(default)s)")
+    add("--no-guidance", action="store_true", help="as with a --guidance-scale of 1 or less")
+    add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
+    add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
+    add("--compress", action="store_true", help="keys and values travel as int8")
+    add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
+    add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="(default: %(default)s)")
+    add("--link", default="nvlink", help="nvlink, pcie, network, or GB/s that come in (default: %(default)s)")
+    add("--no-baseline", action="store_true", help="do not compile for one device as well, to tell the speed-up")
+    add("--hlo", type=Path, metavar="FILE", help="write the scheduled program")
+    add("--timeline", type=Path, metavar="FILE", help="write a picture of the projected time line (PNG)")
+    return parser.parse_args(argv)
+
+
+def _tell(arguments: argparse.Namespace) -> None:
+    devices = positive(arguments.devices, "--devices")
+    link = _link(arguments.link, arguments.gpu)
+    step = _compile(arguments, devices)
+    events = step.events(link)
+    if arguments.hlo:
+        _write(arguments.hlo, lambda path: path.write_text(step.hlo))
+    if arguments.timeline:
+        _draw(arguments.timeline, step, events, arguments)
+    print(f"mesh     {step.mesh} of {step.gpu.name}, {arguments.dtype}")
+    total = sum(step.memory.values())
+    kinds = ", ".join(f"{kind} {megabytes(size)}" for kind, size in step.memory.items())
+    print(f"memory   {megabytes(total)} of {megabytes(step.gpu.memory)} on each device: {kinds}")
+    print(f"work     {step.flops / 1e12:.3g} TFLOP on each device and step")
+    print(f"received {megabytes(step.received)} by each device and step")
+    for line in _hidden(step):
+        print(f"         {line}")
+    print(
+        f"projection  {1e3 * seconds(events):.3g} ms a step, {1e3 * waiting(events):.2g} ms of them waiting for transfers"
+    )
+    if devices > 1 and not arguments.no_baseline:
+        alone = seconds(_compile(arguments, 1).events(link))
+        print(f"projection  {1e3 * alone:.3g} ms a step on one device: {alone / seconds(events):.2f} times as long")
+
+
+def _compile(arguments: argparse.Namespace, devices: int) -> CompiledStep:
+    if len(arguments.image_size) > 2:
+        raise DistriError(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
+    unet, scheduler, scale = SDXL_BASE, load_scheduler({"_class_name": "EulerDiscreteScheduler"}), 8
+    if arguments.model:
+        configs = read_configs(find_folder(arguments.model, variant=None, revision=None, token=None))
+        unet, scheduler, scale = configs.unet, configs.scheduler, configs.vae.scale
+    height, width = arguments.image_size[0], arguments.image_size[-1]
+    check_sizes(height=height, width=width, vae_scale=scale)
+    config = DistriConfig(
+        sync_mode=arguments.sync_mode,
+        extrapolate=arguments.extrapolate,
+        compress=arguments.compress,
+        split_batch=not arguments.no_split_batch,
+        parallelism=arguments.parallelism,
+    )
+    return compile_step(
+        config,
+        unet,
+        scheduler,
+        arguments.gpu,
+        devices=devices,
+        latent=(height // scale, width // scale),
+        images=positive(arguments.batch, "--batch"),
+        guided=not arguments.no_guidance,
+        dtype=DTYPES[arguments.dtype],
+    )
+
+
+def _link(given: str, gpu: str) -> float | None:
+    """Bytes per second that come in; None for the GPU's own link."""
+    if given == "nvlink" or given in LINKS:
+        return LINKS.get(given)
+    try:
+        rate = float(given)
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise DistriError(f"--link is {given!r}; use nvlink, {', '.join(LINKS)}, or GB/s")
+    return rate * 1e9
+
+
+def _hidden(step: CompiledStep) -> list[str]:
+    """For each kind of collective how many are hidden behind products; then what is not."""
+    transfers = step.program.transfers
+    lines = []
+    for kind, count in sorted(Counter(transfer.kind for transfer in transfers).items()):
+        behind = [len(transfer.behind) for transfer in transfers if transfer.kind == kind and transfer.behind]
+        words = f"{len(behind)} of {count} {kind} asynchronous, with products between start and done"
+        lines.append(words + (f" ({min(behind)} to {max(behind)} of them)" if behind else ""))
+    exposed = sorted(transfer.received for transfer in transfers if not transfer.behind)
+    if exposed:
+        lines.append(f"not hidden: {', '.join(megabytes(size) for size in exposed)}")
+    return lines
+
+
+def _draw(path: Path, step: CompiledStep, events: list[Event], arguments: argparse.Namespace) -> None:
+    size = "x".join(map(str, (arguments.image_size[0], arguments.image_size[-1])))
+    title = f"projection: one step at {size}, {step.mesh} of {step.gpu.name}"
+    try:
+        figure = timeline(events, title)
+    except ImportError:
+        raise DistriError("--timeline needs matplotlib; install the extra `plan`") from None
+    _write(path, lambda path: figure.savefig(path, format="png"))
+
+
+def _write(path: Path, write) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise DistriError(f"{path} cannot be written ({error.strerror}); choose another name") from None

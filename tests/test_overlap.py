@@ -1,0 +1,182 @@
+"""What hides what: the reading of HLO in closed form, and the displaced step compiled for GPUs that are not here (extra `plan`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import pytest
+
+from distrijax import DistriConfig, DistriError, load_scheduler
+from distrijax.overlap import Program, array_bytes
+from distrijax.plan import plan
+from distrijax.programs import OPTIONS
+from distrijax.projection import CompiledStep, compile_step, seconds, waiting
+from distrijax.targets import GPUS, compile_only_devices
+from distrijax.unet import SDXL_BASE
+
+CONVOLUTION = 'window={size=3x3}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"'
+
+HLO = """
+HloModule jit_step, is_scheduled=true
+
+%product (a: bf16[8,32], b: bf16[32,16]) -> bf16[8,16] {
+  %a = bf16[8,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%wrapped (c: f32[4,4]) -> f32[4,4] {
+  %c = f32[4,4]{1,0} parameter(0)
+  ROOT %exchange = f32[4,4]{1,0} all-to-all(%c), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[8,32], y: bf16[32,16], z: f32[4,4]) -> (bf16[8,16], f32[4,4]) {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %y = bf16[32,16]{1,0} parameter(1)
+  %z = f32[4,4]{1,0} parameter(2)
+  %all-gather-start = (bf16[8,32]{1,0}, bf16[64,32]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  %one = bf16[8,16]{1,0} fusion(%x, %y), kind=kCustom, calls=%product
+  %sum = f32[4,4]{1,0} all-reduce(%z), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %async = ((f32[4,4]{1,0}), f32[4,4]{1,0}) async-start(%sum), calls=%wrapped
+  %back = f32[4,4]{1,0} async-done(%async)
+  %two = (bf16[2,16,8,6]{3,2,1,0}, u8[0]{0}) custom-call(%picture, %kernel), CONVOLUTION
+  %all-gather-done = bf16[64,32]{1,0} all-gather-done(%all-gather-start)
+  %picture = bf16[2,16,8,4]{3,2,1,0} bitcast(%x)
+  %kernel = bf16[6,3,3,4]{3,2,1,0} bitcast(%y)
+  %query = bf16[2,10,3,64]{3,2,1,0} bitcast(%x)
+  %key = bf16[2,50,3,64]{3,2,1,0} bitcast(%x)
+  %three = (bf16[2,3,10,64]{3,1,2,0}, u8[0]{0}) custom-call(%query, %key, %key), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %out = (bf16[8,16]{1,0}, f32[4,4]{1,0}) tuple(%one, %back)
+}
+""".replace("CONVOLUTION", CONVOLUTION)
+
+
+def test_transfers_are_read_from_the_schedule():
+    gather, total, exchange = sorted(Program(HLO).transfers, key=lambda transfer: transfer.start)
+    assert (gather.kind, gather.received, gather.asynchronous) == ("all-gather", 7 * 8 * 32 * 2, True)
+    assert gather.behind == ("one", "two")
+    assert (total.kind, total.received, total.asynchronous, total.behind) == ("all-reduce", 64, False, ())
+    assert (exchange.kind, exchange.received, exchange.asynchronous) == ("all-to-all", 48, True)
+    assert exchange.behind == ()
+
+
+def test_operations_and_bytes_of_kernels():
+    program = Program(HLO)
+    by_name = {instruction.name: instruction for instruction in program.step}
+    flops = {name: program.flops(instruction) for name, instruction in by_name.items()}
+    assert flops.pop("one") == 2 * 8 * 16 * 32
+    assert flops.pop("two") == 2 * (2 * 16 * 8 * 6) * (3 * 3 * 4)
+    assert flops.pop("three") == 2 * 2 * (2 * 3 * 10 * 50 * 64)
+    assert set(flops.values()) == {0}
+    assert program.moved(by_name["one"]) == 2 * (8 * 32 + 32 * 16 + 8 * 16)
+    assert program.moved(by_name["query"]) == program.moved(by_name["all-gather-start"]) == 0
+    assert [array_bytes(array) for array in ("f32[]", "pred[3]", "bf16[2,5]", "s8[7]")] == [4, 3, 20, 7]
+
+
+def test_projected_times_follow_the_model():
+    """Everything takes its bytes; the gather is over before the second product, and the sum keeps everything waiting."""
+    gpu = dataclasses.replace(GPUS["a100-sxm-80gb"], flops=1e30, bandwidth=1e30, link=1e30)
+    events = CompiledStep(gpu, None, HLO, {}).events()
+    transfers = [event for event in events if event.transfer]
+    assert [event.name for event in transfers] == ["all-gather", "all-reduce", "all-to-all"]
+    assert [event.end - event.start for event in transfers] == pytest.approx([15e-6] * 3)
+    assert [event.name for event in events if event.product] == ["one", "two", "three"]
+    assert waiting(events) == pytest.approx(45e-6 - 3e-6)  # all but the first product wait
+    assert seconds(events) == pytest.approx(45e-6 + 2 * 3e-6)
+
+
+def test_a_gpu_that_is_not_known_is_refused():
+    with pytest.raises(DistriError, match="gpu is 'a100'; use one of: a100-sxm-80gb, h100-sxm-80gb, h200-sxm-141gb"):
+        compile_only_devices("a100", 8)
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DistriError, match="needs JAX's CUDA plugin and cuDNN; install the extra `plan`"):
+        compile_only_devices("a100-sxm-80gb", 8)
+
+
+# Compiled for GPUs ------------------------------------------------------------------------------------------------------
+
+compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="needs the extra `plan`"
+)
+SHALLOW = dataclasses.replace(SDXL_BASE, transformer_layers_per_block=1)
+"""SDXL's widths, every block and every kind of exchange, but one transformer layer where there are two or ten."""
+DDIM = load_scheduler({"_class_name": "DDIMScheduler"})
+
+
+@functools.cache
+def step(gpu: str, side: int, split_batch: bool, unet=SHALLOW, **options) -> CompiledStep:
+    config, latent = DistriConfig(split_batch=split_batch), (side // 8, side // 8)
+    return compile_step(config, unet, DDIM, gpu, devices=8, latent=latent, options=options)
+
+
+EVERY = [
+    ("a100-sxm-80gb", 1024, False),
+    ("a100-sxm-80gb", 1024, True),
+    ("a100-sxm-80gb", 3840, False),
+    ("h100-sxm-80gb", 1024, False),
+    ("h200-sxm-141gb", 3840, True),
+]
+
+
+@compiler
+@pytest.mark.parametrize("setting", EVERY, ids=str)
+def test_every_transfer_of_a_displaced_step_is_hidden(setting):
+    """But for the named exceptions, all is asynchronous, with products between start and done."""
+    _, side, split_batch = setting
+    transfers = step(*setting).program.transfers
+    exposed = [transfer for transfer in transfers if not (transfer.asynchronous and transfer.behind)]
+    assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(side, split_batch)
+    kinds = {transfer.kind for transfer in transfers}
+    assert kinds == {"all-gather", "collective-permute"} | ({"all-reduce"} if split_batch else set())
+
+
+def exceptions(side: int, split_batch: bool) -> set[tuple[str, int]]:
+    """What nothing may hide, in bytes: a fresh row of the latent from each neighbour, which the first convolution needs, and
+    the guidance's sum of the UNet's outputs, which the next latents need."""
+    columns = side // 8
+    branches, patches = (1, 4) if split_batch else (2, 8)
+    row = ("collective-permute", branches * columns * 4 * 2)
+    return {row, ("all-reduce", columns // patches * columns * 4 * 4)} if split_batch else {row}
+
+
+@compiler
+def test_the_compiled_step_receives_what_the_plan_says():
+    latent = (128, 128)
+    planned = plan(DistriConfig(split_batch=False), SHALLOW, DDIM, devices=8, latent=latent)
+    assert step("a100-sxm-80gb", 1024, False).received == sum(planned.received.values())
+
+
+@compiler
+def test_without_the_options_the_test_above_would_fail():
+    """XLA's defaults: nothing is hidden, so what the test looks for can be missed."""
+    options = {"xla_gpu_enable_latency_hiding_scheduler": False}
+    transfers = step("a100-sxm-80gb", 1024, False, **options).program.transfers
+    gathers = [transfer for transfer in transfers if transfer.kind == "all-gather"]
+    assert not all(transfer.asynchronous and transfer.behind for transfer in gathers)
+    assert OPTIONS["gpu"]["xla_gpu_enable_latency_hiding_scheduler"]
+
+
+@compiler
+def test_tokens_are_published_as_soon_as_the_stale_ones_have_been_read():
+    """Each layer's are written before its attention; at the end of the step they would all have been kept until then."""
+    program = step("a100-sxm-80gb", 3840, False).program
+    places = {instruction.name: place for place, instruction in enumerate(program.step)}
+    attentions = [place for place, each in enumerate(program.step) if "fmha" in each.rest]
+
+    def written(name: str) -> int:
+        instruction = program.step[places[name]]
+        return written(instruction.operands[0]) if instruction.opcode == "bitcast" else places[name]
+
+    outputs = [name for name in program.step[-1].operands if is_tokens(program.step[places[name]].arrays[0])]
+    assert len(outputs) == len(attentions) / 2 == 11  # every other attention is of the prompt
+    assert all(any(written(name) < place for place in attentions[-2:]) for name in outputs)
+
+
+def is_tokens(array: str) -> bool:
+    """Whether an array of the stale state is keys and values at 3840x3840, and not moments or boundary rows."""
+    return array.count(",") == 2 and array_bytes(array) > 1e6
