@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,9 @@ def compile_step(
     params, *arguments = _placed(step.loop.layout.mesh, places, (step.params, *step.arguments))
     donate = (2, 3) if step.stale else (2,)
     jitted = jax.jit(step.function, static_argnums=0, donate_argnums=tuple(1 + place for place in donate))
-    program = compiled(jitted.lower(step.loop, params, *arguments), "gpu", options or {})
+    with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+        program = compiled(jitted.lower(step.loop, params, *arguments), "gpu", options or {})
     return CompiledStep(GPUS[gpu], step.mesh, program.as_text(), _memory(step, program, places))
 
 

@@ -197,6 +197,7 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
 def paint(setting: Setting, job: Job, batches: Sequence[range], results: Results, progress: tqdm) -> None:
     """Paints batches of prompts in one setting; the last batch repeats its prompts, so that one program does for all."""
     pipe = load_pipeline(job.model, DistriConfig(**setting), **job.loading)
+    pipe.set_progress_bar_config(disable=True)  # `progress` counts the pictures of all settings
     for indices in batches:
         texts = [job.prompts.texts[index] for index in indices]
         padded = (texts * job.batch)[: job.batch]

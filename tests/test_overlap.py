@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import re
 
 import pytest
+from PIL import Image
 
-from distrijax import DistriConfig, DistriError, load_scheduler
+from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command
 from distrijax.overlap import Program, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
@@ -180,3 +182,35 @@ def test_tokens_are_published_as_soon_as_the_stale_ones_have_been_read():
 def is_tokens(array: str) -> bool:
     """Whether an array of the stale state is keys and values at 3840x3840, and not moments or boundary rows."""
     return array.count(",") == 2 and array_bytes(array) > 1e6
+
+
+@compiler
+def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
+    hlo, picture = tmp_path / "step.hlo", tmp_path / "timeline.png"
+    files = ["--hlo", str(hlo), "--timeline", str(picture)]
+    plan_command.main(["--model", str(DEFAULT_MODEL), "--devices", "4", "--image-size", "256", "512", *files])
+    mesh, memory, work, received, *hidden, step_time, baseline = capsys.readouterr().out.splitlines()
+    assert mesh == "mesh     data 1 x cfg 2 x patch 2 of NVIDIA A100-SXM4-80GB, bfloat16"
+    assert memory.startswith("memory   ") and " of 85.1 GB on each device: weights 8.74 MB" in memory
+    assert work.startswith("work     ") and received.startswith("received ")
+    assert any("all-gather asynchronous, with products between start and done" in line for line in hidden)
+    assert step_time.startswith("projection  ") and baseline.startswith("projection  ")
+    assert Program(hlo.read_text()).transfers
+    with Image.open(picture) as image:
+        assert image.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--gpu", "v100"], "gpu is 'v100'; use one of: a100-sxm-80gb, h100-sxm-80gb, h200-sxm-141gb"),
+        (["--devices", "0"], "--devices is 0; give a whole number of at least 1"),
+        (["--image-size", "1001"], "height is 1001 and this model needs a multiple of 8; use 1000 or 1008"),
+        (["--image-size", "8", "8", "8"], "--image-size takes H or H W, not 3 numbers"),
+        (["--link", "fast"], "--link is 'fast'; use nvlink, pcie, network, or GB/s"),
+        (["--link", "-3"], "--link is '-3'; use nvlink, pcie, network, or GB/s"),
+    ],
+)
+def test_the_command_refuses_wrong_flags_in_one_line(flags, told):
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(told)}$"):
+        plan_command.main(flags)
