@@ -117,6 +117,9 @@ class DistriConfig:
         object.__setattr__(self, "split_scheme", choose(SplitScheme, self.split_scheme, "split_scheme"))
         positive(self.warmup_steps, "warmup_steps", least=0)
         object.__setattr__(self, "sync_steps", _step_numbers(self.sync_steps))
+        for name in self._idle_options():
+            mode = self.sync_mode if self.parallelism is Parallelism.PATCH else self.parallelism
+            raise DistriError(f"{name} is set and changes nothing in {mode}; leave it out or choose another mode")
         for name in ("devices", "data", "cfg", "patch"):
             if getattr(self, name) is not None:
                 positive(getattr(self, name), name)
@@ -126,6 +129,16 @@ class DistriConfig:
             raise DistriError(
                 "cfg=2 splits the guidance branches and split_batch=False forbids it; drop one of the two"
             )
+
+    def _idle_options(self) -> list[str]:
+        """The options that are set although no displaced step, or none that publishes anything new, will heed them."""
+        displaced = self.parallelism is Parallelism.PATCH and self.sync_mode is not SyncMode.FULL_SYNC
+        heeded = {
+            "extrapolate": displaced and self.sync_mode is not SyncMode.NO_SYNC,
+            "compress": displaced,
+            "sync_steps": displaced,
+        }
+        return [name for name, heed in heeded.items() if getattr(self, name) and not heed]
 
     def synchronous(self, steps: int) -> list[bool]:
         """Of each of a call's steps, whether it is synchronous."""

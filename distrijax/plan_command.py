@@ -142,7 +142,7 @@ def _hidden(step: CompiledStep) -> list[str]:
         lines.append(words + (f" ({min(behind)} to {max(behind)} of them)" if behind else ""))
     exposed = sorted(transfer.received for transfer in transfers if not transfer.behind)
     if exposed:
-        lines.append(f"not hidden: {', '.join(megabytes(size) for size in exposed)}")
+        lines.append(f"without products to hide behind: {', '.join(megabytes(size) for size in exposed)}")
     return lines
 
 

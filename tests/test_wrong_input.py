@@ -225,6 +225,18 @@ CONFIGS = {
     "negative warm-up": ({"warmup_steps": -1}, "warmup_steps is -1; give a whole number of at least 0"),
     "a fraction of a step": ({"sync_steps": (3, 0.5)}, r"sync_steps is \(3, 0.5\); give whole numbers"),
     "no steps": ({"sync_steps": "last"}, "sync_steps is 'last'; give whole numbers, from 0 on or from -1 back"),
+    "predictions of nothing": (
+        {"sync_mode": "no_sync", "extrapolate": True},
+        "extrapolate is set and changes nothing in no_sync",
+    ),
+    "nothing to compress": (
+        {"sync_mode": "full_sync", "compress": True},
+        "compress is set and changes nothing in full_sync",
+    ),
+    "all is exact": (
+        {"parallelism": "tensor", "sync_steps": (3,)},
+        "sync_steps is set and changes nothing in tensor; leave",
+    ),
     "fraction of a device": ({"devices": 2.5}, "devices is 2.5; give a whole number"),
     "no devices": ({"devices": 0}, "devices is 0; give a whole number of at least 1"),
     "three branches": ({"cfg": 3}, "cfg is 3; .*use 1 or 2"),
