@@ -34,6 +34,10 @@ def _displaced(setting: Setting) -> bool:
     return _patches(setting) and setting["sync_mode"] != SyncMode.FULL_SYNC
 
 
+def _renewed(setting: Setting) -> bool:
+    return _displaced(setting) and setting["sync_mode"] != SyncMode.NO_SYNC
+
+
 def steps(given: str) -> tuple[int, ...]:
     return () if given == NONE else tuple(map(int, given.split()))
 
@@ -70,7 +74,7 @@ AXES = (
         "extrapolate",
         (False,),
         "publish predictions of the next step",
-        _displaced,
+        _renewed,
         words=lambda value: "extrapolated" if value == "True" else "",
     ),
     Axis(

@@ -1,0 +1,204 @@
+"""How long does one picture take, on how many devices?
+
+    python benchmarks/latency.py --devices 1 2 4 8 --model FOLDER --image-size 1024 --output latency.jsonl --plot speed-up.png
+
+The protocol of DistriFusion's script: some calls to warm up, then timed ones, of which the slowest and the fastest are left out. Told
+apart: compiling; the denoising loop alone (the UNet and the scheduler, as in the paper); end to end, with text encoders and
+decoder; and the most memory that a device had in use. A line of JSON for each number of devices. Virtual CPU devices share the
+machine's cores: their figures show what more devices cost, not what they gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import jax
+from command_line import (
+    Parser,
+    device_kind,
+    find_devices,
+    find_dtype,
+    keep_compiled_programs,
+    plain_errors,
+    written_whole,
+)
+
+from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
+from distrijax.config import positive
+from distrijax.loading import DTYPES
+
+PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    arguments = parse(argv)
+    with plain_errors():
+        benchmark(arguments)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--devices",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="how many share a picture; several are compared (default: 1)",
+    )
+    add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
+    add("--variant", help="of the weight files, for example fp16")
+    add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
+    add("--image-size", type=int, nargs="+", metavar=("H", "W"), help="pixels (default: the model's)")
+    add("--num-inference-steps", type=int, default=50, help="(default: %(default)s)")
+    add("--guidance-scale", type=float, default=5.0, help="(default: %(default)s)")
+    add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
+    add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
+    add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)
+    add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
+    add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
+    add("--chunk-size", type=int, help="steps for each visit of the host (default: the whole loop is one program)")
+    add("--warmup-times", type=int, default=5, help="calls before any is timed (default: %(default)s)")
+    add("--test-times", type=int, default=20, help="timed calls (default: %(default)s)")
+    add(
+        "--ignore-ratio", type=float, default=0.2, help="part of them left out, half at each end (default: %(default)s)"
+    )
+    add("--output", type=Path, metavar="FILE", help="lines of JSON are added to it, besides being printed")
+    add("--plot", type=Path, metavar="FILE", help="speed-up against devices (PNG; extra `eval`)")
+    arguments = parser.parse_args(argv)
+    arguments.image_size = parser.size(arguments.image_size)
+    return arguments
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Measures for every number of devices; raises DistriError for flags that cannot be."""
+    for name in ("warmup_times", "test_times"):
+        positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+    if not 0 <= arguments.ignore_ratio < 1:
+        raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a part of all, from 0 to less than 1")
+    keep_compiled_programs()
+    find_devices(max(arguments.devices))
+    rows = []
+    for devices in arguments.devices:
+        row = measure(arguments, devices)
+        rows.append(row)
+        line = json.dumps(row)
+        print(line, flush=True)
+        if arguments.output:
+            with arguments.output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
+    """The figures of one number of devices."""
+    config = DistriConfig(
+        devices=devices,
+        sync_mode=arguments.sync_mode,
+        warmup_steps=arguments.warmup_steps,
+        split_batch=not arguments.no_split_batch,
+        parallelism=arguments.parallelism,
+    )
+    dtype = find_dtype(arguments.dtype)
+    pipe = load_pipeline(
+        arguments.model or DEFAULT_MODEL, config, dtype=dtype, variant=arguments.variant, scheduler=arguments.scheduler
+    )
+    pipe.set_progress_bar_config(disable=True)
+    height, width = arguments.image_size or pipe.default_size
+    loops: list[float] = []
+    denoise = pipe._denoise
+
+    def timed(*inputs):
+        jax.block_until_ready(inputs)
+        start = time.perf_counter()
+        result = jax.block_until_ready(denoise(*inputs))
+        loops.append(time.perf_counter() - start)
+        return result
+
+    pipe._denoise = timed
+    calls = []
+    for call in range(arguments.warmup_times + arguments.test_times):
+        start = time.perf_counter()
+        pipe(
+            PROMPT,
+            height=height,
+            width=width,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale,
+            seed=call,
+            output_type="np",
+            chunk_size=arguments.chunk_size,
+        )
+        calls.append(time.perf_counter() - start)
+    measured = {
+        "devices": devices,
+        "mesh": dict(pipe.mesh.shape),
+        "device": device_kind(),
+        "model": arguments.model or "embedded",
+        "image_size": [height, width],
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "sync_mode": config.sync_mode.value,
+        "parallelism": config.parallelism.value,
+        "warmup_steps": config.warmup_steps,
+        "dtype": dtype.name,
+        "jax": jax.__version__,
+        "compile_s": round(pipe.programs.seconds, 3),
+        "loop_s": trimmed_mean(loops[arguments.warmup_times :], arguments.ignore_ratio),
+        "end_to_end_s": trimmed_mean(calls[arguments.warmup_times :], arguments.ignore_ratio),
+        "peak_bytes": peak_memory(pipe.mesh.devices.flat),
+    }
+    del pipe, denoise, timed
+    jax.clear_caches()
+    gc.collect()  # the next pipeline's weights must not come on top of these
+    return measured
+
+
+def trimmed_mean(seconds: Sequence[float], ratio: float) -> float:
+    """The mean without the `ratio` of the values that are furthest out, half of them at each end."""
+    cut = int(len(seconds) * ratio / 2)
+    return round(statistics.fmean(sorted(seconds)[cut : len(seconds) - cut]), 5)
+
+
+def peak_memory(devices: Sequence[jax.Device]) -> int | None:
+    """The most bytes that any of the devices had in use so far; None where the platform does not tell."""
+    stats = [device.memory_stats() for device in devices]
+    return max(stat["peak_bytes_in_use"] for stat in stats) if all(stats) else None
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Speed-up over the fewest devices; raises DistriError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DistriError("--plot needs matplotlib; install the extra `eval`") from None
+    figure = Figure(figsize=(6, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    rows = sorted(rows, key=lambda row: row["devices"])
+    devices = [row["devices"] for row in rows]
+    for column, words in (("loop_s", "denoising loop"), ("end_to_end_s", "end to end")):
+        axes.plot(devices, [rows[0][column] / row[column] for row in rows], marker="o", label=words)
+    axes.plot(devices, [each / devices[0] for each in devices], "--", color="grey", label="ideal")
+    size = "x".join(map(str, rows[0]["image_size"]))
+    axes.set(xlabel=f"devices ({rows[0]['device']})", ylabel="speed-up", title=f"{rows[0]['model']}, {size}")
+    axes.set_xticks(devices)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with written_whole(path) as beside:
+        figure.savefig(beside, format="png")
+
+
+if __name__ == "__main__":
+    main()
