@@ -2,10 +2,10 @@
 
     python benchmarks/latency.py --devices 1 2 4 8 --model FOLDER --image-size 1024 --output latency.jsonl --plot speed-up.png
 
-The protocol of DistriFusion's script: some calls to warm up, then timed ones, of which the slowest and the fastest are left out. Told
-apart: compiling; the denoising loop alone (the UNet and the scheduler, as in the paper); end to end, with text encoders and
-decoder; and the most memory that a device had in use. A line of JSON for each number of devices. Virtual CPU devices share the
-machine's cores: their figures show what more devices cost, not what they gain.
+The protocol of DistriFusion's script: some calls to warm up, then timed ones, of which the slowest and the fastest are left
+out. Told apart: compiling; the denoising loop alone (the UNet and the scheduler, as in the paper); end to end, with text
+encoders and decoder; and the most memory that a device had in use. A line of JSON for each number of devices. Virtual CPU
+devices share the machine's cores: their figures show what more devices cost, not what they gain.
 """
 
 from __future__ import annotations

@@ -60,8 +60,11 @@ class Programs:
         if key not in self._compiled:
             start = time.perf_counter()
             jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
-            self._compiled[key] = compiled(jitted.lower(static, params, *arguments), self.platform, self.options)
+            program = compiled(jitted.lower(static, params, *arguments), self.platform, self.options)
             self.seconds += time.perf_counter() - start
+            jax.block_until_ready(arguments)  # what made them has given back its memory
+            check_memory(program, leaves[0].sharding.mesh.local_devices[0])
+            self._compiled[key] = program
         result = self._compiled[key](params, *arguments)
         # virtual CPU devices share one pool of threads: with a second program in it, the collectives of the first may wait
         # for ever for a device that gets no thread
@@ -88,6 +91,21 @@ def compiled(lowered: jax.stages.Lowered, platform: str, options: Mapping[str, A
             told = f"this XLA has no option {refused}; less may be hidden behind computing"
             warnings.warn(told, DistriWarning, stacklevel=2)
             del chosen[refused]
+
+
+def check_memory(program: jax.stages.Compiled, device: jax.Device) -> None:
+    """Raises DistriError for a program that would not fit beside what a device already holds, its arguments included."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:  # a platform that does not tell
+        return
+    analysis = program.memory_analysis()
+    needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    used, limit = stats["bytes_in_use"], stats["bytes_limit"]
+    if used + needed > limit:
+        raise DistriError(
+            f"the program needs {needed / 1e9:.3g} GB beside the {used / 1e9:.3g} GB in use, and a device has "
+            f"{limit / 1e9:.3g} GB; use more devices, a smaller size or bfloat16"
+        )
 
 
 @functools.cache

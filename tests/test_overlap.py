@@ -185,6 +185,16 @@ def is_tokens(array: str) -> bool:
 
 
 @compiler
+def test_the_whole_of_sdxl_at_3840_fits_in_less_than_the_originals_buffers():
+    """Weights included; the original's exchange buffers alone are 11.4 GiB."""
+    whole = step("a100-sxm-80gb", 3840, False, SDXL_BASE)
+    assert sum(whole.memory.values()) < 8.5e9
+    assert whole.memory["weights"] == 2 * 2_567_463_684
+    exposed = [transfer for transfer in whole.program.transfers if not (transfer.asynchronous and transfer.behind)]
+    assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(3840, False)
+
+
+@compiler
 def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
     hlo, picture = tmp_path / "step.hlo", tmp_path / "timeline.png"
     files = ["--hlo", str(hlo), "--timeline", str(picture)]

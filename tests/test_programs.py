@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriError, DistriWarning
-from distrijax.programs import OPTIONS, Programs, compiled
+from distrijax.programs import OPTIONS, Programs, check_memory, compiled
 
 
 def slow_sum(static, params, x):
@@ -69,3 +69,23 @@ def test_options_that_xla_does_not_have_are_refused(options, told):
 
 def sharding() -> NamedSharding:
     return NamedSharding(jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), P())
+
+
+@dataclasses.dataclass
+class Device:
+    """One that tells how full it is."""
+
+    stats: dict[str, int] | None
+
+    def memory_stats(self):
+        return self.stats
+
+
+def test_a_program_that_does_not_fit_is_refused_before_it_runs():
+    """It takes 4 MB and gives 4 MB, none of it in place."""
+    program = jax.jit(lambda x: jnp.flip(x) + 1).lower(np.ones(1_000_000, np.float32)).compile()
+    check_memory(program, Device(None))
+    check_memory(program, Device({"bytes_limit": 20_000_000, "bytes_in_use": 4_000_000}))
+    told = "the program needs 0.00[48].* GB beside the 0.017 GB in use, and a device has 0.02 GB; use more devices"
+    with pytest.raises(DistriError, match=told):
+        check_memory(program, Device({"bytes_limit": 20_000_000, "bytes_in_use": 17_000_000}))
