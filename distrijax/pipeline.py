@@ -138,6 +138,7 @@ class Pipeline:
 
         dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs. variant: of the weight
         files, e.g. "fp16". scheduler: a name out of `distrijax.schedulers.SCHEDULERS` instead of the checkpoint's.
+        compiler_options: XLA's for all programs, before `distrijax.programs.OPTIONS`.
         Raises DistriError for a checkpoint that is not whole or of another family, and for devices that are not there.
         """
         config = distri_config or DistriConfig()

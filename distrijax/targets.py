@@ -97,6 +97,14 @@ GPUS = {
 }
 
 
+def compiler_is_installed() -> bool:
+    """Whether JAX's plugin for CUDA is there, which has the compiler; it is not imported, for that would look for CUDA."""
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
 def compile_only_devices(gpu: str, count: int) -> list[jax.Device]:
     """Devices to build a mesh from, and to compile for; nothing can be run on them.
 
@@ -104,7 +112,7 @@ def compile_only_devices(gpu: str, count: int) -> list[jax.Device]:
     """
     if gpu not in GPUS:
         raise DistriError(f"gpu is {gpu!r}; use one of: {', '.join(GPUS)}")
-    if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    if not compiler_is_installed():
         raise DistriError(f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install the extra `plan`")
     with _without_a_gpu():
         topology = topologies.get_topology_desc(

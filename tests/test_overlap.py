@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import pytest
 from PIL import Image
 
-from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command
+from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command, targets
 from distrijax.overlap import Program, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
 from distrijax.projection import CompiledStep, compile_step, seconds, waiting
-from distrijax.targets import GPUS, compile_only_devices
+from distrijax.targets import GPUS, compile_only_devices, compiler_is_installed
 from distrijax.unet import SDXL_BASE
 
 CONVOLUTION = 'window={size=3x3}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"'
@@ -95,16 +94,14 @@ def test_a_gpu_that_is_not_known_is_refused():
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "compiler_is_installed", lambda: False)
     with pytest.raises(DistriError, match="needs JAX's CUDA plugin and cuDNN; install the extra `plan`"):
         compile_only_devices("a100-sxm-80gb", 8)
 
 
 # Compiled for GPUs ------------------------------------------------------------------------------------------------------
 
-compiler = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="needs the extra `plan`"
-)
+compiler = pytest.mark.skipif(not compiler_is_installed(), reason="needs the extra `plan`")
 SHALLOW = dataclasses.replace(SDXL_BASE, transformer_layers_per_block=1)
 """SDXL's widths, every block and every kind of exchange, but one transformer layer where there are two or ten."""
 DDIM = load_scheduler({"_class_name": "DDIMScheduler"})
