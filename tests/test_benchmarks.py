@@ -8,19 +8,28 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import latency
+import shard
+from test_unet import BASE
+
+from distrijax import DistriConfig, load_scheduler, plan_mesh
+from distrijax.overlap import Program
+from distrijax.plan import step_of
+from distrijax.unet import UNetConfig
 
 
 @pytest.fixture(autouse=True)
 def caches_stay(monkeypatch):
     """Compiled programs stay in pytest's cache."""
     assert len(jax.devices()) == 8  # else the script would have as many as it asks for
-    monkeypatch.setattr(latency, "keep_compiled_programs", lambda: None)
+    for script in (latency, shard):
+        monkeypatch.setattr(script, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
@@ -57,3 +66,26 @@ def test_the_mean_leaves_out_both_ends():
 def test_latency_refuses_wrong_flags_in_one_line(flags, told):
     with pytest.raises(SystemExit, match=f"^error: {re.escape(told)}$"):
         latency.main(flags.split())
+
+
+def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic():
+    config, scheduler = DistriConfig(split_batch=False), load_scheduler({"_class_name": "DDIMScheduler"})
+
+    def part(of: int) -> jax.stages.Compiled:
+        size = {"latent": (64, 64), "dtype": jnp.float32}
+        return shard.compile_part(
+            step_of(config, UNetConfig.from_dict(BASE), scheduler, plan_mesh(config, of), **size)
+        )[0]
+
+    whole, quarter = part(1), part(4)
+    assert sum(transfer.received for transfer in Program(quarter.as_text()).transfers) == 0
+    flops = [program.cost_analysis()["flops"] for program in (whole, quarter)]
+    assert flops[0] / 4 < flops[1] < flops[0] / 3  # more than a quarter, for boundary rows are computed on both sides
+
+
+def test_shard_tells_a_line_for_each_part(tiny_checkpoint, capsys):
+    flags = "--image-size 64 --parts 1 2 --warmup-times 1 --test-times 1 --split-batch"
+    shard.main(["--model", str(tiny_checkpoint), *flags.split()])
+    one, two = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["part_of"], two["part_of"], two["mesh"]) == (1, 2, "data 1 x cfg 2 x patch 1")
+    assert one["of_1"] == 1 and two["step_s"] > 0 and two["collectives"] == "local stand-ins"
