@@ -21,7 +21,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _CONVOLUTION = re.compile(r"dim_labels=\w+_(\w+)->(\w+)")
 _ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
@@ -162,11 +162,14 @@ def _sizes(array: str) -> list[int]:
 
 
 def _group(collective: Instruction) -> int:
-    """How many devices take part in each group of a collective."""
+    """How many devices take part in each group of a collective: of the three ways in which XLA writes groups."""
     found = _GROUPS.search(collective.rest)
     if found is None:
         return 1
-    listed, counted = found.groups()
+    listed, counted, mesh, axes = found.groups()
+    if mesh is not None:
+        sizes = dict(part.split("=") for part in mesh.split(","))
+        return math.prod(int(sizes[axis]) for axis in axes.split(","))
     return len(listed.split(",")) if listed else int(counted)
 
 

@@ -63,6 +63,11 @@ def test_transfers_are_read_from_the_schedule():
     assert exchange.behind == ()
 
 
+def test_groups_may_be_written_as_axes_of_a_mesh():
+    hlo = HLO.replace("replica_groups=[1,8]<=[8]", "replica_groups=mesh['data'=1,'patch'=4,'cfg'=2] {'patch','cfg'}")
+    assert Program(hlo).transfers == Program(HLO).transfers
+
+
 def test_operations_and_bytes_of_kernels():
     program = Program(HLO)
     by_name = {instruction.name: instruction for instruction in program.step}
