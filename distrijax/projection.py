@@ -8,7 +8,7 @@ Memory, bytes, operations and what hides what are those of the compiled program.
     transfer    LATENCY, and its bytes at LINK of the link; one after the other, beside the kernels
 
 Kernels wait for a transfer at its done alone. PRODUCTS was chosen so that one A100 takes about as long for SDXL's UNet at 3840x3840
-as the original's authors measured (2.8 s, arXiv 2402.19481, table 4); the others are common values. None was measured here.
+as the original's authors measured (2.8 s, arXiv 2402.19481); the others are common values. None was measured here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import denoise
@@ -125,7 +125,7 @@ def compile_step(
     return CompiledStep(GPUS[gpu], step.mesh, program.as_text(), _memory(step, program, places))
 
 
-def _placed(mesh: Any, specs: tuple, arguments: tuple) -> tuple:
+def _placed(mesh: Mesh, specs: tuple, arguments: tuple) -> tuple:
     """Shapes with where they lie; a spec stands for all leaves of an argument."""
 
     def place(spec: P, part: Any) -> Any:

@@ -92,12 +92,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--variant", help="of the weight files, for example fp16")
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
+    add(
+        "--compiler-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of XLA, instead of this project's choice; may be given several times",
+    )
     add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
+    for option in arguments.compiler_option:
+        if "=" not in option:
+            parser.error(f"--compiler-option is {option}; give NAME=VALUE")
     return arguments
 
 
@@ -129,7 +139,14 @@ def generate(arguments: argparse.Namespace) -> None:
     print(f"image    {image}", flush=True)
 
     start = time.perf_counter()
-    pipe = load_pipeline(folder, config, dtype=dtype, variant=arguments.variant, scheduler=arguments.scheduler)
+    pipe = load_pipeline(
+        folder,
+        config,
+        dtype=dtype,
+        variant=arguments.variant,
+        scheduler=arguments.scheduler,
+        compiler_options=dict(option.split("=", 1) for option in arguments.compiler_option),
+    )
     loaded = time.perf_counter()
     print(f"load     {loaded - start:.1f} s", flush=True)
     call = {

@@ -362,6 +362,15 @@ COMMANDS = {
     ),
     "no devices": ("--devices 0", "devices is 0; give a whole number of at least 1"),
     "negative warm-up": ("--warmup-steps -1", "warmup_steps is -1; give a whole number of at least 0"),
+    "no step": (
+        "--sync-steps -1 --sync-mode full_sync",
+        "sync_steps is set and changes nothing in full_sync; leave it out",
+    ),
+    "option without a value": ("--compiler-option xla_gpu_x", "--compiler-option is xla_gpu_x; give NAME=VALUE"),
+    "option of no compiler": (
+        "--compiler-option xla_magic=1",
+        "XLA refuses a compiler option .*'xla_magic'.*; leave it out",
+    ),
     "bad folder": ("--model ./nowhere", r"\./nowhere is not a folder; give a folder"),
     "odd size": ("--image-size 100 --devices 4", "height is 100 and this model needs a multiple of 8; use 96 or 104"),
 }
