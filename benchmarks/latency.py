@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import jax
 from command_line import (
     Parser,
+    check_positive,
     device_kind,
     find_devices,
     find_dtype,
@@ -32,12 +33,10 @@ from command_line import (
     plain_errors,
     written_whole,
 )
+from generate import PROMPT
 
 from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
-from distrijax.config import positive
 from distrijax.loading import DTYPES
-
-PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,8 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Measures for every number of devices; raises DistriError for flags that cannot be."""
-    for name in ("warmup_times", "test_times"):
-        positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+    check_positive(arguments, "warmup_times", "test_times")
     if not 0 <= arguments.ignore_ratio < 1:
         raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a part of all, from 0 to less than 1")
     keep_compiled_programs()

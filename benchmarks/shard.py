@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import Parser, device_kind, find_dtype, keep_compiled_programs, plain_errors
+from command_line import Parser, check_positive, device_kind, find_dtype, keep_compiled_programs, plain_errors
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -71,8 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def benchmark(arguments: argparse.Namespace) -> None:
     """Measures for every number of parts; raises DistriError for flags that cannot be."""
-    for name in ("warmup_times", "test_times"):
-        positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+    check_positive(arguments, "warmup_times", "test_times")
     height, width = arguments.image_size
     check_sizes(height=height, width=width, vae_scale=VAE_SCALE)
     keep_compiled_programs()

@@ -132,6 +132,8 @@ class Synchronous(WholeImage):
     where they do. strategy: of the step that follows, and so what to publish; None publishes everything.
     """
 
+    APART: ClassVar[bool] = False  # whether its permutes have a list of pairs of their own (`_with_neighbours`)
+
     def __init__(self, axis: Axis = PATCH, bands: Bands | None = None, strategy: Strategy | None = None):
         self.axis, self.bands = axis, bands
         self.strategy = strategy or Strategy(Displaced)
@@ -140,7 +142,8 @@ class Synchronous(WholeImage):
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        return _with_neighbours(x, self._publish(HALO, name, _edges(x, above, below)), above, self.axis)
+        own = self._publish(HALO, name, _edges(x, above, below))
+        return _with_neighbours(x, own, above, self.axis, apart=self.APART)
 
     def tokens(self, name, kv):
         own = self._publish(TOKENS, name, _flat(kv))
@@ -296,9 +299,7 @@ class Displaced(Synchronous):
 class _Apart(Synchronous):
     """The synchronous answers beside a displaced step's: nothing fresh waits for what is stale."""
 
-    def halo(self, name, x, above, below):
-        x = self._without_padding(x)
-        return _with_neighbours(x, _edges(x, above, below), above, self.axis, apart=True)
+    APART = True
 
 
 class StaleMoments(Displaced):

@@ -76,10 +76,12 @@ class Transfer:
 class Program:
     """A scheduled HLO text.
 
-    computations: their instructions, by name. step: the longest of them, which is the loop's body where there is a loop.
+    hlo: the text. computations: their instructions, by name. step: the longest of them, which is the loop's body where there
+    is a loop.
     """
 
     def __init__(self, hlo: str):
+        self.hlo = hlo
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] = []
         for line in hlo.splitlines():

@@ -67,11 +67,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _tell(arguments: argparse.Namespace) -> None:
     devices = positive(arguments.devices, "--devices")
-    link = _link(arguments.link, arguments.gpu)
+    link = _link(arguments.link)
     step = _compile(arguments, devices)
     events = step.events(link)
     if arguments.hlo:
-        _write(arguments.hlo, lambda path: path.write_text(step.hlo))
+        _write(arguments.hlo, lambda path: path.write_text(step.program.hlo))
     if arguments.timeline:
         _draw(arguments.timeline, step, events, arguments)
     print(f"mesh     {step.mesh} of {step.gpu.name}, {arguments.dtype}")
@@ -119,7 +119,7 @@ def _compile(arguments: argparse.Namespace, devices: int) -> CompiledStep:
     )
 
 
-def _link(given: str, gpu: str) -> float | None:
+def _link(given: str) -> float | None:
     """Bytes per second that come in; None for the GPU's own link."""
     if given == "nvlink" or given in LINKS:
         return LINKS.get(given)

@@ -14,7 +14,6 @@ as the original's authors measured (2.8 s, arXiv 2402.19481); the others are com
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import warnings
 from collections import Counter
@@ -66,12 +65,8 @@ class CompiledStep:
 
     gpu: Gpu
     mesh: MeshPlan
-    hlo: str
+    program: Program
     memory: dict[str, int]
-
-    @functools.cached_property
-    def program(self) -> Program:
-        return Program(self.hlo)
 
     @property
     def flops(self) -> int:
@@ -121,8 +116,10 @@ def compile_step(
     jitted = jax.jit(step.function, static_argnums=0, donate_argnums=tuple(1 + place for place in donate))
     with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        program = compiled(jitted.lower(step.loop, params, *arguments), "gpu", options or {})
-    return CompiledStep(GPUS[gpu], step.mesh, program.as_text(), _memory(step, program, places))
+        executable = compiled(jitted.lower(step.loop, params, *arguments), "gpu", options or {})
+    program = Program(executable.as_text())
+    temporaries = executable.memory_analysis().temp_size_in_bytes
+    return CompiledStep(GPUS[gpu], step.mesh, program, _memory(step, places, program, temporaries))
 
 
 def _placed(mesh: Mesh, specs: tuple, arguments: tuple) -> tuple:
@@ -135,25 +132,24 @@ def _placed(mesh: Mesh, specs: tuple, arguments: tuple) -> tuple:
     return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))
 
 
-def _memory(step: Step, program: jax.stages.Compiled, places: tuple) -> dict[str, int]:
+def _memory(step: Step, places: tuple, program: Program, temporaries: int) -> dict[str, int]:
     """Bytes on each device, by kind. All weights count, those too that this program does not read."""
 
     def on_device(specs: Any, part: Any) -> int:
         placed = jax.tree.leaves(_placed(step.loop.layout.mesh, (specs,), (part,)))
         return sum(_shard_bytes(leaf) for leaf in placed)
 
-    analysis = program.memory_analysis()
     stale = on_device(step.loop.layout.stale, step.stale)
     others = sum(
         on_device(specs, part) for specs, part in zip(places[1:], step.arguments, strict=True) if part is not step.stale
     )
-    gathered = _gathered(Program(program.as_text()))
+    gathered = _gathered(program)
     return {
         "weights": on_device(step.loop.weights, step.params),
         "stale state": stale,
         "latents and conditioning": others,
         "gathered": gathered,
-        "work": max(analysis.temp_size_in_bytes - gathered, 0),
+        "work": max(temporaries - gathered, 0),
     }
 
 

@@ -54,6 +54,20 @@ class Gpu:
             """
 
 
+_H100 = Gpu(
+    "NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    lanes=128,
+    clock=1.98,
+    l2=50 << 20,
+    shared_memory=(233472, 232448),
+    memory=84_978_434_048,
+    bandwidth=3.352e12,
+    flops=989e12,
+    link=450e9,
+)
+
 GPUS = {
     "a100-sxm-80gb": Gpu(
         "NVIDIA A100-SXM4-80GB",
@@ -68,32 +82,8 @@ GPUS = {
         flops=312e12,
         link=300e9,
     ),
-    "h100-sxm-80gb": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        cores=132,
-        lanes=128,
-        clock=1.98,
-        l2=50 << 20,
-        shared_memory=(233472, 232448),
-        memory=84_978_434_048,
-        bandwidth=3.352e12,
-        flops=989e12,
-        link=450e9,
-    ),
-    "h200-sxm-141gb": Gpu(
-        "NVIDIA H200",
-        capability=(9, 0),
-        cores=132,
-        lanes=128,
-        clock=1.98,
-        l2=50 << 20,
-        shared_memory=(233472, 232448),
-        memory=150_109_618_176,
-        bandwidth=4.8e12,
-        flops=989e12,
-        link=450e9,
-    ),
+    "h100-sxm-80gb": _H100,
+    "h200-sxm-141gb": dataclasses.replace(_H100, name="NVIDIA H200", memory=150_109_618_176, bandwidth=4.8e12),
 }
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from distrijax import DistriError, DistriWarning
+from distrijax.config import positive
 from distrijax.loading import resolve_dtype
 
 
@@ -35,6 +36,13 @@ class Parser(argparse.ArgumentParser):
         if numbers and len(numbers) > 2:
             self.error(f"--image-size takes H or H W, not {len(numbers)} numbers")
         return (numbers[0], numbers[-1]) if numbers else None
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises DistriError for the first of those flags that is given and is no whole number of at least 1."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            positive(getattr(arguments, name), "--" + name.replace("_", "-"))
 
 
 @contextlib.contextmanager

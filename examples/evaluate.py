@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from command_line import (
     Parser,
+    check_positive,
     find_devices,
     find_dtype,
     keep_compiled_programs,
@@ -38,7 +39,6 @@ from tqdm import tqdm
 
 from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
 from distrijax import plan as planning
-from distrijax.config import positive
 from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
 from distrijax.pipeline import lay_out, to_pil
 
@@ -103,8 +103,7 @@ def add_axis(parser: Parser, axis: Axis) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Paints and measures what the folder lacks; then writes plot and sheet, and prints the table."""
-    for name in ("num_inference_steps", "batch", *(["captions"] if arguments.captions is not None else [])):
-        positive(getattr(arguments, name), "--" + name.replace("_", "-"))
+    check_positive(arguments, "num_inference_steps", "batch", "captions")
     prompts = read_prompts(arguments)
     keep_compiled_programs()
     find_devices(max(arguments.devices))

@@ -84,7 +84,7 @@ def test_operations_and_bytes_of_kernels():
 def test_projected_times_follow_the_model():
     """Everything takes its bytes; the gather is over before the second product, and the sum keeps everything waiting."""
     gpu = dataclasses.replace(GPUS["a100-sxm-80gb"], flops=1e30, bandwidth=1e30, link=1e30)
-    events = CompiledStep(gpu, None, HLO, {}).events()
+    events = CompiledStep(gpu, None, Program(HLO), {}).events()
     transfers = [event for event in events if event.transfer]
     assert [event.name for event in transfers] == ["all-gather", "all-reduce", "all-to-all"]
     assert [event.end - event.start for event in transfers] == pytest.approx([15e-6] * 3)
