@@ -67,6 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)
     add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
     add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
+    add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
     add("--chunk-size", type=int, help="steps for each visit of the host (default: the whole loop is one program)")
     add("--warmup-times", type=int, default=5, help="calls before any is timed (default: %(default)s)")
     add("--test-times", type=int, default=20, help="timed calls (default: %(default)s)")
@@ -108,6 +109,7 @@ def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
         warmup_steps=arguments.warmup_steps,
         split_batch=not arguments.no_split_batch,
         parallelism=arguments.parallelism,
+        shard_weights=arguments.shard_weights,
     )
     dtype = find_dtype(arguments.dtype)
     pipe = load_pipeline(
@@ -151,6 +153,7 @@ def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
         "sync_mode": config.sync_mode.value,
         "parallelism": config.parallelism.value,
         "warmup_steps": config.warmup_steps,
+        "shard_weights": config.shard_weights,
         "dtype": dtype.name,
         "jax": jax.__version__,
         "compile_s": round(pipe.programs.seconds, 3),

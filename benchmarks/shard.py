@@ -38,9 +38,10 @@ from distrijax import DistriConfig, SyncMode, denoise, exchange, load_scheduler,
 from distrijax.config import positive
 from distrijax.denoise import Layout
 from distrijax.loading import DTYPES, find_folder, read_configs
-from distrijax.mesh import MeshPlan, check_sizes
-from distrijax.plan import Step, step_of
-from distrijax.programs import compiled
+from distrijax.mesh import PATCH, MeshPlan, check_sizes
+from distrijax.plan import step_of
+from distrijax.programs import compiled, options_for
+from distrijax.shapes import Step
 from distrijax.unet import SDXL_BASE
 
 VAE_SCALE = 8
@@ -124,11 +125,11 @@ def compile_part(step: Step) -> tuple[jax.stages.Compiled, tuple]:
     """One device's part of a step, without collectives, and what it takes."""
     alone = MeshPlan(1, 1, 1).build(jax.devices()[:1])
     layout = OnePart(**{**vars(step.loop.layout), "mesh": alone}, parts=step.loop.layout.patches)
-    loop = dataclasses.replace(step.loop, layout=layout, weights=P())
+    loop = dataclasses.replace(step.loop, layout=layout)
     arguments = part_of(step, NamedSharding(alone, P()))
-    with stand_ins(step.mesh.patch):
+    with stand_ins(step.loop.layout.mesh.shape[PATCH]):
         lowered = jax.jit(step.function, static_argnums=0).lower(loop, *arguments)
-    return compiled(lowered, jax.devices()[0].platform, {}), arguments
+    return compiled(lowered, options_for(jax.devices()[0].platform), {}), arguments
 
 
 @dataclasses.dataclass(frozen=True)

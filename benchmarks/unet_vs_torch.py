@@ -100,11 +100,7 @@ def main() -> None:
 def load_unet(folder: Path) -> UNet:
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     return load_module(
-        lambda rngs: UNet(config, rngs=rngs),
-        folder,
-        variant=None,
-        dtype=jnp.float32,
-        placement=lambda module: lambda path, value: jax.device_put(value),
+        abstract_unet(config), folder, variant=None, dtype=jnp.float32, place=lambda path, value: jax.device_put(value)
     )
 
 

@@ -23,6 +23,7 @@ def load_pipeline(
     revision: str | None = None,
     token: str | bool | None = None,
     compiler_options: Mapping[str, Any] | None = None,
+    compile_for: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """`from_pretrained` of DistriSDPipeline or DistriSDXLPipeline, whichever model_index.json asks for.
 
@@ -32,5 +33,11 @@ def load_pipeline(
     family = find_family(folder)
     (kind,) = (kind for kind in (DistriSDPipeline, DistriSDXLPipeline) if kind.family is family)
     return kind.from_pretrained(
-        folder, distri_config, dtype=dtype, variant=variant, scheduler=scheduler, compiler_options=compiler_options
+        folder,
+        distri_config,
+        dtype=dtype,
+        variant=variant,
+        scheduler=scheduler,
+        compiler_options=compiler_options,
+        compile_for=compile_for,
     )

@@ -90,6 +90,8 @@ class DistriConfig:
     extrapolate: devices publish, after the warm-up, a prediction of their next step's values instead of this step's; the
         same traffic, twice the stale state.
     compress: keys and values travel as int8, after the warm-up: half the bytes of bfloat16, lossy.
+    shard_weights: each device keeps an equal share of all large weights, and gathers each layer's shortly before its use:
+        for devices of little memory and quick links.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
     parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode`,
         `warmup_steps` and `sync_steps` say nothing in naive_patch, which exchanges no activations, and in tensor, which
@@ -104,6 +106,7 @@ class DistriConfig:
     sync_steps: Sequence[int] = ()
     extrapolate: bool = False
     compress: bool = False
+    shard_weights: bool = False
     split_batch: bool = True
     parallelism: Parallelism = Parallelism.PATCH
     split_scheme: SplitScheme = SplitScheme.ALTERNATE

@@ -37,14 +37,17 @@ from distrijax.exchange import (
     first_row,
     for_each_branch,
     on_columns,
+    own_branches,
     strategy_of,
 )
 from distrijax.mesh import CFG, DATA, PATCH, Bands
+from distrijax.placement import Form
+from distrijax.programs import Params
 from distrijax.schedulers import Scheduler
 from distrijax.unet import Conditioning, UNet
 
-WHOLE = P()
-"""Everything on every device."""
+ALL_BRANCHES = P(None, DATA)
+"""Guidance branches, images: what describes the prompt to all devices of an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +122,10 @@ class Loop:
     """What the compiled programs of a call depend on besides shapes; a static argument of jit."""
 
     layout: Layout
-    unet: jax.tree_util.PyTreeDef  # of the UNet module; its leaves are the `params` of the programs
+    unet: Form  # whose parameters are the `params` of the programs
     scheduler: Scheduler
     dtype: Any
     strategy: Strategy | None  # what follows the warm-up; None where all steps are stateless
-    weights: P | tuple[P, ...] = WHOLE  # how `params` lie on the mesh
 
 
 def layout_of(
@@ -136,15 +138,14 @@ def layout_of(
 def loop_of(
     config: DistriConfig,
     layout: Layout,
-    unet: jax.tree_util.PyTreeDef,
+    unet: Form,
     scheduler: Scheduler,
     dtype: Any,
-    weights: P | tuple[P, ...],
 ) -> Loop:
     """The loop of a call of this configuration: the one place that chooses which steps it has."""
     patch = layout.parallelism is Parallelism.PATCH
     strategy = strategy_of(config, layout.patches) if patch else None
-    return Loop(layout, unet, scheduler, dtype, strategy, weights)
+    return Loop(layout, unet, scheduler, dtype, strategy)
 
 
 class Inputs(NamedTuple):
@@ -218,60 +219,63 @@ def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> F
 
 def condition(
     loop: Loop,
-    params: Any,
+    params: Params,
     encoder_hidden_states: Float[Array, "branches images t e"],
     text_embeds: Float[Array, "branches images p"] | None,
     time_ids: Float[Array, "branches images i"] | None,
 ) -> Conditioning:
-    """`UNet.condition` for all branches and images, each on the devices that will use it."""
+    """`UNet.condition` for all branches and images, each on the devices that will use it.
+
+    The devices of an image make it together: each its part of the channels of keys and values, of all branches.
+    """
 
     def local(params, arguments):
         lead = arguments[0].shape[:2]
         merged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), arguments)
-        result = jax.tree.unflatten(loop.unet, params).condition(*merged)
-        return jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
+        result = loop.unet.module(params).condition(*merged, exchange=layout.exact())
+        result = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
+        return jax.tree.map(own_branches, result) if layout.guided else result
 
     layout = loop.layout
-    specs = (loop.weights, layout.branches)
+    specs = (loop.unet.specs, ALL_BRANCHES)
     mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=layout.conditioning)
     return mapped(params, (encoder_hidden_states, text_embeds, time_ids))
 
 
-def warm_up(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
+def warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
     """Synchronous steps; the last one keeps what it published."""
 
     def local(params, inputs, state, xs):
-        return _warm_up(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
+        return _warm_up(loop, params, inputs, state, xs)
 
     return _on_mesh(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
 
 
-def stateless(loop: Loop, params: Any, inputs: Inputs, state: Any, xs: Any) -> Any:
+def stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> Any:
     """Steps that keep nothing for the next one."""
 
     def local(params, inputs, state, xs):
-        return _scan_stateless(loop, jax.tree.unflatten(loop.unet, params), inputs, state, xs)
+        return _scan_stateless(loop, params, inputs, state, xs)
 
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
 
 
-def displaced(loop: Loop, params: Any, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
+def displaced(loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
     """Displaced steps from the stale state of the step before."""
 
     def local(params, inputs, state, stale, xs):
-        return _scan_displaced(loop, jax.tree.unflatten(loop.unet, params), inputs, state, stale, xs)
+        return _scan_displaced(loop, params, inputs, state, stale, xs)
 
     specs = (loop.layout.latents, loop.layout.stale)
     return _on_mesh(loop, local, stale=True, out=specs)(params, inputs, state, stale, xs)
 
 
-def whole(loop: Loop, params: Any, inputs: Inputs, state: Any, warm_xs: Any, xs: Any) -> Any:
+def whole(loop: Loop, params: Params, inputs: Inputs, state: Any, warm_xs: Any, xs: Any) -> Any:
     """Warm-up and displaced steps in one program."""
 
     def local(params, inputs, state, all_xs):
-        unet = jax.tree.unflatten(loop.unet, params)
-        state, stale = _warm_up(loop, unet, inputs, state, all_xs[0])
-        return _scan_displaced(loop, unet, inputs, state, stale, all_xs[1])[0]
+        state, stale = _warm_up(loop, params, inputs, state, all_xs[0])
+        return _scan_displaced(loop, params, inputs, state, stale, all_xs[1])[0]
 
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, (warm_xs, xs))
 
@@ -280,23 +284,26 @@ def specs_of(loop: Loop, *, stale: bool) -> tuple:
     """How the arguments of a program after `loop` lie on the mesh. stale: whether it takes a stale state."""
     layout = loop.layout
     inputs = Inputs(layout.conditioning, P(CFG) if layout.guided else P(), P(), P(DATA))
-    return (loop.weights, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
+    return (loop.unet.specs, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
 
 
 def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
     return jax.shard_map(local, mesh=loop.layout.mesh, in_specs=specs_of(loop, stale=stale), out_specs=out)
 
 
-def _warm_up(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
+def _warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
-    state = _scan_stateless(loop, unet, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
+    state = _scan_stateless(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
     exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy)
-    state = _step(loop, partial(unet, exchange=exchange), inputs, state, jax.tree.map(lambda a: a[-1], xs))
+    state = _step(
+        loop, partial(loop.unet.module(params), exchange=exchange), inputs, state, jax.tree.map(lambda a: a[-1], xs)
+    )
     return state, exchange.finish()
 
 
-def _scan_stateless(loop: Loop, unet: UNet, inputs: Inputs, state: Any, xs: Any) -> Any:
+def _scan_stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> Any:
     def body(state, x):
+        unet = loop.unet.module(params)
         if loop.layout.parallelism is Parallelism.NAIVE_PATCH:
             predict = partial(_predict_alone, loop.layout, unet, x.number)
         else:
@@ -326,11 +333,12 @@ def _predict_alone(
             return lax.cond(number % 2 == 1, on_rows, across, sample)
 
 
-def _scan_displaced(loop: Loop, unet: UNet, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
+def _scan_displaced(loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
     def body(carry, x):
         state, stale = carry
         exchange = loop.strategy(stale, loop.layout.rows, loop.layout.bands, x.pace)
-        return (_step(loop, partial(unet, exchange=exchange), inputs, state, x), exchange.finish()), None
+        predict = partial(loop.unet.module(params), exchange=exchange)
+        return (_step(loop, predict, inputs, state, x), exchange.finish()), None
 
     return _scan(body, (state, stale), xs)
 

@@ -34,7 +34,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int8
 
 from distrijax.config import DistriConfig, SyncMode
-from distrijax.mesh import CFG, PATCH, Bands
+from distrijax.mesh import CFG, EVERY_AXIS, PATCH, Bands
 
 Axis = str | tuple[str, ...]
 
@@ -63,7 +63,8 @@ class Exchange(Protocol):
     """The questions of a layer, and `exact`, with which a model asks them for values that must not be old.
 
     channels, whole_sum: of layers whose input channels may be divided among devices: this device's `count` of the channels,
-    and the sum of everyone's products with their part of the weights.
+    and the sum of everyone's products with their part of the weights. context: keys and values of the prompt, side by side,
+    of this device's part of their channels, for as many as the model has in all; every device has made its part.
     """
 
     def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]: ...
@@ -75,6 +76,8 @@ class Exchange(Protocol):
     def channels(self, x: Float[Array, "... c"], count: int) -> Float[Array, "... {count}"]: ...
 
     def whole_sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]: ...
+
+    def context(self, kv: Float[Array, "... c2"], channels: int) -> Float[Array, "... C2"]: ...
 
     def exact(self) -> Exchange: ...
 
@@ -98,6 +101,9 @@ class WholeImage:
 
     def whole_sum(self, x):
         return x
+
+    def context(self, kv, channels):
+        return kv
 
     def exact(self) -> Exchange:
         return self
@@ -152,6 +158,11 @@ class Synchronous(WholeImage):
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._own(x, size))
         return _pooled(lax.all_gather(own, self.axis), self._shares(x))
+
+    def context(self, kv, channels):
+        parts = kv.reshape(*kv.shape[:-1], 2, -1)
+        everyone = lax.all_gather(parts, (PATCH, CFG), axis=kv.ndim, tiled=True, to="invarying")
+        return everyone[..., :channels].reshape(*kv.shape[:-1], -1)
 
     def exact(self) -> Exchange:
         return Synchronous(self.axis, self.bands)
@@ -388,6 +399,17 @@ def strategy_of(config: DistriConfig, patches: int) -> Strategy | None:
     if config.sync_mode not in KINDS or patches == 1:
         return None
     return Strategy(KINDS[config.sync_mode], config.extrapolate, config.compress)
+
+
+def own_branches(x: Float[Array, "k ..."]) -> Float[Array, "j ..."]:
+    """Those of all guidance branches that are this device's."""
+    count = x.shape[0] // lax.axis_size(CFG)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(CFG) * count, count)
+
+
+def joined(share: Float[Array, "n"]) -> Float[Array, "N"]:
+    """A flat array of which every device of the mesh has an equal piece."""
+    return lax.all_gather(share, EVERY_AXIS, tiled=True, to="invarying")
 
 
 def branch_sum(x: Array) -> Array:

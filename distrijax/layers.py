@@ -36,17 +36,30 @@ class Cut:
     """How tensor parallelism divides a layer among devices.
 
     unit: channels that stay together, as those of a head. parts: the channels are so many parts side by side, and every
-    device has some of each.
+    device has some of each. once: the layer is applied once a call, and so its output is divided whatever the parallelism.
     """
 
     side: Side
     unit: int = 1
     parts: int = 1
+    once: bool = False
 
 
 def variance_scaling(key: Array, shape: tuple[int, ...], dtype) -> Array:
     """Normal with variance 1 / fan_in."""
     return jax.random.normal(key, shape, dtype) * (1 / math.prod(shape[:-1])) ** 0.5
+
+
+class _AnyKey:
+    """In the place of nnx.Rngs where values do not matter; its counting of keys takes ten seconds for a full-size model."""
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
+def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
+    """A module of shapes without values. build: makes the module, of `rngs`."""
+    return nnx.eval_shape(lambda: build(rngs=_AnyKey()))
 
 
 def as_dtype(param: nnx.Param, x: Array) -> Array:
@@ -158,11 +171,12 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, channels, heads, *, context=None, qkv_bias=False, rngs: nnx.Rngs):
-        self.head, self.path = channels // heads, ""
-        inner = dict(bias=qkv_bias, cut=Cut(Side.OUTPUT, self.head), rngs=rngs)
-        self.to_q = Linear(channels, channels, **inner)
-        self.to_k = Linear(context or channels, channels, **inner)
-        self.to_v = Linear(context or channels, channels, **inner)
+        self.channels, self.head, self.path = channels, channels // heads, ""
+        inner = dict(bias=qkv_bias, rngs=rngs)
+        source = dict(cut=Cut(Side.OUTPUT, self.head, once=context is not None), **inner)
+        self.to_q = Linear(channels, channels, cut=Cut(Side.OUTPUT, self.head), **inner)
+        self.to_k = Linear(context or channels, channels, **source)
+        self.to_v = Linear(context or channels, channels, **source)
         self.to_out = nnx.List([Linear(channels, channels, cut=Cut(Side.INPUT, self.head), rngs=rngs)])
 
     def project_context(self, context: Float[Array, "... c"]) -> Float[Array, "... c2"]:

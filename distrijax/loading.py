@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -21,12 +22,13 @@ from jax.sharding import Mesh
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError, ModelConfig, Parallelism, check_choice
+from distrijax.layers import abstract
+from distrijax.placement import Form, Model
 from distrijax.schedulers import Scheduler, load_scheduler
-from distrijax.tensor import place_on
 from distrijax.tokenizer import CLIPTokenizer
 from distrijax.unet import UNet, UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import Placement, load_module, read_json
+from distrijax.weights import load_module, read_json
 
 VARIANTS = ("fp16", "non_ema")
 """Of weights that lie beside the usual ones on the hub."""
@@ -95,9 +97,9 @@ class Components(NamedTuple):
 
     index: dict[str, Any]
     tokenizers: tuple[CLIPTokenizer, ...]
-    text_encoders: tuple[CLIPTextEncoder, ...]
-    unet: UNet
-    vae: AutoencoderKL
+    text_encoders: tuple[Model, ...]
+    unet: Model
+    vae: Model
     scheduler: Scheduler
 
 
@@ -191,47 +193,61 @@ def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int,
     return height * vae.scale, width * vae.scale
 
 
-def load_components(
+def outline_components(
     folder: Path,
     family: Family,
     *,
     dtype: jnp.dtype,
-    variant: str | None,
     scheduler: str | None,
     mesh: Mesh,
     parallelism: Parallelism,
+    shard_weights: bool,
 ) -> Components:
-    """All parts of a pipeline's folder. Configurations are read first, so that a wrong one costs no loading.
+    """All parts of a pipeline's folder but the weights, of which only shapes are there. A wrong configuration costs no loading.
 
     family: the one that is needed. scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the
-    folder's own class. mesh, parallelism: where the parameters go. The VAE is float32 where half precision would overflow
-    (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in every pipeline).
+    folder's own class. mesh, parallelism, shard_weights: where the parameters will go. The VAE is float32 where half
+    precision would overflow (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in every pipeline).
     """
     _check_family(folder, family)
     configs = read_configs(folder, scheduler)
     tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
     _check_together(folder, tokenizers, configs)
 
-    whole = place_on(mesh)
+    def model(build: Callable, config: ModelConfig, dtype: jnp.dtype, parallelism=Parallelism.PATCH) -> Model:
+        form = Form.of(abstract(partial(build, config)), parallelism, shard=shard_weights)
+        return Model.of(config, form, mesh, dtype)
 
-    def load(name: str, build: Callable, config: ModelConfig, dtype: jnp.dtype = dtype, placement: Placement = whole):
-        return load_module(
-            lambda rngs: build(config, rngs=rngs), folder / name, variant=variant, dtype=dtype, placement=placement
-        )
-
-    def text_encoder(name: str, config: CLIPTextConfig) -> CLIPTextEncoder:
+    def text_encoder(name: str, config: CLIPTextConfig) -> Model:
         projected = family.pooled and name == family.text_encoders[-1]
         build = partial(CLIPTextEncoder, with_projection=projected, penultimate=family.penultimate)
-        return load(name, build, config)
+        return model(build, config, dtype)
 
     upcast = configs.vae.force_upcast and dtype == jnp.float16
     return Components(
         index=configs.index,
         tokenizers=tokenizers,
         text_encoders=tuple(map(text_encoder, family.text_encoders, configs.text_encoders)),
-        unet=load("unet", UNet, configs.unet, placement=place_on(mesh, parallelism)),
-        vae=load("vae", AutoencoderKL, configs.vae, jnp.dtype(jnp.float32) if upcast else dtype),
+        unet=model(UNet, configs.unet, dtype, parallelism),
+        vae=model(AutoencoderKL, configs.vae, jnp.dtype(jnp.float32) if upcast else dtype),
         scheduler=configs.scheduler,
+    )
+
+
+def read_components(
+    outline: Components, folder: Path, family: Family, *, variant: str | None, mesh: Mesh
+) -> Components:
+    """The parts of an outline with their weights. Raises DistriError for weights that are not those of the configurations."""
+
+    def read(name: str, model: Model) -> Model:
+        place = model.form.place_on(mesh)
+        module = load_module(model.form.abstract(), folder / name, variant=variant, dtype=model.dtype, place=place)
+        return model._replace(params=tuple(jax.tree.leaves(module)))
+
+    return outline._replace(
+        text_encoders=tuple(map(read, family.text_encoders, outline.text_encoders)),
+        unet=read("unet", outline.unet),
+        vae=read("vae", outline.vae),
     )
 
 

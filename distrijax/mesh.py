@@ -15,6 +15,9 @@ DATA = "data"  # different images
 CFG = "cfg"  # the unconditional and the conditional branch of one image (size 1 or 2)
 PATCH = "patch"  # bands of rows of one image
 
+EVERY_AXIS = (DATA, PATCH, CFG)
+"""In the order in which they number the devices."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlan:
@@ -35,11 +38,11 @@ class MeshPlan:
         along several axes in the mesh's order, whatever order it is told.
         """
         halves = np.array(devices).reshape(self.data, self.cfg, self.patch)
-        return Mesh(halves.transpose(0, 2, 1), (DATA, PATCH, CFG), axis_types=(AxisType.Auto,) * 3)
+        return Mesh(halves.transpose(0, 2, 1), EVERY_AXIS, axis_types=(AxisType.Auto,) * 3)
 
     def abstract(self) -> AbstractMesh:
         """The mesh without devices, for tracing."""
-        return AbstractMesh((self.data, self.patch, self.cfg), (DATA, PATCH, CFG), axis_types=(AxisType.Auto,) * 3)
+        return AbstractMesh((self.data, self.patch, self.cfg), EVERY_AXIS, axis_types=(AxisType.Auto,) * 3)
 
     def __str__(self) -> str:
         return f"{DATA} {self.data} x {CFG} {self.cfg} x {PATCH} {self.patch}"

@@ -24,13 +24,21 @@ from distrijax.config import (
     finite_number,
     positive,
 )
+from distrijax.decode import Decoder, decode
 from distrijax.denoise import Inputs, Layout, Loop, Steps, layout_of, loop_of
-from distrijax.exchange import Synchronous
-from distrijax.loading import Components, Family, default_size, find_folder, load_components, resolve_dtype
-from distrijax.mesh import CFG, DATA, PATCH, Bands, check_images, check_sizes, plan_mesh
+from distrijax.loading import (
+    Components,
+    Family,
+    default_size,
+    find_folder,
+    outline_components,
+    read_components,
+    resolve_dtype,
+)
+from distrijax.mesh import CFG, DATA, check_images, check_sizes, plan_mesh
 from distrijax.programs import Programs
-from distrijax.prompt import Embeddings, PromptEncoder, Texts
-from distrijax.tensor import specs
+from distrijax.prompt import Embeddings, Prompt, PromptEncoder, Texts, as_list
+from distrijax.shapes import latents_of, prompt_of, steps_of
 from distrijax.unet import UNetConfig
 from distrijax.vae import VAEConfig
 
@@ -67,12 +75,12 @@ class Call:
     guidance_scale: float
     guidance_rescale: float
     num_images_per_prompt: int
-    seed: int | Sequence[int]
-    latents: Any
     clip_skip: int | None
-    output_type: str
-    callback_on_step_end: Callback | None
-    chunk_size: int | None
+    seed: int | Sequence[int] = 0
+    latents: Any = None
+    output_type: str = "pil"
+    callback_on_step_end: Callback | None = None
+    chunk_size: int | None = 1
 
     def __post_init__(self):
         check_choice(self.output_type, ("pil", "np", "latent"), "output_type")
@@ -106,8 +114,12 @@ class Pipeline:
         self.mesh, self.config, self.dtype = mesh, config, dtype
         self.scheduler = components.scheduler
         self.unet_config, self.vae_config = components.unet.config, components.vae.config
-        self.programs = Programs(mesh.devices.flat[0].platform, compiler_options)
+        self.programs = Programs(mesh.devices.flat[0].platform, compiler_options, shard_weights=config.shard_weights)
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
+        self._progress: dict[str, Any] = {}
+        self._take(components)
+
+    def _take(self, components: Components) -> None:
         self._prompts = PromptEncoder(
             components.tokenizers,
             components.text_encoders,
@@ -116,10 +128,7 @@ class Pipeline:
             everywhere=self._everywhere,
             programs=self.programs,
         )
-        (unet, self._unet), (vae, self._vae) = map(jax.tree.flatten, (components.unet, components.vae))
-        self._unet_params, self._vae_params = tuple(unet), tuple(vae)
-        self._unet_cuts = specs(components.unet, config.parallelism)
-        self._progress: dict[str, Any] = {}
+        self._unet, self._vae = components.unet, components.vae
 
     @classmethod
     def from_pretrained(
@@ -133,12 +142,14 @@ class Pipeline:
         revision: str | None = None,
         token: str | bool | None = None,
         compiler_options: Mapping[str, Any] | None = None,
+        compile_for: Mapping[str, Any] | None = None,
     ) -> Self:
         """Reads a folder in the diffusers layout, or a hub id, onto the devices.
 
         dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs. variant: of the weight
         files, e.g. "fp16". scheduler: a name out of `distrijax.schedulers.SCHEDULERS` instead of the checkpoint's.
-        compiler_options: XLA's for all programs, before `distrijax.programs.OPTIONS`.
+        compiler_options: XLA's for all programs, before `distrijax.programs.options_for`. compile_for: the arguments of the first
+        call; its programs are compiled while the weights are read.
         Raises DistriError for a checkpoint that is not whole or of another family, and for devices that are not there.
         """
         config = distri_config or DistriConfig()
@@ -151,16 +162,63 @@ class Pipeline:
         mesh = plan_mesh(config, count).build(devices[:count])
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
-        components = load_components(
+        components = outline_components(
             folder,
             cls.family,
             dtype=dtype,
-            variant=variant,
             scheduler=scheduler,
             mesh=mesh,
             parallelism=config.parallelism,
+            shard_weights=config.shard_weights,
         )
-        return cls(components, mesh, config, dtype, compiler_options)
+        pipe = cls(components, mesh, config, dtype, compiler_options)
+        try:
+            if compile_for is not None:
+                pipe._prepare(**compile_for)
+            pipe._take(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
+        except BaseException:
+            pipe.programs.abandon()
+            raise
+        return pipe
+
+    def _prepare(
+        self,
+        prompt: Prompt = "",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        num_images_per_prompt: int = 1,
+        clip_skip: int = 0,
+        **_: Any,
+    ) -> None:
+        """Begins to compile what a call with these arguments will run, step by step; other arguments change no program."""
+        height, width = self._size(height, width)
+        call = Call(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            num_images_per_prompt=num_images_per_prompt,
+            clip_skip=clip_skip,
+        )
+        self.scheduler.schedule(num_inference_steps)
+        prompts = len(as_list(prompt, "prompt"))
+        images = prompts * num_images_per_prompt
+        check_images(images, self.mesh.shape[DATA])
+        loop = self._loop((height, width), guided=call.guided)
+        unet = self.unet_config
+        first, *displaced = steps_of(loop, unet, images, rescale=call.guided and guidance_rescale > 0)
+        steps = [first, *([] if all(self.config.synchronous(num_inference_steps)) else displaced)]
+        for step in steps:
+            self.programs.prepare(step.function, loop, *step.placed(), donate=step.donate)
+        self._prompts.prepare(prompts, clip_skip=clip_skip)
+        self.programs.prepare(denoise.condition, loop, self._unet.params, *prompt_of(loop, unet, images))
+        latents = latents_of(loop, unet, images)
+        self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the tqdm progress bar, e.g. disable=True."""
@@ -177,7 +235,7 @@ class Pipeline:
         time_ids: SDXL's micro-conditioning of each branch.
         """
         steps, init_noise_sigma = self.scheduler.schedule(call.num_inference_steps)
-        loop = self._loop(call)
+        loop = self._loop((call.height, call.width), guided=call.guided)
         layout = loop.layout
         images = len(branches[-1][0]) * call.num_images_per_prompt
         check_images(images, self.mesh.shape[DATA])
@@ -197,11 +255,10 @@ class Pipeline:
         pictures = self._decode(layout, state.latents)
         return PipelineOutput(pictures if call.output_type == "np" else to_pil(pictures))
 
-    def _loop(self, call: Call) -> Loop:
+    def _loop(self, size: Size, *, guided: bool) -> Loop:
         """What the programs of a call depend on; raises DistriError for sizes that are no whole rows of the latent."""
-        size = call.height, call.width
-        layout = lay_out(self.config, self.mesh, self.unet_config, self.vae_config, size, guided=call.guided)
-        return loop_of(self.config, layout, self._unet, self.scheduler, self.dtype, self._unet_cuts)
+        layout = lay_out(self.config, self.mesh, self.unet_config, self.vae_config, size, guided=guided)
+        return loop_of(self.config, layout, self._unet.form, self.scheduler, self.dtype)
 
     @property
     def default_size(self) -> Size:
@@ -216,7 +273,7 @@ class Pipeline:
     def _inputs(self, loop: Loop, branches: Sequence[Embeddings], time_ids, call: Call, keys: jax.Array) -> Inputs:
         repeats = call.num_images_per_prompt
         images = branches[0].tokens.shape[0] * repeats
-        sharding = loop.layout.sharding(loop.layout.branches)
+        sharding = loop.layout.sharding(denoise.ALL_BRANCHES)
 
         def joined(*parts):
             return jax.device_put(jnp.stack([jnp.repeat(part, repeats, 0) for part in parts]), sharding)
@@ -225,7 +282,7 @@ class Pipeline:
         ids = None
         if time_ids is not None:
             ids = jax.device_put(np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1), sharding)
-        conditioning = self.programs(denoise.condition, loop, self._unet_params, tokens, pooled, ids)
+        conditioning = self.programs(denoise.condition, loop, self._unet.params, tokens, pooled, ids)
         weights = np.asarray(denoise.guidance_weights(call.guidance_scale, guided=call.guided), np.float32)
         weights_sharding = loop.layout.sharding(P(CFG) if call.guided else P())
         factor = None
@@ -247,7 +304,7 @@ class Pipeline:
             return jax.device_put(jax.tree.map(lambda column: column[start:stop], xs), self._everywhere)
 
         def run(function, *arguments, donate):
-            return self.programs(function, loop, self._unet_params, inputs, *arguments, donate=donate)
+            return self.programs(function, loop, self._unet.params, inputs, *arguments, donate=donate)
 
         if at_once and warm == total:
             return run(denoise.stateless, state, part(0, total), donate=(1,))
@@ -291,14 +348,18 @@ class Pipeline:
 
     def _decode(self, layout: Layout, latents: jax.Array) -> np.ndarray:
         """Pictures [b, h, w, 3] in 0 to 1, on the host."""
-        static = (layout, self._vae, self._vae_params[0].dtype)
         height, width = (side * self.vae_config.scale for side in layout.latent)
-        pictures = np.asarray(self.programs(_decode, static, self._vae_params, latents))[:, :height, :width]
+        pictures = np.asarray(self.programs(decode, self._decoder(layout), self._vae.params, latents))[
+            :, :height, :width
+        ]
         if not np.isfinite(pictures).all():
             raise DistriError(
                 f"the picture has values that are not finite in {self.dtype.name}; use another dtype, scheduler or guidance"
             )
         return np.clip(pictures / 2 + 0.5, 0, 1)
+
+    def _decoder(self, layout: Layout) -> Decoder:
+        return Decoder(layout, self._vae.form, self._vae.dtype)
 
 
 def lay_out(
@@ -371,27 +432,3 @@ def _draw_latents(static, params, keys):
 def _without_padding(layout: Layout, params, latents):
     rows, columns = layout.latent
     return jax.lax.with_sharding_constraint(latents[:, :rows, :columns], layout.sharding(P(DATA)))
-
-
-def _decode(static, params, latents):
-    """VAE decoding on bands of rows, synchronous and so exact, one image after another; about -1 to 1.
-
-    Every device of an image has a band, whatever cut the latents; rows and columns beyond the image are for the caller to
-    drop.
-    """
-    layout, structure, dtype = static
-    axes = (PATCH, CFG)
-    patches = layout.mesh.shape[PATCH] * layout.mesh.shape[CFG]
-    bands = Bands.among(layout.latent[0], patches)
-    latents = latents[:, : bands.rows, : layout.latent[1]]
-    latents = jnp.pad(latents, ((0, 0), (0, patches * bands.band - bands.rows), (0, 0), (0, 0)))
-
-    def local(params, latents):
-        vae = jax.tree.unflatten(structure, params)
-        unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        pixels = jax.lax.map(lambda one: vae.decode(one[None], Synchronous(axes, bands))[0], unscaled.astype(dtype))
-        return pixels.astype(jnp.float32)
-
-    return jax.shard_map(local, mesh=layout.mesh, in_specs=(P(), P(DATA, axes)), out_specs=P(DATA, axes))(
-        params, latents
-    )

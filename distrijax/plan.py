@@ -9,25 +9,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from distrijax import denoise, tensor
+from distrijax import denoise
 from distrijax.config import DistriConfig
-from distrijax.denoise import Inputs, Loop, Steps
-from distrijax.exchange import HALO, MOMENTS, TOKENS, Stale
+from distrijax.exchange import HALO, MOMENTS, TOKENS
 from distrijax.mesh import CFG, MeshPlan, check_images, plan_mesh
-from distrijax.programs import Params
+from distrijax.placement import Form
 from distrijax.schedulers import Scheduler
+from distrijax.shapes import Step, steps_of
 from distrijax.unet import UNetConfig, abstract_unet
 
-PROMPT_TOKENS = 77
-
-KINDS = {"all_gather": None, "ppermute": HALO, "all_to_all": "columns", "psum": None, "psum_invariant": None}
+KINDS = {
+    "all_gather": None,
+    "all_gather_invariant": "weights",
+    "ppermute": HALO,
+    "all_to_all": "columns",
+    "psum": None,
+    "psum_invariant": None,
+}
 """Collectives as JAX names them, and what they carry; a gather's operand tells, and a sum's axes."""
 
 
@@ -73,10 +78,9 @@ def plan(
     dtype: Any = jnp.bfloat16,
 ) -> Plan:
     """The plan of a run; latent: its height and width. Raises DistriError for axis sizes that do not fit `devices` or `images`."""
-    step = step_of(
-        config, unet, scheduler, plan_mesh(config, devices), latent=latent, images=images, guided=guided, dtype=dtype
-    )
-    layout, mesh = step.loop.layout, step.mesh
+    mesh = plan_mesh(config, devices)
+    step = step_of(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
+    layout = step.loop.layout
     program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
     received, by_patch = Counter(), Counter()
     for kind, patch, count in _collectives(program.jaxpr, layout.mesh.shape):
@@ -93,20 +97,6 @@ def plan(
     padding = 1 - latent[0] / (layout.patches * rows)
     rounded = {kind: round(count) for kind, count in received.items()}
     return Plan(mesh, layout.patches, rows, padding, dict(stale), rounded)
-
-
-class Step(NamedTuple):
-    """A program of one step, and the shapes of what it takes: `function(loop, params, *arguments)`.
-
-    stale: of `arguments`; empty where the step is stateless.
-    """
-
-    mesh: MeshPlan
-    function: Callable
-    loop: Loop
-    params: Params
-    arguments: tuple
-    stale: Stale
 
 
 def step_of(
@@ -129,37 +119,8 @@ def step_of(
     levels = len(unet.block_out_channels)
     where = mesh.abstract() if devices is None else mesh.build(devices)
     layout = denoise.layout_of(config, where, guided=guided, latent=latent, levels=levels)
-    model, weights = tensor.shared_out(abstract_unet(unet), layout.parallelism, mesh.patch)
-    leaves, structure = jax.tree.flatten(model)
-    params = tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
-    loop = denoise.loop_of(config, layout, structure, scheduler, dtype, weights)
-    inputs, state, xs = _arguments(loop, unet, params, images)
-    if loop.strategy is None:
-        return Step(mesh, denoise.stateless, loop, params, (inputs, state, xs), {})
-    state, stale = jax.eval_shape(partial(denoise.warm_up, loop), params, inputs, state, xs)
-    return Step(mesh, denoise.displaced, loop, params, (inputs, state, stale, xs), stale)
-
-
-def _arguments(loop: Loop, unet: UNetConfig, params: Any, images: int) -> tuple:
-    """Shapes of what a step of the loop takes: inputs, state, and the constants of one step."""
-    branches = 2 if loop.layout.guided else 1
-
-    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    hidden = array(branches, images, PROMPT_TOKENS, unet.context(0), dtype=loop.dtype)
-    pooled = ids = None
-    if unet.addition_embed_type:
-        sizes = 6  # of SDXL's micro-conditioning; a refiner has 5, which changes nothing here
-        width = unet.projection_class_embeddings_input_dim - sizes * unet.addition_time_embed_dim
-        pooled, ids = array(branches, images, width, dtype=loop.dtype), array(branches, images, sizes)
-    conditioning = jax.eval_shape(partial(denoise.condition, loop), params, hidden, pooled, ids)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    inputs = Inputs(conditioning, array(branches, 2), None, keys)
-    noise = array(images, *loop.layout.canvas, unet.in_channels)
-    state = jax.eval_shape(loop.scheduler.init, noise, array())
-    xs = jax.tree.map(lambda column: column[:1], Steps.of(loop.scheduler.schedule(2)[0]))
-    return inputs, state, xs
+    form = Form.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights)
+    return steps_of(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]
 
 
 def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, float]]:
@@ -167,7 +128,7 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
 
     sizes: of the mesh's axes.
     """
-    for equation in jaxpr.eqns:
+    for equation in _used(jaxpr):
         inner = [branch for value in equation.params.values() for branch in _programs(value)]
         if equation.primitive.name == "cond":
             yield from max(
@@ -186,10 +147,22 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
             if name == "ppermute":
                 yield from ((KINDS[name], target, _bytes(operand)) for _, target in equation.params["perm"])
                 continue
-            times = {"all_gather": n - 1, "all_to_all": (n - 1) / n}.get(name, 2 * (n - 1) / n)
+            times = {"all_gather": n - 1, "all_gather_invariant": n - 1, "all_to_all": (n - 1) / n}.get(
+                name, 2 * (n - 1) / n
+            )
             summed = "guidance" if CFG in axes else "partial sums"
             kind = KINDS[name] or (_kind(operand) if name == "all_gather" else summed)
             yield kind, None, times * _bytes(operand)
+
+
+def _used(jaxpr: Any) -> list[Any]:
+    """The equations on which a program's results depend; XLA leaves out the others, such as gathers of unread weights."""
+    wanted, used = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if any(id(variable) in wanted for variable in equation.outvars):
+            wanted.update(map(id, equation.invars))
+            used.append(equation)
+    return used[::-1]
 
 
 def _programs(value: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -20,10 +21,11 @@ from distrijax.config import DistriConfig, DistriError, Parallelism, SyncMode, p
 from distrijax.loading import DTYPES, find_folder, read_configs
 from distrijax.mesh import check_sizes
 from distrijax.plan import megabytes
-from distrijax.projection import LINKS, CompiledStep, Event, compile_step, seconds, timeline, waiting
-from distrijax.schedulers import load_scheduler
+from distrijax.projection import LINKS, CompiledStep, Event, compile_decoder, compile_step, seconds, timeline, waiting
+from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.targets import GPUS
-from distrijax.unet import SDXL_BASE
+from distrijax.unet import SDXL_BASE, UNetConfig
+from distrijax.vae import SDXL_VAE, VAEConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,6 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
     add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
     add("--compress", action="store_true", help="keys and values travel as int8")
+    add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
     add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
     add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="(default: %(default)s)")
@@ -68,16 +71,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _tell(arguments: argparse.Namespace) -> None:
     devices = positive(arguments.devices, "--devices")
     link = _link(arguments.link)
-    step = _compile(arguments, devices)
+    run = _read(arguments)
+    step = _compile(run, arguments, devices)
     events = step.events(link)
     if arguments.hlo:
         _write(arguments.hlo, lambda path: path.write_text(step.program.hlo))
     if arguments.timeline:
         _draw(arguments.timeline, step, events, arguments)
     print(f"mesh     {step.mesh} of {step.gpu.name}, {arguments.dtype}")
-    total = sum(step.memory.values())
-    kinds = ", ".join(f"{kind} {megabytes(size)}" for kind, size in step.memory.items())
-    print(f"memory   {megabytes(total)} of {megabytes(step.gpu.memory)} on each device: {kinds}")
+    print(
+        f"memory   {_memory(step.memory)} of {megabytes(step.gpu.memory)} on each device in a step: {_kinds(step.memory)}"
+    )
+    decoding = {"weights of the UNet": step.memory["weights"], **_decoding(run, arguments)}
+    print(f"         {_memory(decoding)} while the picture is decoded: {_kinds(decoding)}")
     print(f"work     {step.flops / 1e12:.3g} TFLOP on each device and step")
     print(f"received {megabytes(step.received)} by each device and step")
     for line in _hidden(step):
@@ -86,35 +92,70 @@ def _tell(arguments: argparse.Namespace) -> None:
         f"projection  {1e3 * seconds(events):.3g} ms a step, {1e3 * waiting(events):.2g} ms of them waiting for transfers"
     )
     if devices > 1 and not arguments.no_baseline:
-        alone = seconds(_compile(arguments, 1).events(link))
+        alone = seconds(_compile(run, arguments, 1).events(link))
         print(f"projection  {1e3 * alone:.3g} ms a step on one device: {alone / seconds(events):.2f} times as long")
 
 
-def _compile(arguments: argparse.Namespace, devices: int) -> CompiledStep:
+def _memory(kinds: dict[str, int]) -> str:
+    return megabytes(sum(kinds.values()))
+
+
+def _kinds(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {megabytes(size)}" for kind, size in kinds.items())
+
+
+class _Run(NamedTuple):
+    """What is to be compiled."""
+
+    config: DistriConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    scheduler: Scheduler
+    latent: tuple[int, int]
+
+
+def _read(arguments: argparse.Namespace) -> _Run:
     if len(arguments.image_size) > 2:
         raise DistriError(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
-    unet, scheduler, scale = SDXL_BASE, load_scheduler({"_class_name": "EulerDiscreteScheduler"}), 8
+    unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
         configs = read_configs(find_folder(arguments.model, variant=None, revision=None, token=None))
-        unet, scheduler, scale = configs.unet, configs.scheduler, configs.vae.scale
+        unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
-    check_sizes(height=height, width=width, vae_scale=scale)
+    check_sizes(height=height, width=width, vae_scale=vae.scale)
     config = DistriConfig(
         sync_mode=arguments.sync_mode,
         extrapolate=arguments.extrapolate,
         compress=arguments.compress,
+        shard_weights=arguments.shard_weights,
         split_batch=not arguments.no_split_batch,
         parallelism=arguments.parallelism,
     )
+    return _Run(config, unet, vae, scheduler, (height // vae.scale, width // vae.scale))
+
+
+def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> CompiledStep:
     return compile_step(
-        config,
-        unet,
-        scheduler,
+        run.config,
+        run.unet,
+        run.scheduler,
         arguments.gpu,
         devices=devices,
-        latent=(height // scale, width // scale),
+        latent=run.latent,
         images=positive(arguments.batch, "--batch"),
         guided=not arguments.no_guidance,
+        dtype=DTYPES[arguments.dtype],
+    )
+
+
+def _decoding(run: _Run, arguments: argparse.Namespace) -> dict[str, int]:
+    return compile_decoder(
+        run.config,
+        run.vae,
+        arguments.gpu,
+        devices=arguments.devices,
+        latent=run.latent,
+        images=arguments.batch,
         dtype=DTYPES[arguments.dtype],
     )
 

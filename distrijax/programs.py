@@ -7,6 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_enable_analytical_sol_latency_estimator": False,
-        "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 3,
         "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000,
         "xla_gpu_collective_permute_combine_threshold_bytes": 1_000_000,
     },
@@ -26,9 +27,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """XLA's options for each of JAX's platforms.
 
 Without the latency-hiding scheduler nothing travels while a GPU computes; by its model of Hopper's links what is small need not
-be hidden; with one collective at a time, those that wait their turn begin too late. Only what is small is combined: XLA would
-otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
+be hidden; with one collective at a time, those that wait their turn begin too late, and with many, more is held at once. Only
+what is small is combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
 """
+
+SHARDED: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8}}
+"""What is different where weights travel, too: with fewer at a time, keys and values are gathered far too early."""
+
+
+def options_for(platform: str, *, shard_weights: bool = False) -> dict[str, Any]:
+    """This project's options for XLA on one of JAX's platforms."""
+    return {**OPTIONS.get(platform, {}), **(SHARDED.get(platform, {}) if shard_weights else {})}
+
 
 Params = tuple[jax.Array, ...]
 """The leaves of a module, as a compiled program takes them: quick to hand over, whatever the module's depth."""
@@ -37,47 +47,82 @@ Params = tuple[jax.Array, ...]
 class Programs:
     """Compiles `function(static, params, *arguments)` once for each static value and each shape of the arguments.
 
-    platform: JAX's name for the devices'. options: a user's for XLA, before those of `OPTIONS`.
-    seconds: spent tracing and compiling so far. count: how many programs that made.
+    platform: JAX's name for the devices'. options: a user's for XLA, before those of `options_for`. shard_weights: whether
+    parameters are gathered in the programs.
+    seconds: of tracing and compiling so far, which several programs may have spent at the same time. waited: seconds that
+    calls stood still for it.
     """
 
-    def __init__(self, platform: str, options: Mapping[str, Any] | None = None):
+    def __init__(self, platform: str, options: Mapping[str, Any] | None = None, *, shard_weights: bool = False):
         self.platform = platform
-        self.options = dict(options or {})
-        self.seconds = 0.0
-        self._compiled: dict[Hashable, Any] = {}
+        self.ours, self.options = options_for(platform, shard_weights=shard_weights), dict(options or {})
+        self.seconds = self.waited = 0.0
+        self._compiled: dict[Hashable, Future[jax.stages.Compiled]] = {}
+        self._fit: set[Hashable] = set()
+        # several processes have to compile in one order, for XLA may have them try out kernels together
+        self._workers = ThreadPoolExecutor(1 if jax.process_count() > 1 else 4, "compile")
 
     @property
     def count(self) -> int:
+        """How many programs there are."""
         return len(self._compiled)
+
+    def prepare(
+        self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
+    ) -> Hashable:
+        """Begins to compile a program that will be called, while something else goes on; returns the program's key.
+
+        Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite.
+        """
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (function, static, structure, tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves))
+        if key not in self._compiled:
+            shapes = jax.tree.map(_shape, (params, *arguments))
+            self._compiled[key] = self._workers.submit(self._compile, function, static, shapes, donate)
+        return key
 
     def __call__(
         self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
     ) -> Any:
         """Runs the program. donate: which of `arguments` (from 0) it may overwrite."""
-        leaves, structure = jax.tree.flatten(arguments)
-        key = (function, static, structure, tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves))
-        if key not in self._compiled:
-            start = time.perf_counter()
-            jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
-            program = compiled(jitted.lower(static, params, *arguments), self.platform, self.options)
-            self.seconds += time.perf_counter() - start
+        key = self.prepare(function, static, params, *arguments, donate=donate)
+        start = time.perf_counter()
+        program = self._compiled[key].result()
+        if key not in self._fit:
+            self.waited += time.perf_counter() - start
             jax.block_until_ready(arguments)  # what made them has given back its memory
-            check_memory(program, leaves[0].sharding.mesh.local_devices[0])
-            self._compiled[key] = program
-        result = self._compiled[key](params, *arguments)
+            check_memory(program, jax.tree.leaves(arguments)[0].sharding.mesh.local_devices[0])
+            self._fit.add(key)
+        result = program(params, *arguments)
         # virtual CPU devices share one pool of threads: with a second program in it, the collectives of the first may wait
         # for ever for a device that gets no thread
         return jax.block_until_ready(result) if self.platform == "cpu" else result
 
+    def abandon(self) -> None:
+        """Gives up what was prepared and is not begun."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
-def compiled(lowered: jax.stages.Lowered, platform: str, options: Mapping[str, Any]) -> jax.stages.Compiled:
-    """The program, compiled with the platform's `OPTIONS` and, before them, a user's.
+    def _compile(
+        self, function: Callable, static: Hashable, shapes: tuple, donate: tuple[int, ...]
+    ) -> jax.stages.Compiled:
+        start = time.perf_counter()
+        jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
+        program = compiled(jitted.lower(static, *shapes), self.ours, self.options)
+        self.seconds += time.perf_counter() - start
+        return program
+
+
+def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def compiled(lowered: jax.stages.Lowered, ours: Mapping[str, Any], options: Mapping[str, Any]) -> jax.stages.Compiled:
+    """The program, compiled with this project's options (`options_for`) and, before them, a user's.
 
     An option of ours that this version of XLA does not have is left out, with a DistriWarning. Raises DistriError for a
     user's that XLA does not have, or with a value that it does not take.
     """
-    chosen = {**OPTIONS.get(platform, {}), **options}
+    chosen = {**ours, **options}
     while True:
         try:
             return lowered.compile(compiler_options=chosen)

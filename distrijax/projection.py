@@ -17,22 +17,27 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from distrijax import denoise
 from distrijax.config import DistriConfig
+from distrijax.decode import Decoder, decode
+from distrijax.layers import abstract
 from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.overlap import Instruction, Program, Transfer, array_bytes
-from distrijax.plan import Step, step_of
-from distrijax.programs import compiled
+from distrijax.placement import Form, Model
+from distrijax.plan import step_of
+from distrijax.programs import compiled, options_for
 from distrijax.schedulers import Scheduler
+from distrijax.shapes import Step, placed
 from distrijax.targets import GPUS, Gpu, compile_only_devices
 from distrijax.unet import UNetConfig
+from distrijax.vae import AutoencoderKL, VAEConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,62 +104,80 @@ def compile_step(
     gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: for XLA, before the pipeline's.
     Raises DistriError for what cannot be shared out, and where the compiler for these GPUs is not installed.
     """
+    mesh = plan_mesh(config, devices)
     step = step_of(
         config,
         unet,
         scheduler,
-        plan_mesh(config, devices),
+        mesh,
         latent=latent,
         images=images,
         guided=guided,
         dtype=dtype,
         devices=compile_only_devices(gpu, devices),
     )
-    places = denoise.specs_of(step.loop, stale=bool(step.stale))
-    params, *arguments = _placed(step.loop.layout.mesh, places, (step.params, *step.arguments))
-    donate = (2, 3) if step.stale else (2,)
-    jitted = jax.jit(step.function, static_argnums=0, donate_argnums=tuple(1 + place for place in donate))
-    with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
-        warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        executable = compiled(jitted.lower(step.loop, params, *arguments), "gpu", options or {})
+    executable = _compiled(step.function, step.loop, step.placed(), step.donate, config, options)
     program = Program(executable.as_text())
     temporaries = executable.memory_analysis().temp_size_in_bytes
-    return CompiledStep(GPUS[gpu], step.mesh, program, _memory(step, places, program, temporaries))
+    return CompiledStep(GPUS[gpu], mesh, program, _memory(step, program, temporaries))
 
 
-def _placed(mesh: Mesh, specs: tuple, arguments: tuple) -> tuple:
-    """Shapes with where they lie; a spec stands for all leaves of an argument."""
-
-    def place(spec: P, part: Any) -> Any:
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
-
-    return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))
-
-
-def _memory(step: Step, places: tuple, program: Program, temporaries: int) -> dict[str, int]:
-    """Bytes on each device, by kind. All weights count, those too that this program does not read."""
-
-    def on_device(specs: Any, part: Any) -> int:
-        placed = jax.tree.leaves(_placed(step.loop.layout.mesh, (specs,), (part,)))
-        return sum(_shard_bytes(leaf) for leaf in placed)
-
-    stale = on_device(step.loop.layout.stale, step.stale)
-    others = sum(
-        on_device(specs, part) for specs, part in zip(places[1:], step.arguments, strict=True) if part is not step.stale
-    )
-    gathered = _gathered(program)
+def compile_decoder(
+    config: DistriConfig,
+    vae: VAEConfig,
+    gpu: str,
+    *,
+    devices: int,
+    latent: tuple[int, int],
+    images: int = 1,
+    dtype: Any = jnp.bfloat16,
+) -> dict[str, int]:
+    """Bytes on each device while latents become pictures, by kind: weights, pixels and work. Arguments as `compile_step`'s."""
+    mesh = plan_mesh(config, devices).build(compile_only_devices(gpu, devices))
+    layout = denoise.layout_of(config, mesh, guided=True, latent=latent, levels=1)
+    form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights)
+    model = Model.of(vae, form, mesh, dtype)
+    latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
+    latents = placed(mesh, layout.latents, latents)
+    executable = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {})
+    analysis = executable.memory_analysis()
     return {
-        "weights": on_device(step.loop.weights, step.params),
-        "stale state": stale,
-        "latents and conditioning": others,
-        "gathered": gathered,
-        "work": max(temporaries - gathered, 0),
+        "weights": _on_device(model.params),
+        "pixels": analysis.output_size_in_bytes,
+        "work": analysis.temp_size_in_bytes,
     }
 
 
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def _compiled(
+    function: Callable, static: Any, arguments: tuple, donate: tuple[int, ...], config: DistriConfig, options: Any
+) -> jax.stages.Compiled:
+    """donate: which of the arguments after the parameters."""
+    jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + place for place in donate))
+    ours = options_for("gpu", shard_weights=config.shard_weights)
+    with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+        return compiled(jitted.lower(static, *arguments), ours, options or {})
+
+
+def _on_device(part: Any) -> int:
+    """Bytes of one device's part of arrays."""
+    leaves = jax.tree.leaves(part)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _memory(step: Step, program: Program, temporaries: int) -> dict[str, int]:
+    """Bytes on each device, by kind. All weights count, those too that this program does not read."""
+
+    params, *arguments = step.placed()
+    stale = _on_device(arguments[2]) if step.stale else 0
+    gathered = _gathered(program)
+    return {
+        "weights": _on_device(params),
+        "stale state": stale,
+        "latents and conditioning": _on_device(arguments) - stale,
+        "gathered": gathered,
+        "work": max(temporaries - gathered, 0),
+    }
 
 
 def _gathered(program: Program) -> int:

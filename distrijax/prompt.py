@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from distrijax.clip import CLIPTextEncoder
 from distrijax.config import DistriError
+from distrijax.placement import Model
 from distrijax.programs import Programs
 from distrijax.tokenizer import CLIPTokenizer
 
@@ -43,7 +44,7 @@ class PromptEncoder:
     """
 
     tokenizers: tuple[CLIPTokenizer, ...]
-    encoders: tuple[CLIPTextEncoder, ...]
+    encoders: tuple[Model, ...]
     pooled: bool
     zeros_for_empty: bool
     everywhere: NamedSharding
@@ -54,10 +55,18 @@ class PromptEncoder:
         outputs = []
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
             ids = jax.device_put(tokenizer(prompts), self.everywhere)
-            leaves, structure = jax.tree.flatten(encoder)
-            outputs.append(self.programs(_encode, (structure, self.everywhere, clip_skip), tuple(leaves), ids))
+            outputs.append(self.programs(_encode, self._static(encoder, clip_skip), encoder.params, ids))
         tokens, pooled = zip(*outputs, strict=True)
         return Embeddings(jnp.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
+
+    def prepare(self, count: int, *, clip_skip: int = 0) -> None:
+        """Begins to compile for so many prompts."""
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            ids = jax.ShapeDtypeStruct((count, tokenizer.length), np.int32, sharding=self.everywhere)
+            self.programs.prepare(_encode, self._static(encoder, clip_skip), encoder.params, ids)
+
+    def _static(self, encoder: Model, clip_skip: int) -> tuple:
+        return encoder.form, self.everywhere.mesh, clip_skip
 
     def given(self, tokens: Any, pooled: Any, name: str, dtype: Any) -> Embeddings | None:
         """Embeddings that a caller passes in, checked and placed; None when there are none.
@@ -170,6 +179,9 @@ def _labels(name: str, prompts: Prompts) -> list[str]:
 
 def _encode(static, params, ids):
     """Every device encodes all prompts: they are few, and all devices of a branch need them."""
-    structure, everywhere, clip_skip = static
-    outputs = jax.tree.unflatten(structure, params)(ids, clip_skip=clip_skip)
-    return jax.lax.with_sharding_constraint(outputs, everywhere)
+    form, mesh, clip_skip = static
+
+    def local(params, ids):
+        return form.module(params)(ids, clip_skip=clip_skip)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(form.specs, P()), out_specs=P())(params, ids)

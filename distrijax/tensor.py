@@ -9,38 +9,39 @@ which changes no sum, and put in the devices' order, so that an even cut gives e
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from distrijax.config import Parallelism
 from distrijax.layers import Cut, Side, walk
 from distrijax.mesh import PATCH
-from distrijax.weights import ParamPath, Place, Placement
+from distrijax.weights import ParamPath
 
 
 class Piece(NamedTuple):
-    """The divided axis of a parameter, in whose `cut` `length` channels go to so many devices."""
+    """The divided axis of a parameter, in whose `cut` `length` channels go to the devices along some axes of the mesh."""
 
     axis: int
     cut: Cut
     length: int
+    among: tuple[str, ...] = (PATCH,)
 
     def spec(self) -> P:
         """How the laid out parameter lies on the mesh."""
-        return P(*[None] * self.axis, PATCH)
+        return P(*[None] * self.axis, self.among)
 
-    def shape(self, shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
-        """The shape of a parameter that is laid out."""
+    def shape(self, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of a parameter that is laid out. sizes: of the mesh's axes."""
+        devices = self._devices(sizes)
         return (*shape[: self.axis], devices * self._each(devices), *shape[self.axis + 1 :])
 
-    def lay_out(self, value: Float[np.ndarray, "..."], devices: int) -> Float[np.ndarray, "..."]:
+    def lay_out(self, value: Float[np.ndarray, "..."], sizes: Mapping[str, int]) -> Float[np.ndarray, "..."]:
         """A parameter in the order of the devices, padded with zeros."""
+        devices = self._devices(sizes)
         unit, parts = self.cut.unit, self.cut.parts
         last = np.moveaxis(value, self.axis, -1)
         units = last.reshape(*last.shape[:-1], parts, -1, unit)
@@ -49,13 +50,20 @@ class Piece(NamedTuple):
         shared = units.reshape(*units.shape[:-2], devices, -1, unit).swapaxes(-4, -3)
         return np.moveaxis(shared.reshape(*last.shape[:-1], -1), -1, self.axis)
 
+    def restored(self, value: Array) -> Array:
+        """A layer takes what its device holds."""
+        return value
+
+    def _devices(self, sizes: Mapping[str, int]) -> int:
+        return math.prod(sizes[axis] for axis in self.among)
+
     def _each(self, devices: int) -> int:
         group = self.cut.unit * self.cut.parts
         return math.ceil(self.length // group / devices) * group
 
 
 def pieces(module: nnx.Module) -> dict[ParamPath, Piece]:
-    """The parameters of a module that are divided, by their path; all others lie whole on every device."""
+    """The parameters of a module that may be divided, by their path."""
     found = {}
     for path, layer in walk(module):
         if (cut := getattr(layer, "cut", None)) is None:
@@ -67,41 +75,3 @@ def pieces(module: nnx.Module) -> dict[ParamPath, Piece]:
             axis = len(value.shape) - (2 if cut.side is Side.INPUT else 1)
             found[(*path, name)] = Piece(axis, cut, value.shape[axis])
     return found
-
-
-def specs(module: nnx.Module, parallelism: Parallelism) -> P | tuple[P, ...]:
-    """How the leaves of a module lie on the mesh, in the order of `jax.tree.leaves`."""
-    if parallelism is not Parallelism.TENSOR:
-        return P()
-    divided = pieces(module)
-    paths = [path for path, _ in nnx.to_flat_state(nnx.state(module))]
-    return tuple(divided[path].spec() if path in divided else P() for path in paths)
-
-
-def shared_out(module: nnx.Module, parallelism: Parallelism, devices: int) -> tuple[nnx.Module, P | tuple[P, ...]]:
-    """A module of shapes as so many devices together hold it, and how its leaves lie on the mesh."""
-    if parallelism is not Parallelism.TENSOR:
-        return module, P()
-    divided = pieces(module)
-    graph, state = nnx.split(module)
-    for path, leaf in nnx.to_flat_state(state):
-        if path in divided:
-            leaf.set_value(jax.ShapeDtypeStruct(divided[path].shape(leaf.shape, devices), leaf.dtype))
-    return nnx.merge(graph, state), specs(module, parallelism)
-
-
-def place_on(mesh: Mesh, parallelism: Parallelism = Parallelism.PATCH) -> Placement:
-    """Puts parameters on the devices of a mesh: whole on each, but for those that the parallelism divides."""
-
-    def placement(module: nnx.Module) -> Place:
-        divided = pieces(module) if parallelism is Parallelism.TENSOR else {}
-
-        def place(path: ParamPath, value: np.ndarray) -> jax.Array:
-            if path not in divided:
-                return jax.device_put(value, NamedSharding(mesh, P()))
-            laid_out = divided[path].lay_out(value, mesh.shape[PATCH])
-            return jax.device_put(laid_out, NamedSharding(mesh, divided[path].spec()))
-
-        return place
-
-    return placement

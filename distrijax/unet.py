@@ -7,6 +7,7 @@ the pooled text and of the sizes) is computed once, by `condition`, before the d
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from distrijax.layers import (
     LayerNorm,
     Linear,
     Side,
+    abstract,
     gelu,
     name_layers,
     sinusoidal,
@@ -360,15 +362,18 @@ class UNet(nnx.Module):
         encoder_hidden_states: Float[Array, "b t e"],
         text_embeds: Float[Array, "b p"] | None = None,
         time_ids: Float[Array, "b i"] | None = None,
+        exchange: Exchange | None = None,
     ) -> Conditioning:
         """Everything that depends on the prompt alone.
 
         text_embeds: pooled text embedding. time_ids: SDXL's micro-conditioning (original size, crop, target size),
-        in pixels; both only for models with `addition_embed_type` "text_time".
+        in pixels; both only for models with `addition_embed_type` "text_time". exchange: where devices hold parts of the
+        cross-attentions' projections.
         """
-        context = {
-            block.attn2.path: block.attn2.project_context(encoder_hidden_states) for block in self._transformer_blocks()
-        }
+        context = {}
+        for attention in (block.attn2 for block in self._transformer_blocks()):
+            kv = attention.project_context(encoder_hidden_states)
+            context[attention.path] = exchange.context(kv, attention.channels) if exchange is not None else kv
         if self.add_embedding is None:
             return Conditioning(context, None)
         b, ids = time_ids.shape
@@ -434,4 +439,4 @@ SDXL_BASE = UNetConfig(
 
 def abstract_unet(config: UNetConfig) -> UNet:
     """A UNet of shapes without values."""
-    return nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    return abstract(partial(UNet, config))

@@ -195,3 +195,13 @@ class AutoencoderKL(nnx.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents, exchange)
+
+
+SDXL_VAE = VAEConfig(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    scaling_factor=0.13025,
+)
+"""Stable Diffusion XL base 1.0's."""

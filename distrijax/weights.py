@@ -27,9 +27,6 @@ ParamPath = tuple[str | int, ...]
 Place = Callable[[ParamPath, np.ndarray], jax.Array]
 """Puts one host array, the parameter at a path of a module, on the devices."""
 
-Placement = Callable[[nnx.Module], Place]
-"""How the parameters of a module, of which only the shapes are there yet, are placed."""
-
 IGNORED = ("text_model.embeddings.position_ids",)
 """Tensors that some checkpoints carry and no model needs."""
 
@@ -56,17 +53,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_module(
-    build: Callable[[nnx.Rngs], Module], folder: Path, *, variant: str | None, dtype: jnp.dtype, placement: Placement
-) -> Module:
+def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp.dtype, place: Place) -> Module:
     """A module filled from the safetensors of `folder`; all or nothing.
 
-    build: makes the module; only its shapes are used. Each tensor is read, cast and placed before the next one, so the
+    module: of shapes (`layers.abstract`). Each tensor is read, cast and placed before the next one, so the
     host never holds two. Raises one DistriError that lists every tensor that is missing, unexpected, duplicate, misshapen
     or not finite.
     """
-    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    place = placement(module)
     graph, abstract = nnx.split(module)
     wanted = {checkpoint_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
     filled: dict[str, jax.Array] = {}

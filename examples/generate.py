@@ -79,6 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
     add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
     add("--compress", action="store_true", help="keys and values travel as int8")
+    add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
     parallelisms, schemes = ([member.value for member in kind] for kind in (Parallelism, SplitScheme))
     add("--parallelism", choices=parallelisms, default="patch", help="how the UNet is divided (default: %(default)s)")
     add("--split-scheme", choices=schemes, default="alternate", help="cuts of naive_patch (default: %(default)s)")
@@ -120,6 +121,7 @@ def generate(arguments: argparse.Namespace) -> None:
         sync_steps=arguments.sync_steps,
         extrapolate=arguments.extrapolate,
         compress=arguments.compress,
+        shard_weights=arguments.shard_weights,
         split_batch=not arguments.no_split_batch,
         parallelism=arguments.parallelism,
         split_scheme=arguments.split_scheme,
@@ -138,17 +140,6 @@ def generate(arguments: argparse.Namespace) -> None:
     print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
     print(f"image    {image}", flush=True)
 
-    start = time.perf_counter()
-    pipe = load_pipeline(
-        folder,
-        config,
-        dtype=dtype,
-        variant=arguments.variant,
-        scheduler=arguments.scheduler,
-        compiler_options=dict(option.split("=", 1) for option in arguments.compiler_option),
-    )
-    loaded = time.perf_counter()
-    print(f"load     {loaded - start:.1f} s", flush=True)
     call = {
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
@@ -158,11 +149,23 @@ def generate(arguments: argparse.Namespace) -> None:
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
     }
+    start = time.perf_counter()
+    pipe = load_pipeline(
+        folder,
+        config,
+        dtype=dtype,
+        variant=arguments.variant,
+        scheduler=arguments.scheduler,
+        compiler_options=dict(option.split("=", 1) for option in arguments.compiler_option),
+        compile_for={**call, "num_images_per_prompt": arguments.batch},
+    )
+    loaded = time.perf_counter()
+    print(f"load     {loaded - start:.1f} s, programs compile meanwhile", flush=True)
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar where stderr is not a terminal
     pictures = pipe(**call, num_images_per_prompt=arguments.batch).images
-    compiling = pipe.programs.seconds
-    running = time.perf_counter() - loaded - compiling
-    print(f"compile  {compiling:.1f} s for {pipe.programs.count} programs")
+    waited = pipe.programs.waited
+    running = time.perf_counter() - loaded - waited
+    print(f"compile  {waited:.1f} s more for {pipe.programs.count} programs")
     print(f"run      {running:.1f} s for {arguments.num_inference_steps} steps, text encoders and decoder")
 
     settings = {
@@ -178,6 +181,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
         "extrapolate": config.extrapolate,
         "compress": config.compress,
+        "shard_weights": config.shard_weights,
         "split_batch": config.split_batch,
         "parallelism": config.parallelism.value,
         "split_scheme": config.split_scheme.value,

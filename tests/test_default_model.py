@@ -73,7 +73,7 @@ def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
     """Torch works in float64 here: its float32 is further from that than ours is."""
     pictures, _, _ = zip(*(held_out_example(0, index, 256, 192) for index in range(4)), strict=True)
     pixels = np.stack(pictures).astype(np.float32) / 127.5 - 1
-    vae, torch_vae = jax.tree.unflatten(one_device._vae, one_device._vae_params), copy.deepcopy(theirs.vae).double()
+    vae, torch_vae = one_device._vae.form.module(one_device._vae.params), copy.deepcopy(theirs.vae).double()
     latents = torch_vae.encode(torch.tensor(pixels).permute(0, 3, 1, 2).double()).latent_dist.mean
     expected = torch_vae.decode(latents).sample
     latents, expected = (np.float32(part.permute(0, 2, 3, 1).numpy()) for part in (latents, expected))
@@ -98,7 +98,7 @@ def test_unet_is_that_of_torch(one_device, theirs, timestep):
     def call(unet, sample, *prompt):
         return unet(sample, jnp.float32(timestep), unet.condition(*prompt), WholeImage())
 
-    unet = jax.tree.unflatten(one_device._unet, one_device._unet_params)
+    unet = one_device._unet.form.module(one_device._unet.params)
     got = call(unet, nhwc(sample), *(part.numpy() for part in (tokens, pooled, sizes)))
     assert relative_error(got, nhwc(expected)) < 1e-5
 

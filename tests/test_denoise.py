@@ -17,6 +17,7 @@ from distrijax import denoise
 from distrijax.denoise import Inputs, Layout, Loop
 from distrijax.exchange import Displaced, Strategy
 from distrijax.mesh import MeshPlan
+from distrijax.placement import Form, Whole
 from distrijax.schedulers import State, load_scheduler
 from distrijax.unet import Conditioning
 
@@ -104,7 +105,8 @@ class Call:
         mesh = plan.build(jax.devices()[: plan.devices])
         leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
         self.params = tuple(leaves)
-        self.loop = Loop(Layout(mesh, guided, SHAPE[1:3]), structure, scheduler, dtype, Strategy(Displaced))
+        form = Form(structure, paths=(), shapes=(), parts=(Whole(),) * len(leaves))
+        self.loop = Loop(Layout(mesh, guided, SHAPE[1:3]), form, scheduler, dtype, Strategy(Displaced))
         branches = 2 if guided else 1
         said = normal(2, *SHAPE[::3], seed=5) if said is None else said
         weights = np.float32(denoise.guidance_weights(scale, guided=guided))

@@ -85,7 +85,7 @@ def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
     once = jax.tree.map(lambda column: column[:1], xs)
 
     def run(function, *arguments):
-        state, stale = jax.jit(function, static_argnums=0)(loop, pipe._unet_params, inputs, *arguments, once)
+        state, stale = jax.jit(function, static_argnums=0)(loop, pipe._unet.params, inputs, *arguments, once)
         return np.asarray(state.output)[:, : SIZE["height"] // 8], stale
 
     blank = Seen(state.latents, 0 * state.latents)

@@ -270,6 +270,26 @@ def test_only_new_shapes_compile(one, stale):
         assert pipe.programs.count == count
 
 
+@pytest.mark.parametrize(
+    ("settings", "changes", "programs"),
+    [
+        ({"devices": 4}, {}, 7),
+        ({"devices": 2, "sync_mode": "full_sync"}, {"guidance_scale": 1.0, "num_images_per_prompt": 2}, 6),
+        ({"devices": 2, "parallelism": "tensor"}, {"guidance_rescale": 0.5, "height": 40}, 6),
+    ],
+    ids=["displaced", "synchronous without guidance", "tensor"],
+)
+def test_what_the_first_call_needs_is_compiled_while_weights_are_read(tiny_checkpoint, settings, changes, programs):
+    """Two text encoders, the conditioning, one or two kinds of steps, the decoder; the noise is left to the call."""
+    call = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 6, **changes}
+    config = DistriConfig(warmup_steps=1, **settings)
+    pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config, compile_for=call)
+    assert pipe.programs.count == programs - 1
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**call)
+    assert pipe.programs.count == programs
+
+
 def test_another_size_compiles_again_and_only_once(one):
     before = one.programs.count
     first = paint(one, height=32, width=32)
@@ -336,4 +356,4 @@ def test_bfloat16_is_close_to_float32(tiny_checkpoint, one):
 
 def test_parameters_lie_on_every_device(stale):
     devices = set(jax.devices()[:4])
-    assert all(leaf.sharding.device_set == devices for leaf in stale._unet_params)
+    assert all(leaf.sharding.device_set == devices for leaf in stale._unet.params)

@@ -159,7 +159,7 @@ def test_old_names_of_the_vaes_attention_are_read(tiny_sd_checkpoints, tmp_path,
     assert len(renamed.keys() - tensors.keys()) == 16
     save_file(renamed, file)
     pipe = DistriSDPipeline.from_pretrained(folder, DistriConfig(devices=1))
-    for got, wanted in zip(pipe._vae_params, one(1)._vae_params, strict=True):
+    for got, wanted in zip(pipe._vae.params, one(1)._vae.params, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
 

@@ -76,7 +76,7 @@ def test_received_bytes_are_those_of_the_compiled_program(settings, tiny_checkpo
     pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config)
     pipe.set_progress_bar_config(disable=True)
     pipe("a red circle", height=128, width=128, num_inference_steps=2, output_type="latent")
-    steps = {key[0].__name__: program for key, program in pipe.programs._compiled.items()}
+    steps = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}
     program = next(steps[name] for name in ("displaced", "stateless") if name in steps)
     planned = plan(config, pipe.unet_config, pipe.scheduler, devices=config.devices, latent=(16, 16), dtype=pipe.dtype)
     assert sum(planned.received.values()) == received_by_hlo(program.as_text())

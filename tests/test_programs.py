@@ -27,6 +27,29 @@ def test_programs_on_virtual_devices_end_before_the_next_begins():
     assert result.is_ready()
 
 
+def test_a_program_that_was_prepared_of_shapes_is_not_compiled_again():
+    programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
+    double, shape = (lambda static, params, x: static * x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    programs.prepare(double, 2, (), shape)
+    assert programs.count == 1
+    np.testing.assert_array_equal(programs(double, 2, (), x), 2 * x)
+    assert programs.count == 1
+    np.testing.assert_array_equal(programs(double, 3, (), x), 3 * x)
+    assert programs.count == 2
+    assert programs.waited <= programs.seconds + 1
+
+
+def test_what_fails_to_compile_in_the_background_fails_where_it_is_called():
+    programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
+
+    def wrong(static, params, x):
+        raise DistriError("never")
+
+    programs.prepare(wrong, None, (), x)
+    with pytest.raises(DistriError, match="never"):
+        programs(wrong, None, (), x)
+
+
 @dataclasses.dataclass
 class Lowered:
     """Compiles with every option that it knows, and refuses the first other one, as XLA does."""
@@ -43,15 +66,15 @@ class Lowered:
 def test_a_users_options_come_before_the_platforms():
     name, other = "xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_triton_gemm"
     xla = Lowered({*OPTIONS["gpu"], other})
-    assert compiled(xla, "gpu", {}) == OPTIONS["gpu"]
-    assert compiled(xla, "gpu", {name: False, other: True}) == {**OPTIONS["gpu"], name: False, other: True}
-    assert compiled(xla, "cpu", {}) == {}
+    assert compiled(xla, OPTIONS["gpu"], {}) == OPTIONS["gpu"]
+    assert compiled(xla, OPTIONS["gpu"], {name: False, other: True}) == {**OPTIONS["gpu"], name: False, other: True}
+    assert compiled(xla, {}, {}) == {}
 
 
 def test_an_option_of_ours_that_xla_does_not_have_is_left_out_with_a_warning():
     lost, *others = OPTIONS["gpu"]
     with pytest.warns(DistriWarning, match=f"this XLA has no option {lost}"):
-        assert list(compiled(Lowered(set(others)), "gpu", {})) == others
+        assert list(compiled(Lowered(set(others)), OPTIONS["gpu"], {})) == others
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from oracle import relative_error
-from test_unet import BASE, FULL_BASE, KINDS, picture
+from test_unet import FULL_BASE, KINDS, picture
 
 from distrijax.config import Parallelism
 from distrijax.exchange import PartOfChannels, WholeImage
 from distrijax.layers import Cut, Side
 from distrijax.mesh import PATCH, MeshPlan
-from distrijax.tensor import Piece, pieces, place_on, shared_out
+from distrijax.placement import Form
+from distrijax.tensor import Piece, pieces
 from distrijax.unet import UNet, UNetConfig, abstract_unet
 
 HEADS = Cut(Side.OUTPUT, unit=2)
@@ -26,7 +27,7 @@ HEADS = Cut(Side.OUTPUT, unit=2)
 def test_heads_stay_together_and_missing_ones_are_zeros():
     """Three heads of two channels on two devices: the second one has a head and a place for one."""
     weights = np.arange(12.0).reshape(2, 6)
-    laid_out = Piece(1, HEADS, 6).lay_out(weights, 2)
+    laid_out = Piece(1, HEADS, 6).lay_out(weights, {PATCH: 2})
     np.testing.assert_array_equal(laid_out[:, :4], weights[:, :4])
     np.testing.assert_array_equal(laid_out[:, 4:6], weights[:, 4:])
     np.testing.assert_array_equal(laid_out[:, 6:], 0)
@@ -34,7 +35,7 @@ def test_heads_stay_together_and_missing_ones_are_zeros():
 
 def test_every_device_has_some_of_each_part():
     """Values and gates side by side, four of each on two devices."""
-    laid_out = Piece(0, Cut(Side.OUTPUT, parts=2), 8).lay_out(np.arange(8.0), 2)
+    laid_out = Piece(0, Cut(Side.OUTPUT, parts=2), 8).lay_out(np.arange(8.0), {PATCH: 2})
     np.testing.assert_array_equal(laid_out, [0, 1, 4, 5, 2, 3, 6, 7])
 
 
@@ -42,8 +43,8 @@ def test_every_device_has_some_of_each_part():
 @pytest.mark.parametrize("cut", [HEADS, Cut(Side.INPUT, 3, 2), Cut(Side.OUTPUT)])
 def test_nothing_is_lost_and_shapes_are_as_announced(cut, devices):
     piece, values = Piece(1, cut, 12), np.arange(1.0, 25).reshape(2, 12)
-    laid_out = piece.lay_out(values, devices)
-    assert laid_out.shape == piece.shape(values.shape, devices)
+    laid_out = piece.lay_out(values, {PATCH: devices})
+    assert laid_out.shape == piece.shape(values.shape, {PATCH: devices})
     assert laid_out.shape[1] % devices == 0
     assert sorted(laid_out[laid_out > 0]) == sorted(values.ravel())
 
@@ -83,35 +84,17 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
         added = [np.ones((2, 20), np.float32), np.full((2, 6), 64, np.float32)]
 
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
-    _, specs = shared_out(abstract_unet(config), Parallelism.TENSOR, devices)
-    place = place_on(mesh, Parallelism.TENSOR)(unet)
-    flat = nnx.to_flat_state(nnx.state(unet))
-    leaves = [place(path, np.asarray(leaf.get_value())) for path, leaf in flat]
-    structure = jax.tree.structure(unet)
+    form = Form.of(unet, Parallelism.TENSOR)
+    place = form.place_on(mesh)
+    leaves = [place(path, np.asarray(leaf.get_value())) for path, leaf in nnx.to_flat_state(nnx.state(unet))]
 
     def call(exchange, leaves, x):
-        module = jax.tree.unflatten(structure, leaves)
+        module = form.module(leaves)
         conditioning = module.condition(*map(jnp.asarray, (prompt, *added)))
         return module(x, jnp.float32(500), conditioning, exchange)
 
     cut = jax.shard_map(
-        lambda leaves, x: call(PartOfChannels(PATCH), leaves, x), mesh=mesh, in_specs=(specs, P()), out_specs=P()
+        lambda leaves, x: call(PartOfChannels(PATCH), leaves, x), mesh=mesh, in_specs=(form.specs, P()), out_specs=P()
     )
-    wanted = jax.jit(lambda leaves, x: call(WholeImage(), leaves, x))(jax.tree.leaves(unet), picture(0))
+    wanted = jax.jit(lambda leaves, x: call(WholeImage(), leaves, x))(tuple(jax.tree.leaves(unet)), picture(0))
     assert relative_error(jax.jit(cut)(tuple(leaves), picture(0)), wanted) < 1e-5
-
-
-def test_shapes_are_those_of_the_placed_parameters():
-    config = UNetConfig.from_dict(BASE)
-    mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
-    model, specs = shared_out(abstract_unet(config), Parallelism.TENSOR, 3)
-    place = place_on(mesh, Parallelism.TENSOR)(abstract_unet(config))
-    flat = nnx.to_flat_state(nnx.state(UNet(config, rngs=nnx.Rngs(0))))
-    for (path, leaf), shape, spec in zip(flat, jax.tree.leaves(model), specs, strict=True):
-        placed = place(path, np.asarray(leaf.get_value()))
-        assert (placed.shape, placed.sharding.spec) == (shape.shape, spec), path
-
-
-def test_other_parallelisms_leave_the_weights_whole():
-    model = abstract_unet(UNetConfig.from_dict(BASE))
-    assert shared_out(model, Parallelism.PATCH, 4) == (model, P())

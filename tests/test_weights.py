@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError
-from distrijax.layers import Conv, Embedding, GroupNorm, Linear
+from distrijax.layers import Conv, Embedding, GroupNorm, Linear, abstract
 from distrijax.weights import finite, load_module, read_json, save_module, weight_files
 
 STEM = "diffusion_pytorch_model"
@@ -24,7 +24,7 @@ STEM = "diffusion_pytorch_model"
 class Small(nnx.Module):
     """Every kind of parameter that a checkpoint can hold."""
 
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, *, rngs: nnx.Rngs):
         self.conv = Conv(3, 5, rngs=rngs)
         self.blocks = nnx.List([Linear(4, 6, rngs=rngs), Linear(6, 4, bias=False, rngs=rngs)])
         self.norm = GroupNorm(8, 2, 1e-5)
@@ -33,7 +33,7 @@ class Small(nnx.Module):
 
 @pytest.fixture
 def module() -> Small:
-    module = Small(nnx.Rngs(3))
+    module = Small(rngs=nnx.Rngs(3))
     module.norm.scale.set_value(jnp.arange(8, dtype=jnp.float32))
     module.conv.bias.set_value(jnp.arange(5, dtype=jnp.float32))
     return module
@@ -46,7 +46,7 @@ def folder(module, tmp_path):
 
 
 def load(folder, *, variant=None, dtype=jnp.float32, place=lambda path, tensor: jnp.asarray(tensor), build=Small):
-    return load_module(build, folder, variant=variant, dtype=dtype, placement=lambda module: place)
+    return load_module(abstract(build), folder, variant=variant, dtype=dtype, place=place)
 
 
 def leaves(module) -> dict[tuple, np.ndarray]:

@@ -1,0 +1,167 @@
+"""How the parameters of a model lie on the mesh: whole on every device, divided as their layers say, or shared out evenly.
+
+What a layer that is applied once a call reads (cross-attention's keys and values) is divided by channels in every parallelism:
+each device makes its part, and the result is small. With `DistriConfig.shard_weights` all other large parameters are shared out:
+cut into equal pieces, whatever their shape, and put together again inside the program that uses them. XLA begins each of these
+gathers a few layers before its use, so that a device holds some layers at a time and never the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from distrijax.config import Parallelism
+from distrijax.exchange import joined
+from distrijax.layers import Cut, Side
+from distrijax.mesh import CFG, EVERY_AXIS, PATCH
+from distrijax.programs import Params
+from distrijax.tensor import Piece, pieces
+from distrijax.weights import ParamPath, Place
+
+LEAST = 2**16
+"""Elements of the smallest parameter that is shared out; smaller ones lie whole on every device."""
+
+CHANNELS = Cut(Side.OUTPUT)
+"""Of layers whose result is put together again at once: no channels have to stay together."""
+
+Shape = tuple[int, ...]
+Sizes = Mapping[str, int]  # of the mesh's axes
+
+
+class Part(Protocol):
+    """How one parameter lies on the mesh; `tensor.Piece` is another one than those below."""
+
+    def spec(self) -> P: ...
+
+    def shape(self, shape: Shape, sizes: Sizes) -> Shape:
+        """Of the array that all devices together hold, for a parameter of so many elements along each axis."""
+
+    def lay_out(self, value: Float[np.ndarray, "..."], sizes: Sizes) -> Float[np.ndarray, "..."]:
+        """That array, on the host."""
+
+    def restored(self, value: Array) -> Array:
+        """The parameter as its layer takes it, inside the program, of what one device holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """On every device."""
+
+    def spec(self) -> P:
+        return P()
+
+    def shape(self, shape, sizes):
+        return shape
+
+    def lay_out(self, value, sizes):
+        return value
+
+    def restored(self, value):
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Flat, filled up with zeros, and in equal pieces on all devices. whole: the parameter's shape."""
+
+    whole: Shape
+
+    def spec(self) -> P:
+        return P(EVERY_AXIS)
+
+    def shape(self, shape, sizes):
+        devices = math.prod(sizes.values())
+        return (math.ceil(math.prod(shape) / devices) * devices,)
+
+    def lay_out(self, value, sizes):
+        (length,) = self.shape(value.shape, sizes)
+        return np.pad(value.reshape(-1), (0, length - value.size))
+
+    def restored(self, value):
+        return joined(value)[: math.prod(self.whole)].reshape(self.whole)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Form:
+    """A model without its parameters: its structure, and each parameter's path, shape and part, in the order of the leaves."""
+
+    structure: jax.tree_util.PyTreeDef
+    paths: tuple[ParamPath, ...]
+    shapes: tuple[Shape, ...]
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, module: nnx.Module, parallelism: Parallelism = Parallelism.PATCH, *, shard: bool = False) -> Form:
+        """The form of a module of values or of shapes. shard: whether large parameters are shared out."""
+        divided = pieces(module)
+        if parallelism is not Parallelism.TENSOR:
+            once = {path: piece for path, piece in divided.items() if piece.cut.once}
+            divided = {path: Piece(piece.axis, CHANNELS, piece.length, (PATCH, CFG)) for path, piece in once.items()}
+
+        def part(path: ParamPath, shape: Shape) -> Part:
+            if path in divided:
+                return divided[path]
+            return Shared(shape) if shard and math.prod(shape) >= LEAST else Whole()
+
+        leaves = [(path, tuple(leaf.shape)) for path, leaf in nnx.to_flat_state(nnx.state(module))]
+        paths, shapes = zip(*leaves, strict=True)
+        return cls(jax.tree.structure(module), paths, shapes, tuple(part(*leaf) for leaf in leaves))
+
+    @functools.cached_property
+    def specs(self) -> tuple[P, ...]:
+        """How the leaves lie on the mesh."""
+        return tuple(part.spec() for part in self.parts)
+
+    def laid_out(self, sizes: Sizes, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes of the arrays that all devices of a mesh together hold."""
+        pairs = zip(self.parts, self.shapes, strict=True)
+        return tuple(jax.ShapeDtypeStruct(part.shape(shape, sizes), dtype) for part, shape in pairs)
+
+    def abstract(self) -> nnx.Module:
+        """The model, of shapes alone."""
+        return jax.tree.unflatten(self.structure, [jax.ShapeDtypeStruct(shape, np.float32) for shape in self.shapes])
+
+    def place_on(self, mesh: Mesh) -> Place:
+        """Puts parameters on the devices of a mesh."""
+        parts = dict(zip(self.paths, self.parts, strict=True))
+
+        def place(path: ParamPath, value: np.ndarray) -> jax.Array:
+            part = parts[path]
+            return jax.device_put(part.lay_out(value, mesh.shape), NamedSharding(mesh, part.spec()))
+
+        return place
+
+    def module(self, params: Params) -> nnx.Module:
+        """The model, inside a shard_map, of what one device holds of its parameters (`specs`)."""
+        restored = [part.restored(value) for part, value in zip(self.parts, params, strict=True)]
+        return jax.tree.unflatten(self.structure, restored)
+
+
+class Model(NamedTuple):
+    """A model on the devices: its config, its form, and its parameters as they lie there, or their shapes before."""
+
+    config: Any
+    form: Form
+    params: Params
+
+    @classmethod
+    def of(cls, config: Any, form: Form, mesh: Mesh, dtype: Any) -> Model:
+        """A model of which no parameter has been read."""
+        shapes = zip(form.laid_out(mesh.shape, dtype), form.specs, strict=True)
+        shardings = ((shape, NamedSharding(mesh, spec)) for shape, spec in shapes)
+        return cls(config, form, tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at) for s, at in shardings))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.params[0].dtype

@@ -1,0 +1,106 @@
+"""Shapes of what the programs of a call take, and how they lie on the mesh: enough to trace and to compile them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from distrijax import denoise
+from distrijax.denoise import Inputs, Loop, Steps
+from distrijax.exchange import Stale
+from distrijax.programs import Params
+from distrijax.unet import UNetConfig
+
+PROMPT_TOKENS = 77
+
+
+class Step(NamedTuple):
+    """A program of one step, and the shapes of what it takes: `function(loop, params, *arguments)`.
+
+    stale: of `arguments`; empty where it takes none. donate: those of `arguments` that it may overwrite.
+    """
+
+    function: Callable
+    loop: Loop
+    params: Params
+    arguments: tuple
+    stale: Stale
+    donate: tuple[int, ...]
+
+    def placed(self) -> tuple:
+        """`params` and `arguments` with how they lie on the mesh."""
+        specs = denoise.specs_of(self.loop, stale=bool(self.stale))
+        return placed(self.loop.layout.mesh, specs, (self.params, *self.arguments))
+
+
+def steps_of(loop: Loop, unet: UNetConfig, images: int, *, rescale: bool = False) -> list[Step]:
+    """The kinds of steps that a call has, the one that most of its steps are last.
+
+    rescale: whether guidance is rescaled.
+    """
+    params = loop.unet.laid_out(loop.layout.mesh.shape, loop.dtype)
+    inputs, state, xs = _arguments(loop, unet, params, images, rescale)
+    if loop.strategy is None:
+        return [Step(denoise.stateless, loop, params, (inputs, state, xs), {}, (1,))]
+    first = Step(denoise.warm_up, loop, params, (inputs, state, xs), {}, (1,))
+    # jit keeps the trace for compiling
+    state, stale = jax.jit(denoise.warm_up, static_argnums=0).eval_shape(loop, params, inputs, state, xs)
+    return [first, Step(denoise.displaced, loop, params, (inputs, state, stale, xs), stale, (1, 2))]
+
+
+def prompt_of(loop: Loop, unet: UNetConfig, images: int) -> tuple:
+    """What `denoise.condition` takes besides parameters: tokens, and for SDXL the pooled embedding and sizes; placed."""
+    return placed(loop.layout.mesh, denoise.ALL_BRANCHES, _prompt(loop, unet, images))
+
+
+def latents_of(loop: Loop, unet: UNetConfig, images: int) -> jax.ShapeDtypeStruct:
+    """The latents of a call, placed."""
+    layout = loop.layout
+    return placed(layout.mesh, layout.latents, _array(images, *layout.canvas, unet.in_channels))
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _prompt(loop: Loop, unet: UNetConfig, images: int) -> tuple:
+    """Tokens; pooled embedding and sizes, or None twice."""
+    branches = 2 if loop.layout.guided else 1
+    tokens = _array(branches, images, PROMPT_TOKENS, unet.context(0), dtype=loop.dtype)
+    if not unet.addition_embed_type:
+        return tokens, None, None
+    sizes = 6  # of SDXL's micro-conditioning; a refiner has 5, which changes nothing here
+    width = unet.projection_class_embeddings_input_dim - sizes * unet.addition_time_embed_dim
+    return tokens, _array(branches, images, width, dtype=loop.dtype), _array(branches, images, sizes)
+
+
+def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, rescale: bool) -> tuple:
+    """Inputs, state, and the constants of one step."""
+    prompt = _prompt(loop, unet, images)
+    conditioning = jax.eval_shape(partial(denoise.condition, loop), params, *prompt)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    inputs = Inputs(conditioning, _array(prompt[0].shape[0], 2), _array() if rescale else None, keys)
+    state = jax.eval_shape(loop.scheduler.init, latents_of(loop, unet, images), _array())
+    xs = jax.tree.map(lambda column: column[:1], Steps.of(loop.scheduler.schedule(2)[0]))
+    return inputs, state, xs
+
+
+def placed(mesh: Mesh, specs: Any, arguments: Any) -> Any:
+    """Shapes with how they lie on a mesh; a spec stands for all leaves of an argument."""
+
+    def place(spec: P, part: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+
+        def leaf(value: Any) -> jax.ShapeDtypeStruct:
+            dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
+            return jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding)
+
+        return jax.tree.map(leaf, part)
+
+    return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))

@@ -1,0 +1,105 @@
+"""How parameters lie on the mesh: nothing is lost, shapes are as announced, and a model put together again is the same."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from oracle import relative_error
+from test_unet import BASE
+
+from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline, placement
+from distrijax.config import Parallelism
+from distrijax.mesh import EVERY_AXIS, MeshPlan
+from distrijax.placement import Form, Shared, Whole
+from distrijax.unet import UNet, UNetConfig, abstract_unet
+
+MESHES = [MeshPlan(1, 1, 1), MeshPlan(1, 1, 3), MeshPlan(2, 2, 2)]
+
+
+LEAST = 1000
+"""Of the elements of what is shared out, here: these models are small."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(placement, "LEAST", LEAST)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    return UNet(UNetConfig.from_dict(BASE), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("parallelism", list(Parallelism))
+@pytest.mark.parametrize("shard", [False, True])
+def test_shapes_are_those_of_the_placed_parameters(unet, parallelism, shard):
+    mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
+    form = Form.of(abstract_unet(unet.config), parallelism, shard=shard)
+    flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(mesh)
+    for (path, leaf), shape, spec in zip(flat, form.laid_out(mesh.shape, np.float32), form.specs, strict=True):
+        placed = place(path, np.asarray(leaf.get_value()))
+        assert (placed.shape, placed.sharding.spec) == (shape.shape, spec), path
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
+    """Sizes that three devices do not divide among them."""
+    form = Form.of(unet, shard=True)
+    devices = mesh.build(jax.devices()[: mesh.devices])
+    flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(devices)
+    values = [np.asarray(leaf.get_value()) for _, leaf in flat]
+    placed = tuple(place(path, value) for path, value in zip(form.paths, values, strict=True))
+    shared = [isinstance(part, Shared) for part in form.parts]
+    assert any(shared) and not all(shared)
+    for value, there, part in zip(values, placed, form.parts, strict=True):
+        if isinstance(part, Shared):
+            assert value.size >= LEAST
+            assert {shard.data.size for shard in there.addressable_shards} == {math.ceil(value.size / mesh.devices)}
+    take = [index for index, part in enumerate(form.parts) if isinstance(part, Shared | Whole)]
+
+    def back(params):
+        leaves = jax.tree.leaves(form.module(params))
+        return [leaves[index] for index in take]
+
+    restored = jax.jit(jax.shard_map(back, mesh=devices, in_specs=(form.specs,), out_specs=P()))(placed)
+    for index, value in zip(take, restored, strict=True):
+        np.testing.assert_array_equal(value, values[index])
+
+
+def test_only_projections_of_the_prompt_are_divided_in_every_parallelism(unet):
+    form = Form.of(unet)
+    divided = {path for path, part in zip(form.paths, form.parts, strict=True) if not isinstance(part, Whole)}
+    assert divided == {path for path in form.paths if "attn2" in path and path[-2] in ("to_k", "to_v")}
+    assert len(divided) == 2 * len(unet._transformer_blocks())
+
+
+@functools.cache
+def painted(**settings) -> np.ndarray:
+    pipe = DistriSDXLPipeline.from_pretrained(DEFAULT_MODEL, DistriConfig(warmup_steps=0, **settings))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a red circle", height=64, width=64, num_inference_steps=3, output_type="np").images
+
+
+@pytest.mark.parametrize("settings", [{"devices": 6}, {"devices": 3, "parallelism": "tensor"}], ids=str)
+def test_sharing_weights_out_changes_no_picture(settings):
+    assert relative_error(painted(**settings, shard_weights=True), painted(**settings)) < 1e-5
+
+
+def test_each_device_keeps_its_share_of_all_models():
+    def held(**settings) -> int:
+        pipe = DistriSDXLPipeline.from_pretrained(DEFAULT_MODEL, DistriConfig(devices=8, **settings))
+        parts = [pipe._unet, pipe._vae, *pipe._prompts.encoders]
+        leaves = [leaf for model in parts for leaf in model.params if math.prod(leaf.shape) >= LEAST]
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+
+    assert held(shard_weights=True) < 0.15 * held()  # with the places for heads that are not there
+
+
+def test_every_axis_is_every_axis_of_the_mesh():
+    assert set(MeshPlan(1, 1, 1).abstract().axis_names) == set(EVERY_AXIS)
