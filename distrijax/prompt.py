@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from distrijax.clip import CLIPTextEncoder
 from distrijax.config import DistriError
+from distrijax.processes import put
 from distrijax.programs import Programs
 from distrijax.tokenizer import CLIPTokenizer
 
@@ -53,7 +54,7 @@ class PromptEncoder:
         """Embeddings of as many prompts as each encoder is given."""
         outputs = []
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
-            ids = jax.device_put(tokenizer(prompts), self.everywhere)
+            ids = put(tokenizer(prompts), self.everywhere)
             leaves, structure = jax.tree.flatten(encoder)
             outputs.append(self.programs(_encode, (structure, self.everywhere, clip_skip), tuple(leaves), ids))
         tokens, pooled = zip(*outputs, strict=True)
@@ -81,7 +82,7 @@ class PromptEncoder:
             got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))
             forms = (f"[{', '.join(map(str, form))}]" for form in needed.values())
             raise DistriError(f"{' and '.join(got)}; give {' and '.join(forms)}")
-        placed = [jax.device_put(value.astype(dtype), self.everywhere) for value in values]
+        placed = [put(value.astype(dtype), self.everywhere) for value in values]
         return Embeddings(placed[0], placed[1] if self.pooled else None)
 
     def read(

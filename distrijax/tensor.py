@@ -21,6 +21,7 @@ from jaxtyping import Float
 from distrijax.config import Parallelism
 from distrijax.layers import Cut, Side, walk
 from distrijax.mesh import PATCH
+from distrijax.processes import put
 from distrijax.weights import ParamPath, Place, Placement
 
 
@@ -98,9 +99,9 @@ def place_on(mesh: Mesh, parallelism: Parallelism = Parallelism.PATCH) -> Placem
 
         def place(path: ParamPath, value: np.ndarray) -> jax.Array:
             if path not in divided:
-                return jax.device_put(value, NamedSharding(mesh, P()))
+                return put(value, NamedSharding(mesh, P()))
             laid_out = divided[path].lay_out(value, mesh.shape[PATCH])
-            return jax.device_put(laid_out, NamedSharding(mesh, divided[path].spec()))
+            return put(laid_out, NamedSharding(mesh, divided[path].spec()))
 
         return place
 
