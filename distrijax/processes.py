@@ -53,12 +53,9 @@ def start(
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     positive(timeout, "timeout")
-    # its handler of SIGTERM would only take note, and the process would live on
-    jax.config.update("jax_enable_preemption_service", False)
-    waits = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": timeout}
     if all(value is None for value in given.values()):
         if launched():
-            _start_launched(waits)
+            _start_launched(timeout)
         return
     missing = [name for name, value in given.items() if value is None]
     if missing:
@@ -78,21 +75,29 @@ def start(
     if process_id == 0:
         _check_free(coordinator, port)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method="deactivate", **waits)
+        _initialize(timeout, coordinator, num_processes, process_id, cluster_detection_method="deactivate")
     except (RuntimeError, ValueError) as error:
         raise DistriError(f"process {process_id} could not join the others at {coordinator} ({_line(error)})") from None
 
 
-def _start_launched(waits: dict[str, int]) -> None:
+def _start_launched(timeout: int) -> None:
     """Lets JAX ask the launcher; where it finds none, or is in use already, this process stays alone."""
     try:
-        jax.distributed.initialize(**waits)
+        _initialize(timeout)
     except (RuntimeError, ValueError, OSError) as error:
         if not any(told in str(error) for told in ("coordinator_address should be defined", "must be called before")):
             raise DistriError(
-                f"JAX could not start with the other processes of the launcher ({_line(error)}); "
+                f"JAX could not join the processes of the launcher ({_line(error)}); "
                 "give coordinator, num_processes and process_id"
             ) from None
+
+
+def _initialize(timeout: int, *coordinates: str | int, **settings: str) -> None:
+    # this service's handler of SIGTERM would only take note, and the process would live on
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        *coordinates, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout, **settings
+    )
 
 
 def _port(coordinator: str) -> int:

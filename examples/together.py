@@ -23,10 +23,14 @@ import jax
 
 from distrijax import processes
 
-GONE = "error: another process of this run has ended, is missing or does not answer; see what it said, and start all again"
-
-LOST = ("distributed service detected fatal errors", "Gloo", "NCCL", "coordination service", "CoordinationService")
-"""Words in errors of collectives and in XLA's log that tell of other processes."""
+REASONS = {
+    "RegisterTask": "not all processes arrived in time; start every one of them, and let all reach the coordinator",
+    **dict.fromkeys(
+        ("distributed service detected fatal errors", "Gloo", "NCCL", "oordination"),
+        "another process of this run has ended or does not answer; see what it said, and start all again",
+    ),
+}
+"""By words in errors of collectives and in XLA's log, what they tell of the other processes."""
 
 _ending = threading.Lock()
 
@@ -34,7 +38,9 @@ _ending = threading.Lock()
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """--coordinator and its companions."""
     add = parser.add_argument_group("several processes, one for each host or device").add_argument
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 listens; SLURM, Open MPI and TPU pods need no flags")
+    add(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; SLURM, Open MPI and TPU pods need no flags"
+    )
     add("--num-processes", type=int, metavar="N", help="how many there are")
     add("--process-id", type=int, metavar="I", help="which of them this is, from 0")
     add(
@@ -67,9 +73,13 @@ def ending_together() -> Iterator[None]:
         if isinstance(error, SystemExit):
             told = isinstance(error.code, str)
             _end(error.code if told else "", 1 if told else error.code or 0)
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in LOST):
-            _end(GONE, 1)
-        _end(traceback.format_exc(), 1)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and _reason(str(error))
+        _end(lost or traceback.format_exc(), 1)
+
+
+def _reason(text: str) -> str | None:
+    """A sentence for what JAX tells of the other processes; None where it tells of something else."""
+    return next((f"error: {sentence}" for words, sentence in REASONS.items() if words in text), None)
 
 
 def _end(message: str, code: int) -> NoReturn:
@@ -107,7 +117,7 @@ def _tell_aborts_in_a_sentence(hidden: BinaryIO) -> None:
     def handler(_):
         hidden.seek(0)
         text = hidden.read().decode(errors="replace")
-        _end(GONE if any(word in text for word in LOST) else text, 1)
+        _end(_reason(text) or text, 1)
 
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
