@@ -15,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import latency
+import scaling
 import shard
 from test_unet import BASE
 
@@ -89,3 +90,31 @@ def test_shard_tells_a_line_for_each_part(tiny_checkpoint, capsys):
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert (one["part_of"], two["part_of"], two["mesh"]) == (1, 2, "data 1 x cfg 2 x patch 1")
     assert one["of_1"] == 1 and two["step_s"] > 0 and two["collectives"] == "local stand-ins"
+
+
+def test_scaling_compares_two_processes_with_one(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "WAYS", {way: scaling.WAYS[way] for way in ("one process", "cfg")})
+    lines = tmp_path / "scaling.jsonl"
+    call = "--image-size 64 --num-inference-steps 2 --warmup-steps 1 --repeats 1 --test-times 1"
+    scaling.main(["--model", str(tiny_checkpoint), *call.split(), "--output", str(lines)])
+    printed = capsys.readouterr().out
+    assert lines.read_text() == printed
+    one, two = map(json.loads, printed.splitlines())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["loop_speed_up"] == [1, 1, 1] and two["mesh"] == {"data": 1, "patch": 1, "cfg": 2}
+    assert two["loop_speed_up"][0] == pytest.approx(one["loop_s"] / two["loop_s"], rel=0.01)
+
+
+def test_scaling_compares_the_runs_of_each_repeat():
+    kept = dict.fromkeys((*scaling.KEPT, "compile_s"), 0)
+    ones = [{**kept, "loop_s": seconds, "end_to_end_s": 2 * seconds} for seconds in (2.0, 4.0, 2.0)]
+    twos = [{**kept, "loop_s": seconds, "end_to_end_s": 2.0} for seconds in (1.0, 2.5, 1.1)]
+    told = scaling.compare("cfg", twos, ones)
+    assert told["loop_s"] == 1.1 and told["loop_speed_up"] == [1.818, 1.6, 2.0]
+    assert told["end_to_end_speed_up"] == [2.0, 2.0, 4.0]
+
+
+def test_scaling_needs_two_cores(monkeypatch):
+    monkeypatch.setattr(scaling.os, "sched_getaffinity", lambda process: {3})
+    with pytest.raises(SystemExit, match="^error: this process may use 1 cores; give it 2"):
+        scaling.main([])
