@@ -28,7 +28,7 @@ from distrijax.denoise import Inputs, Layout, Loop, Steps, layout_of, loop_of
 from distrijax.exchange import Synchronous
 from distrijax.loading import Components, Family, default_size, find_folder, load_components, resolve_dtype
 from distrijax.mesh import CFG, DATA, PATCH, Bands, check_images, check_sizes, pick_devices, plan_mesh
-from distrijax.processes import fetch, is_first, put
+from distrijax.processes import connect, fetch, is_first, put
 from distrijax.programs import Programs
 from distrijax.prompt import Embeddings, PromptEncoder, Texts
 from distrijax.tensor import specs
@@ -152,6 +152,7 @@ class Pipeline:
                 f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
             )
         mesh = plan_mesh(config, count).build(pick_devices(devices, count))
+        connect(mesh)
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
         components = load_components(

@@ -7,13 +7,15 @@ All run the same program on one mesh. Each computes on its own devices; what it 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import socket
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree, Shaped
 
 from distrijax.config import DistriError, positive
@@ -98,6 +100,7 @@ def _initialize(timeout: int, *coordinates: str | int, **settings: str) -> None:
     jax.distributed.initialize(
         *coordinates, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout, **settings
     )
+    multihost_utils.sync_global_devices("start")
 
 
 def _port(coordinator: str) -> int:
@@ -126,6 +129,27 @@ def _line(error: Exception) -> str:
 def is_first() -> bool:
     """Whether this is process 0, which speaks and writes for all; true where there is no other."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def connect(mesh: Mesh) -> None:
+    """Has the processes of a mesh connect along all its axes, now that they are in step.
+
+    Gloo gives a group of devices 30 seconds to form, at its first exchange, and that comes after compiling, which may take
+    one process longer than another. A group that has formed waits for as long as it takes.
+    """
+    if mesh.devices.flat[0].platform != "cpu" or len({device.process_index for device in mesh.devices.flat}) == 1:
+        return
+    multihost_utils.sync_global_devices("connect")
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
+    left = tuple(P(*(None if name in group else name for name in mesh.axis_names)) for group in groups)
+    whole = P(*mesh.axis_names)
+
+    def sums(x):
+        return tuple(jax.lax.psum(x, group) for group in groups)
+
+    ones = put(np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, whole))
+    jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=left))(ones))
 
 
 def put(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSharding) -> PyTree[jax.Array]:
