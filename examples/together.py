@@ -73,8 +73,8 @@ def ending_together() -> Iterator[None]:
         if isinstance(error, SystemExit):
             told = isinstance(error.code, str)
             _end(error.code if told else "", 1 if told else error.code or 0)
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and _reason(str(error))
-        _end(lost or traceback.format_exc(), 1)
+        # ValueError, too: what fails is sometimes told only when a result is read
+        _end(_reason(str(error)) or traceback.format_exc(), 1)
 
 
 def _reason(text: str) -> str | None:
