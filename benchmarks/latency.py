@@ -34,15 +34,18 @@ from command_line import (
     written_whole,
 )
 from generate import PROMPT
+from together import add_flags, ending_together, join
 
 from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
 from distrijax.loading import DTYPES
+from distrijax.processes import is_first
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     arguments = parse(argv)
-    with plain_errors():
+    with ending_together(), plain_errors():
+        join(arguments, max(arguments.devices))
         benchmark(arguments)
 
 
@@ -74,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--ignore-ratio", type=float, default=0.2, help="part of them left out, half at each end (default: %(default)s)"
     )
+    add_flags(parser)
     add("--output", type=Path, metavar="FILE", help="lines of JSON are added to it, besides being printed")
     add("--plot", type=Path, metavar="FILE", help="speed-up against devices (PNG; extra `eval`)")
     arguments = parser.parse_args(argv)
@@ -94,10 +98,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
         rows.append(row)
         line = json.dumps(row)
         print(line, flush=True)
-        if arguments.output:
+        if arguments.output and is_first():
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-    if arguments.plot:
+    if arguments.plot and is_first():
         draw(rows, arguments.plot)
 
 
@@ -144,6 +148,7 @@ def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
         calls.append(time.perf_counter() - start)
     measured = {
         "devices": devices,
+        "processes": jax.process_count(),
         "mesh": dict(pipe.mesh.shape),
         "device": device_kind(),
         "model": arguments.model or "embedded",
@@ -159,7 +164,7 @@ def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
         "compile_s": round(pipe.programs.seconds, 3),
         "loop_s": trimmed_mean(loops[arguments.warmup_times :], arguments.ignore_ratio),
         "end_to_end_s": trimmed_mean(calls[arguments.warmup_times :], arguments.ignore_ratio),
-        "peak_bytes": peak_memory(pipe.mesh.devices.flat),
+        "peak_bytes": peak_memory(pipe.mesh.local_devices),
     }
     del pipe, denoise, timed
     jax.clear_caches()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -65,6 +66,29 @@ def plan_mesh(config: DistriConfig, devices: int) -> MeshPlan:
             "choose axis sizes whose product is the number of devices"
         )
     return MeshPlan(data, cfg, patch)
+
+
+def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
+    """So many of all processes' devices, process by process and equally many of each.
+
+    `MeshPlan.build` then lets the first axis that is cut cross from host to host, where links are slow: pictures (`data`)
+    exchange nothing, the branches of guidance (`cfg`) a sum in each step, neighbouring bands (`patch`) the most.
+    Raises DistriError where they cannot be had equally.
+    """
+    processes: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices, key=lambda device: device.process_index):
+        processes.setdefault(device.process_index, []).append(device)
+    own = list(processes.values())
+    if count == len(devices):
+        return list(itertools.chain(*own))
+    each, rest = divmod(count, len(own))
+    fewest = min(map(len, own))
+    if rest or each > fewest:
+        raise DistriError(
+            f"devices is {count} and {len(own)} processes share them equally; "
+            f"give a multiple of {len(own)} up to {len(own) * fewest}, or all {len(devices)}"
+        )
+    return list(itertools.chain(*(some[:each] for some in own)))
 
 
 @dataclasses.dataclass(frozen=True)

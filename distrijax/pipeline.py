@@ -35,7 +35,8 @@ from distrijax.loading import (
     read_components,
     resolve_dtype,
 )
-from distrijax.mesh import CFG, DATA, check_images, check_sizes, plan_mesh
+from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, plan_mesh
+from distrijax.processes import connect, fetch, is_first, put
 from distrijax.programs import Programs
 from distrijax.prompt import Embeddings, Prompt, PromptEncoder, Texts, as_list
 from distrijax.shapes import latents_of, prompt_of, steps_of
@@ -50,7 +51,8 @@ Callback = Callable[["Pipeline", int, float, dict[str, Any]], dict[str, Any] | N
 class PipelineOutput:
     """What a call returns.
 
-    images: PIL pictures; or float32 [b, h, w, 3] in 0 to 1 (`np`); or latents [b, c, h, w] (`latent`).
+    images: PIL pictures; or float32 [b, h, w, 3] in 0 to 1 (`np`); or latents [b, c, h, w] (`latent`). Of several processes
+        each has all of them.
     """
 
     images: list[Image.Image] | np.ndarray | jax.Array
@@ -65,7 +67,8 @@ class Call:
     instead of `seed`'s; `output_type="latent"` gives the same layout. callback_on_step_end(pipeline, step, timestep,
     {"latents": ...}) may return {"latents": ...} to go on from; a step is a call of the UNet, of which PNDM makes one more
     than `num_inference_steps`. chunk_size: steps for each visit of the host, for progress and callback; None runs the whole
-    loop as one program, or step by step where `DistriConfig.sync_steps` interrupt it.
+    loop as one program, or step by step where `DistriConfig.sync_steps` interrupt it. Of several processes all make the same
+    call, the callback's latents included; process 0 alone shows progress.
     Raises DistriError for arguments that cannot be used.
     """
 
@@ -159,7 +162,8 @@ class Pipeline:
             raise DistriError(
                 f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
             )
-        mesh = plan_mesh(config, count).build(devices[:count])
+        mesh = plan_mesh(config, count).build(pick_devices(devices, count))
+        connect(mesh)
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
         components = outline_components(
@@ -239,7 +243,7 @@ class Pipeline:
         layout = loop.layout
         images = len(branches[-1][0]) * call.num_images_per_prompt
         check_images(images, self.mesh.shape[DATA])
-        keys = jax.device_put(_image_keys(call.seed, images), layout.sharding(P(DATA)))
+        keys = put(_image_keys(call.seed, images), layout.sharding(P(DATA)))
         channels = self.unet_config.in_channels
         noise = None
         if call.latents is not None:
@@ -281,14 +285,14 @@ class Pipeline:
         tokens, pooled = jax.tree.map(joined, *branches)
         ids = None
         if time_ids is not None:
-            ids = jax.device_put(np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1), sharding)
+            ids = put(np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1), sharding)
         conditioning = self.programs(denoise.condition, loop, self._unet.params, tokens, pooled, ids)
         weights = np.asarray(denoise.guidance_weights(call.guidance_scale, guided=call.guided), np.float32)
         weights_sharding = loop.layout.sharding(P(CFG) if call.guided else P())
         factor = None
         if call.guided and call.guidance_rescale > 0:
-            factor = jax.device_put(np.float32(call.guidance_rescale), self._everywhere)
-        return Inputs(conditioning, jax.device_put(weights, weights_sharding), factor, keys)
+            factor = put(np.float32(call.guidance_rescale), self._everywhere)
+        return Inputs(conditioning, put(weights, weights_sharding), factor, keys)
 
     def _denoise(self, loop: Loop, inputs: Inputs, state, xs: Steps, chunk_size: int | None, callback: Callback | None):
         """All steps: as one program, or in chunks with the host between them.
@@ -301,7 +305,7 @@ class Pipeline:
         at_once = chunk_size is None and callback is None
 
         def part(start: int, stop: int):
-            return jax.device_put(jax.tree.map(lambda column: column[start:stop], xs), self._everywhere)
+            return put(jax.tree.map(lambda column: column[start:stop], xs), self._everywhere)
 
         def run(function, *arguments, donate):
             return self.programs(function, loop, self._unet.params, inputs, *arguments, donate=donate)
@@ -312,7 +316,8 @@ class Pipeline:
             return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
 
         stale = None
-        with tqdm(total=total, **{"disable": jax.process_index() != 0, **self._progress}) as progress:
+        settings = self._progress if is_first() else {"disable": True}
+        with tqdm(total=total, **settings) as progress:
             for start, stop in _pieces(synchronous, chunk_size or 1):
                 piece = part(start, stop)
                 if not synchronous[start]:
@@ -341,17 +346,16 @@ class Pipeline:
         return state._replace(latents=_to_canvas(layout, np.asarray(after, np.float32)))
 
     def _visible(self, layout: Layout, latents: jax.Array) -> jax.Array:
-        """Latents [b, c, h, w] without the canvas's padding."""
-        if latents.shape[1:3] != layout.latent:
-            latents = self.programs(_without_padding, layout, (), latents)
+        """Latents [b, c, h, w] without the canvas's padding; of several processes every one gets all of them."""
+        alone = latents.is_fully_addressable
+        if latents.shape[1:3] != layout.latent or not alone:
+            latents = self.programs(_without_padding, (layout, P(DATA) if alone else P()), (), latents)
         return jnp.moveaxis(latents, -1, 1)
 
     def _decode(self, layout: Layout, latents: jax.Array) -> np.ndarray:
         """Pictures [b, h, w, 3] in 0 to 1, on the host."""
         height, width = (side * self.vae_config.scale for side in layout.latent)
-        pictures = np.asarray(self.programs(decode, self._decoder(layout), self._vae.params, latents))[
-            :, :height, :width
-        ]
+        pictures = fetch(self.programs(decode, self._decoder(layout), self._vae.params, latents))[:, :height, :width]
         if not np.isfinite(pictures).all():
             raise DistriError(
                 f"the picture has values that are not finite in {self.dtype.name}; use another dtype, scheduler or guidance"
@@ -421,7 +425,7 @@ def _to_canvas(layout: Layout, latents: np.ndarray) -> jax.Array:
     """Latents [b, c, h, w] in this project's layout on the devices; padding, which naive_patch paints, mirrors them."""
     missing = [whole - own for whole, own in zip(layout.canvas, latents.shape[2:], strict=True)]
     padded = np.pad(np.moveaxis(latents, 1, -1), ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), "symmetric")
-    return jax.device_put(padded, layout.sharding(layout.latents))
+    return put(padded, layout.sharding(layout.latents))
 
 
 def _draw_latents(static, params, keys):
@@ -429,6 +433,7 @@ def _draw_latents(static, params, keys):
     return denoise.draw_latents(layout, channels, keys)
 
 
-def _without_padding(layout: Layout, params, latents):
+def _without_padding(static, params, latents):
+    layout, spec = static
     rows, columns = layout.latent
-    return jax.lax.with_sharding_constraint(latents[:, :rows, :columns], layout.sharding(P(DATA)))
+    return jax.lax.with_sharding_constraint(latents[:, :rows, :columns], layout.sharding(spec))

@@ -25,6 +25,7 @@ from distrijax.config import Parallelism
 from distrijax.exchange import joined
 from distrijax.layers import Cut, Side
 from distrijax.mesh import CFG, EVERY_AXIS, PATCH
+from distrijax.processes import put
 from distrijax.programs import Params
 from distrijax.tensor import Piece, pieces
 from distrijax.weights import ParamPath, Place
@@ -138,7 +139,7 @@ class Form:
 
         def place(path: ParamPath, value: np.ndarray) -> jax.Array:
             part = parts[path]
-            return jax.device_put(part.lay_out(value, mesh.shape), NamedSharding(mesh, part.spec()))
+            return put(part.lay_out(value, mesh.shape), NamedSharding(mesh, part.spec()))
 
         return place
 

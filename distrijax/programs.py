@@ -14,6 +14,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from distrijax.config import DistriError, DistriWarning
+from distrijax.processes import is_first
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {
@@ -134,7 +135,8 @@ def compiled(lowered: jax.stages.Lowered, ours: Mapping[str, Any], options: Mapp
             if refused in options:
                 raise DistriError(f"XLA refuses a compiler option ({told}); leave it out or correct it") from None
             told = f"this XLA has no option {refused}; less may be hidden behind computing"
-            warnings.warn(told, DistriWarning, stacklevel=2)
+            if is_first():
+                warnings.warn(told, DistriWarning, stacklevel=2)
             del chosen[refused]
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from distrijax.config import DistriError
 from distrijax.placement import Model
+from distrijax.processes import put
 from distrijax.programs import Programs
 from distrijax.tokenizer import CLIPTokenizer
 
@@ -54,7 +55,7 @@ class PromptEncoder:
         """Embeddings of as many prompts as each encoder is given."""
         outputs = []
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
-            ids = jax.device_put(tokenizer(prompts), self.everywhere)
+            ids = put(tokenizer(prompts), self.everywhere)
             outputs.append(self.programs(_encode, self._static(encoder, clip_skip), encoder.params, ids))
         tokens, pooled = zip(*outputs, strict=True)
         return Embeddings(jnp.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
@@ -90,7 +91,7 @@ class PromptEncoder:
             got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))
             forms = (f"[{', '.join(map(str, form))}]" for form in needed.values())
             raise DistriError(f"{' and '.join(got)}; give {' and '.join(forms)}")
-        placed = [jax.device_put(value.astype(dtype), self.everywhere) for value in values]
+        placed = [put(value.astype(dtype), self.everywhere) for value in values]
         return Embeddings(placed[0], placed[1] if self.pooled else None)
 
     def read(

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_
 from tokenizers.models import BPE
 
 from distrijax.config import DistriError, DistriWarning, check_choice, positive
+from distrijax.processes import is_first
 from distrijax.weights import read_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -94,7 +95,7 @@ class CLIPTokenizer:
         except (TypeError, UnicodeEncodeError):
             raise DistriError(f"the prompt {prompt!r} is not valid Unicode; write it in UTF-8") from None
         room = self.length - 2
-        if len(encoding) > room:
+        if len(encoding) > room and is_first():
             self._warn(prompt, encoding, room)
         ids = [self.bos_token_id, *encoding.ids[:room], self.eos_token_id]
         return ids + [self.pad_token_id] * (self.length - len(ids))

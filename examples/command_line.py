@@ -79,9 +79,9 @@ def find_devices(wanted: int | None) -> int:
     """How many devices to use. Raises DistriError where there are fewer accelerators than `wanted`.
 
     A machine without accelerators gets as many virtual CPU devices; accelerators do not care for that setting, which must be
-    made before the first look at them.
+    made before the first look at them. Several processes have made it when they joined, each for its part.
     """
-    if wanted is not None:
+    if wanted is not None and not jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # JAX has been used in this process, and its devices are what they are
             jax.config.update("jax_num_cpu_devices", wanted)
     try:

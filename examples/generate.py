@@ -27,6 +27,7 @@ from command_line import (
 )
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
+from together import add_flags, ending_together, join
 
 from distrijax import (
     DEFAULT_MODEL,
@@ -44,6 +45,7 @@ from distrijax import plan as planning
 from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
 from distrijax.mesh import check_images
 from distrijax.pipeline import lay_out
+from distrijax.processes import is_first
 
 PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
 
@@ -51,7 +53,9 @@ PROMPT = "a large red circle at the top left and a small blue square on the righ
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     arguments = parse(argv)
-    with plain_errors():
+    with ending_together(), plain_errors():
+        if not arguments.plan:
+            join(arguments, arguments.devices)
         generate(arguments)
 
 
@@ -100,6 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="of XLA, instead of this project's choice; may be given several times",
     )
+    add_flags(parser)
     add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -132,7 +137,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         print_plan(arguments, config, configs, size)
         return
-    outputs = output_files(arguments.output, arguments.batch)
+    outputs = output_files(arguments.output, arguments.batch) if is_first() else []
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices))
     dtype = find_dtype(arguments.dtype)
@@ -187,7 +192,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "split_scheme": config.split_scheme.value,
         "software": software(),
     }
-    for index, (picture, output) in enumerate(zip(pictures, outputs, strict=True)):
+    for index, (picture, output) in enumerate(zip(pictures, outputs, strict=is_first())):
         write(picture, output, {**settings, "image": f"{index} of {arguments.batch}"})
         print(f"wrote    {output}")
 

@@ -15,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import latency
+import scaling
 import shard
 from test_unet import BASE
 
@@ -89,3 +90,43 @@ def test_shard_tells_a_line_for_each_part(tiny_checkpoint, capsys):
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert (one["part_of"], two["part_of"], two["mesh"]) == (1, 2, "data 1 x cfg 2 x patch 1")
     assert one["of_1"] == 1 and two["step_s"] > 0 and two["collectives"] == "local stand-ins"
+
+
+STAND_IN = """
+import json, os, sys
+words = [word for word in sys.argv[1:] if word != "--no-split-batch"]
+flags = dict(zip(words[::2], words[1::2]))
+assert len(os.sched_getaffinity(0)) == 1
+if flags["--process-id"] == "0":
+    names = "mesh", "model", "warmup_steps", "sync_mode", "dtype", "image_size", "num_inference_steps"
+    seconds = 2 / int(flags["--num-processes"])
+    print(json.dumps({**dict.fromkeys(names), "loop_s": seconds, "end_to_end_s": seconds, "compile_s": 1}))
+"""
+"""Of latency.py: twice as fast in two processes, each of which may use one core."""
+
+
+def test_scaling_compares_two_processes_of_a_core_each_with_one(tmp_path, capsys, monkeypatch):
+    lines, stand_in = tmp_path / "scaling.jsonl", tmp_path / "stand_in.py"
+    stand_in.write_text(STAND_IN)
+    monkeypatch.setattr(scaling, "LATENCY", stand_in)
+    scaling.main(["--repeats", "2", "--output", str(lines)])
+    printed = capsys.readouterr().out
+    assert lines.read_text() == printed
+    one, cfg, patch = map(json.loads, printed.splitlines())
+    assert [row["processes"] for row in (one, cfg, patch)] == [1, 2, 2]
+    assert one["loop_speed_up"] == [1, 1, 1] and cfg["loop_speed_up"] == patch["end_to_end_speed_up"] == [2, 2, 2]
+
+
+def test_scaling_compares_the_runs_of_each_repeat():
+    kept = dict.fromkeys((*scaling.KEPT, "compile_s"), 0)
+    ones = [{**kept, "loop_s": seconds, "end_to_end_s": 2 * seconds} for seconds in (2.0, 4.0, 2.0)]
+    twos = [{**kept, "loop_s": seconds, "end_to_end_s": 2.0} for seconds in (1.0, 2.5, 1.1)]
+    told = scaling.compare("cfg", twos, ones)
+    assert told["loop_s"] == 1.1 and told["loop_speed_up"] == [1.818, 1.6, 2.0]
+    assert told["end_to_end_speed_up"] == [2.0, 2.0, 4.0]
+
+
+def test_scaling_needs_two_cores(monkeypatch):
+    monkeypatch.setattr(scaling.os, "sched_getaffinity", lambda process: {3})
+    with pytest.raises(SystemExit, match="^error: this process may use 1 cores; give it 2"):
+        scaling.main([])

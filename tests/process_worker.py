@@ -1,0 +1,49 @@
+"""One of the two processes of test_processes.py: paints in several ways, and saves what this process gets.
+
+python process_worker.py CHECKPOINT FOLDER COORDINATOR PROCESS_ID
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from distrijax import DistriConfig, load_pipeline, processes
+
+DEVICES = 4
+CALL = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"}
+WAYS = {
+    "a branch in each process": ({}, {}),
+    "rows in both": ({"split_batch": False}, {"height": 72, "chunk_size": None}),
+    "pictures in each, weights divided": (
+        {"data": 2, "split_batch": False, "parallelism": "tensor"},
+        {"num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 2},
+    ),
+}
+
+
+def paint(checkpoint: Path, way: str) -> dict[str, np.ndarray]:
+    """The picture of a way, and what a callback saw, which doubled the latents of a step."""
+    settings, call = WAYS[way]
+    pipe = load_pipeline(checkpoint, DistriConfig(devices=DEVICES, warmup_steps=1, **settings))
+    seen = []
+
+    def callback(_, step, timestep, tensors):
+        seen.append(np.asarray(tensors["latents"]))
+        return {"latents": 2 * tensors["latents"]} if step == 1 else None
+
+    call = {**CALL, **call, "callback_on_step_end": None if "chunk_size" in call else callback}
+    pipe.set_progress_bar_config(disable=True)
+    picture = np.asarray(pipe("a red circle", **call).images)
+    return {"picture": picture, **{f"step {step}": latents for step, latents in enumerate(seen)}}
+
+
+if __name__ == "__main__":
+    checkpoint, folder, coordinator, process_id = sys.argv[1:]
+    processes.start(coordinator, 2, int(process_id), devices=DEVICES)
+    assert (jax.process_count(), jax.local_device_count()) == (2, DEVICES // 2)
+    for number, way in enumerate(WAYS):
+        np.savez(Path(folder, f"{number}-{process_id}.npz"), **paint(Path(checkpoint), way))

@@ -1,0 +1,253 @@
+"""Two processes on one machine (gloo): they paint what one does, process 0 speaks for both, and they end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from process_worker import WAYS, paint
+
+from distrijax import DistriError, processes
+from distrijax.mesh import MeshPlan, pick_devices
+
+TESTS = Path(__file__).parent
+MINUTE = 60
+LONG = 300  # seconds for what a loaded machine should have done by then
+
+STEPPING = """
+import functools, pathlib, sys
+import generate
+from distrijax import DistriSDXLPipeline
+
+def step(pipe, number, *_):
+    pathlib.Path(sys.argv[1], str(number)).touch()
+
+DistriSDXLPipeline.__call__ = functools.partialmethod(DistriSDXLPipeline.__call__, callback_on_step_end=step)
+generate.main(sys.argv[2:])
+"""
+"""generate.py that tells of its steps by files in a folder."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def process(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "examples")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
+
+
+def flags(port: int, process_id: int, *others: str | Path) -> list[str]:
+    """generate.py's, for one of two processes."""
+    numbers = ["--num-processes", "2", "--process-id", str(process_id)]
+    return ["--coordinator", f"127.0.0.1:{port}", *numbers, *map(str, others)]
+
+
+class End(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def end(started: subprocess.Popen, timeout: float = LONG) -> End:
+    try:
+        out, err = started.communicate(timeout=timeout)
+    finally:
+        started.kill()
+    return End(started.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def painted(tiny_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray]]]:
+    """For each of `WAYS`, what each of two processes got."""
+    folder, coordinator = tmp_path_factory.mktemp("painted"), f"127.0.0.1:{free_port()}"
+    arguments = [TESTS / "process_worker.py", tiny_checkpoint, folder, coordinator]
+    both = [process(*arguments, str(process_id), cwd=folder) for process_id in (0, 1)]
+    for ended in map(end, both):
+        assert (ended.code, ended.err) == (0, ""), ended
+    return [[dict(np.load(folder / f"{way}-{process_id}.npz")) for process_id in (0, 1)] for way in range(len(WAYS))]
+
+
+@pytest.mark.parametrize("number", range(len(WAYS)), ids=list(WAYS))
+def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, tiny_checkpoint, number):
+    first, second = painted[number]
+    needed = paint(tiny_checkpoint, list(WAYS)[number])
+    assert first.keys() == second.keys() == needed.keys()
+    for name, value in needed.items():
+        np.testing.assert_array_equal(first[name], second[name], name)
+        np.testing.assert_allclose(first[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_process_0_alone_speaks_and_writes(tiny_checkpoint, tmp_path):
+    port, folders = free_port(), [tmp_path / "0", tmp_path / "1"]
+    shared = ["--model", tiny_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "3"]
+    both = []
+    for process_id, folder in enumerate(folders):
+        folder.mkdir()
+        script = TESTS.parent / "examples" / "generate.py"
+        both.append(process(script, *flags(port, process_id, *shared, "--prompt", 100 * "red "), cwd=folder))
+    first, second = map(end, both)
+    assert first.code == 0, first
+    assert [line.split()[0] for line in first.out.splitlines()] == ["mesh", "image", "load", "compile", "run", "wrote"]
+    assert "data 1 x cfg 2 x patch 1 on 2 x virtual CPU" in first.out
+    assert re.fullmatch(r"(warning: the prompt has \d+ tokens .*\n)+", first.err)
+    assert second == End(0, "", "")
+    assert [[path.name for path in folder.iterdir()] for folder in folders] == [["distrijax.png"], []]
+    with Image.open(folders[0] / "distrijax.png") as picture:
+        assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM), (0, signal.SIGINT)]
+)
+def test_a_process_that_ends_in_the_loop_ends_the_other_in_a_sentence(tiny_checkpoint, tmp_path, victim, how):
+    steps = tmp_path / "steps"
+    steps.mkdir()
+    shared = ["--model", tiny_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "1000"]
+    port = free_port()
+    both = [process("-c", STEPPING, steps, *flags(port, number, *shared), cwd=tmp_path) for number in (0, 1)]
+    try:
+        started = time.monotonic()
+        while not (steps / "5").exists():
+            assert time.monotonic() - started < LONG
+            assert all(one.poll() is None for one in both), [end(one, MINUTE) for one in both]
+            time.sleep(0.05)
+        both[victim].send_signal(how)
+        other = end(both[1 - victim], MINUTE)
+    finally:
+        ended = end(both[victim], MINUTE)
+    assert other.code == 1
+    assert re.fullmatch(r"error: another process of this run has ended or does not answer; .*\n", other.err)
+    assert ended.code == (130 if how == signal.SIGINT else -how)
+    assert ended.err == ("interrupted\n" if how == signal.SIGINT else "")
+    assert list(tmp_path.iterdir()) == [steps]
+
+
+def test_a_process_that_refuses_ends_the_other(tiny_checkpoint, tmp_path):
+    port, shared = free_port(), ["--model", tiny_checkpoint, "--devices", "2", "--output", "picture.gif"]
+    script = TESTS.parent / "examples" / "generate.py"
+    first, second = (
+        end(one, MINUTE) for one in [process(script, *flags(port, number, *shared), cwd=tmp_path) for number in (0, 1)]
+    )
+    assert first == End(1, "", "error: --output is picture.gif; give a name that ends in .png\n")
+    assert second.code == 1
+    assert re.fullmatch(r"error: another process of this run has ended or does not answer; .*\n", second.err)
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_a_process_that_never_arrives_ends_the_other_in_a_sentence(tmp_path, process_id):
+    script = TESTS.parent / "examples" / "generate.py"
+    alone = process(script, *flags(free_port(), process_id, "--process-timeout", "3"), cwd=tmp_path)
+    assert end(alone, MINUTE) == End(
+        1,
+        "",
+        "error: not all processes arrived in time; start every one of them, and let all reach the coordinator\n",
+    )
+
+
+def test_a_coordinator_in_use_is_refused():
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        with pytest.raises(
+            DistriError, match=rf"^process 0 cannot listen at localhost:{port} \(Address already in use\)"
+        ):
+            processes.start(f"localhost:{port}", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("h:1", 2, None), "process_id is missing; give all of coordinator, num_processes, process_id, or none"),
+        ((None, None, 0), "coordinator and num_processes is missing"),
+        (("h:1", 2, 2), "process_id is 2 of 2 processes; give 0 to 1"),
+        (("h:1", 2, -1), "process_id is -1; give a whole number of at least 0"),
+        (("h:1", 0, 0), "num_processes is 0; give a whole number of at least 1"),
+        (("h", 2, 1), "coordinator is 'h'; give HOST:PORT, such as 10.0.0.1:12345"),
+        (("h:99999", 2, 1), "coordinator is 'h:99999'; give HOST:PORT"),
+        (("h:1", 2, 1, 3), "devices is 3 and 2 processes share them; give a multiple of 2"),
+    ],
+)
+def test_wrong_coordinates_are_refused_in_a_sentence(arguments, told):
+    with pytest.raises(DistriError, match="^" + re.escape(told)):
+        processes.start(*arguments[:3], devices=arguments[3] if arguments[3:] else None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "needed"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, False),  # a batch script, outside of srun
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "16"}, True),
+        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc's shell
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_a_launcher_is_asked_only_where_it_started_several(monkeypatch, variables, needed):
+    for name in (*processes.LAUNCHERS, *processes.COUNTS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes.launched() is needed
+
+
+class Device(NamedTuple):
+    """Stands in for a device of some host."""
+
+    process_index: int
+    id: int
+
+
+def hosts(*sizes: int) -> list[Device]:
+    """The devices of hosts, in another order than JAX's."""
+    return [Device(host, number) for number in range(max(sizes)) for host, size in enumerate(sizes) if number < size]
+
+
+@pytest.mark.parametrize(
+    ("plan", "crossing"),
+    [
+        (MeshPlan(1, 2, 8), "cfg"),  # two branches on two hosts of eight
+        (MeshPlan(2, 2, 4), "data"),
+        (MeshPlan(1, 1, 16), "patch"),
+    ],
+)
+def test_the_first_axis_that_is_cut_crosses_from_host_to_host(plan, crossing):
+    devices = pick_devices(hosts(8, 8), 16)
+    grid = np.array([device.process_index for device in devices]).reshape(plan.data, plan.cfg, plan.patch)
+    axis = ("data", "cfg", "patch").index(crossing)
+    halves = np.split(grid, 2, axis)
+    assert [np.unique(half).tolist() for half in halves] == [[0], [1]]
+
+
+def test_fewer_devices_are_taken_equally_from_all_hosts():
+    assert pick_devices(hosts(8, 8), 4) == [Device(0, 0), Device(0, 1), Device(1, 0), Device(1, 1)]
+    assert len(pick_devices(hosts(8, 4), 12)) == 12
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(3, "devices is 3 and 2 processes share them equally; give a multiple of 2 up to 8, or all 12"), (10, "is 10")],
+)
+def test_devices_that_hosts_cannot_share_equally_are_refused(count, told):
+    with pytest.raises(DistriError, match=told):
+        pick_devices(hosts(8, 4), count)
