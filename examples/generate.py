@@ -31,6 +31,7 @@ from PIL.PngImagePlugin import PngInfo
 from distrijax import (
     DEFAULT_MODEL,
     SCHEDULERS,
+    Compression,
     DistriConfig,
     DistriError,
     MeshPlan,
@@ -78,7 +79,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     modes = tuple(mode.value for mode in SyncMode)
     add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
     add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
-    add("--compress", action="store_true", help="keys and values travel as int8")
+    kinds = tuple(kind.value for kind in Compression)
+    add("--compress", nargs="?", choices=kinds, const=kinds[0], help="what keys and values travel as: int8, or int4")
     parallelisms, schemes = ([member.value for member in kind] for kind in (Parallelism, SplitScheme))
     add("--parallelism", choices=parallelisms, default="patch", help="how the UNet is divided (default: %(default)s)")
     add("--split-scheme", choices=schemes, default="alternate", help="cuts of naive_patch (default: %(default)s)")
