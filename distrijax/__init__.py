@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distrijax.auto import load_pipeline
-from distrijax.config import DistriConfig, DistriError, DistriWarning, Parallelism, SplitScheme, SyncMode
+from distrijax.config import Compression, DistriConfig, DistriError, DistriWarning, Parallelism, SplitScheme, SyncMode
 from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.pipeline import PipelineOutput
 from distrijax.pipeline_sd import DistriSDPipeline
@@ -16,6 +16,7 @@ DEFAULT_MODEL = Path(__file__).parent / "tiny"
 __all__ = [
     "DEFAULT_MODEL",
     "SCHEDULERS",
+    "Compression",
     "DistriConfig",
     "DistriError",
     "DistriSDPipeline",

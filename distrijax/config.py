@@ -51,6 +51,13 @@ class SplitScheme(enum.StrEnum):
     ALTERNATE = "alternate"
 
 
+class Compression(enum.StrEnum):
+    """What keys and values travel as after the warm-up: 256 or 16 levels for each channel of a patch."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 Choice = TypeVar("Choice", bound=enum.StrEnum)
 
 
@@ -89,7 +96,8 @@ class DistriConfig:
         are passed over.
     extrapolate: devices publish, after the warm-up, a prediction of their next step's values instead of this step's; the
         same traffic, twice the stale state.
-    compress: keys and values travel as int8, after the warm-up: half the bytes of bfloat16, lossy.
+    compress: what keys and values travel as after the warm-up (`Compression`): a half or a quarter of bfloat16's bytes,
+        lossy; None leaves them as they are.
     shard_weights: each device keeps an equal share of all large weights, and gathers each layer's shortly before its use:
         for devices of little memory and quick links.
     split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
@@ -105,7 +113,7 @@ class DistriConfig:
     warmup_steps: int = 4
     sync_steps: Sequence[int] = ()
     extrapolate: bool = False
-    compress: bool = False
+    compress: Compression | None = None
     shard_weights: bool = False
     split_batch: bool = True
     parallelism: Parallelism = Parallelism.PATCH
@@ -118,6 +126,8 @@ class DistriConfig:
         object.__setattr__(self, "sync_mode", choose(SyncMode, self.sync_mode, "sync_mode"))
         object.__setattr__(self, "parallelism", choose(Parallelism, self.parallelism, "parallelism"))
         object.__setattr__(self, "split_scheme", choose(SplitScheme, self.split_scheme, "split_scheme"))
+        if self.compress is not None:
+            object.__setattr__(self, "compress", choose(Compression, self.compress, "compress"))
         positive(self.warmup_steps, "warmup_steps", least=0)
         object.__setattr__(self, "sync_steps", _step_numbers(self.sync_steps))
         for name in self._idle_options():

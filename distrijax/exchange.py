@@ -26,14 +26,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int8
+from jaxtyping import Array, Bool, Float
 
-from distrijax.config import DistriConfig, SyncMode
+from distrijax.compression import decode, encode
+from distrijax.config import Compression, DistriConfig, SyncMode
 from distrijax.mesh import CFG, EVERY_AXIS, PATCH, Bands
 
 Axis = str | tuple[str, ...]
@@ -42,8 +43,8 @@ Stale = dict[str, Array]
 """What one patch published at a step, keyed by the path of the layer (local shards, batch first):
 
 halo     [b, above + below, w, c]  its last `above` rows, then its first `below` rows, in the model's dtype
-tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype; or, compressed, in int8 and
-                                   [b, 1, 2 * c] the scale of each channel, float32, under the path and `SCALE`
+tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype; or, compressed, bytes, and
+                                   [b, 2, 2 * c] each channel's ends, in the model's dtype, under the path and `ENDS`
 moments  [b, groups, 2]            mean and variance for each group, float32
 
 A strategy keeps those kinds that its next step reads from before. With extrapolation each of these is a prediction, and the
@@ -52,8 +53,8 @@ running mean that it was made from lies beside it, in the same shape, under the 
 
 HALO, TOKENS, MOMENTS = "halo", "tokens", "moments"
 
-SCALE, MEAN = ".scale", ".mean"
-"""What the names of compressed tokens' scales and of running means end in."""
+ENDS, MEAN = ".ends", ".mean"
+"""What the names of the ends of compressed tokens' channels and of running means end in."""
 
 MEMORY = 2 / 3
 """The part of the running mean that stays from step to step."""
@@ -180,7 +181,7 @@ class Synchronous(WholeImage):
             if self.strategy.extrapolate:
                 published, self.fresh[name + MEAN] = self._ahead(kind, name, value)
             if self.strategy.compress and kind == TOKENS:
-                published, self.fresh[name + SCALE] = _compressed(published)
+                published, self.fresh[name + ENDS] = encode(published, self.strategy.compress)
             self.fresh[name] = published
         return value
 
@@ -251,7 +252,8 @@ class Displaced(Synchronous):
     def tokens(self, name, kv):
         everyone = lax.all_gather(self._read(name), self.axis)
         if self.strategy.compress:
-            everyone = _restored(everyone, lax.all_gather(self._read(name + SCALE), self.axis), kv.dtype)
+            ends = lax.all_gather(self._read(name + ENDS), self.axis)
+            everyone = decode(everyone, ends, self.strategy.compress)
         own = self._publish(TOKENS, name, _after(_flat(kv), everyone))
         self._check(name)
         everyone = lax.dynamic_update_slice_in_dim(everyone, own[None], lax.axis_index(self.axis), axis=0)
@@ -381,12 +383,12 @@ KINDS: dict[SyncMode, type[Displaced]] = {
 class Strategy:
     """What a displaced step exchanges, and so what the step before it publishes.
 
-    extrapolate: predictions of the next step's values instead of this step's. compress: tokens travel as int8.
+    extrapolate: predictions of the next step's values instead of this step's. compress: how tokens travel, if not as they are.
     """
 
     kind: type[Displaced]
     extrapolate: bool = False
-    compress: bool = False
+    compress: Compression | None = None
 
     def __call__(
         self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None, pace: Float[Array, ""] | float = 1.0
@@ -457,18 +459,6 @@ def _with_neighbours(x: Array, edges: Array, above: int, axis: Axis, *, apart: b
     if edges.shape[1] > above:
         parts.append(lax.ppermute(edges[:, above:], axis, up))
     return jnp.concatenate(parts, 1)
-
-
-def _compressed(x: Float[Array, "b t c"]) -> tuple[Int8[Array, "b t c"], Float[Array, "b 1 c"]]:
-    """Rounded to 8 bit, in steps of each channel's largest value / 127; the step is the scale."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
-    return jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
-
-
-def _restored(x: Int8[Array, "n b t c"], scales: Float[Array, "n b 1 c"], dtype: Any) -> Float[Array, "n b t c"]:
-    """The inverse of `_compressed`, for n patches."""
-    return (x.astype(jnp.float32) * scales).astype(dtype)
 
 
 def _after(x: Array, read: Array) -> Array:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from distrijax.config import DistriConfig, DistriError, Parallelism, SyncMode, positive
+from distrijax.config import Compression, DistriConfig, DistriError, Parallelism, SyncMode, positive
 from distrijax.loading import DTYPES, find_folder, read_configs
 from distrijax.mesh import check_sizes
 from distrijax.plan import megabytes
@@ -56,7 +56,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-guidance", action="store_true", help="as with a --guidance-scale of 1 or less")
     add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
     add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
-    add("--compress", action="store_true", help="keys and values travel as int8")
+    kinds = tuple(kind.value for kind in Compression)
+    add("--compress", nargs="?", choices=kinds, const=kinds[0], help="what keys and values travel as: int8, or int4")
     add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
     add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
     add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)

@@ -98,7 +98,7 @@ def add_axis(parser: Parser, axis: Axis) -> None:
     choices = tuple(member.value for member in kind) if issubclass(kind, enum.StrEnum) else None
     accepted = {"choices": choices} if choices else {"type": axis.read or kind}
     told = f"{axis.help} (default: {' '.join(map(text, axis.values))})"
-    parser.add_argument(flag, nargs="+", default=axis.values, help=told, **accepted)
+    parser.add_argument(flag, nargs="*" if axis.bare else "+", default=axis.values, help=told, **accepted)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

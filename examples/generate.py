@@ -32,6 +32,7 @@ from together import add_flags, ending_together, join
 from distrijax import (
     DEFAULT_MODEL,
     SCHEDULERS,
+    Compression,
     DistriConfig,
     DistriError,
     MeshPlan,
@@ -82,7 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     modes = tuple(mode.value for mode in SyncMode)
     add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
     add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
-    add("--compress", action="store_true", help="keys and values travel as int8")
+    kinds = tuple(kind.value for kind in Compression)
+    add("--compress", nargs="?", choices=kinds, const=kinds[0], help="what keys and values travel as: int8, or int4")
     add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
     parallelisms, schemes = ([member.value for member in kind] for kind in (Parallelism, SplitScheme))
     add("--parallelism", choices=parallelisms, default="patch", help="how the UNet is divided (default: %(default)s)")

@@ -26,7 +26,7 @@ CAPTIONS, STEPS, SIZE = 3, 3, 64
 GRID = "--devices 2 --parallelism patch --sync-mode corrected_async_gn full_sync --warmup-steps 0"
 SETTINGS = {
     "devices=1": "lossless",
-    "parallelism=patch,sync_mode=corrected_async_gn,extrapolate=False,compress=False,"
+    "parallelism=patch,sync_mode=corrected_async_gn,extrapolate=False,compress=none,"
     "warmup_steps=0,sync_steps=none,split_batch=False,devices=2": "lossy",
     "parallelism=patch,sync_mode=full_sync,split_batch=False,devices=2": "lossless",
 }
@@ -429,6 +429,17 @@ def test_the_grid_has_every_mode_once():
     displaced, without_modes = len(SyncMode) - 1, len(Parallelism) - 2
     assert len(found) == 1 + 3 * (2 * displaced + 1 + len(SplitScheme) + without_modes)
     assert all(DistriConfig(**setting) for setting in found)
+
+
+def test_compression_by_itself_is_int8_and_several_are_several_settings():
+    def asked(*flags: str) -> list:
+        chosen = {"parallelism": ["patch"], "sync_mode": ["async_tokens"], "devices": [8]}
+        chosen["compress"] = evaluate.parse(["--compress", *flags] if flags != ("",) else []).compress
+        return [setting["compress"] for setting in grid.settings(chosen)[1:]]
+
+    assert asked("") == [None]
+    assert asked() == ["int8"]
+    assert asked("none", "int8", "int4") == [None, "int8", "int4"]
 
 
 def coco(folder: Path, *, karpathy: bool, pictures: int = 3) -> Path:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from distrijax.config import Compression
 from distrijax.exchange import (
+    ENDS,
     KINDS,
     MEAN,
     MOMENTS,
-    SCALE,
     DampedMoments,
     Displaced,
     FreshMoments,
@@ -253,14 +254,16 @@ def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_compressed_tokens_are_the_others_previous_ones_rounded_to_8_bit(dtype):
-    """Channels of very different sizes, and one of zeros: each has a step of its own, in each patch."""
+@pytest.mark.parametrize(("compression", "levels", "packed"), [(Compression.INT8, 256, 4), (Compression.INT4, 16, 2)])
+def test_compressed_tokens_are_the_others_previous_ones_rounded_to_levels(compression, levels, packed, dtype):
+    """Channels of very different sizes, and one of zeros: each has levels of its own, in each patch."""
     sizes = np.array([100.0, 1.0, 1e-3, 0.0], np.float32)
-    strategy = Strategy(Displaced, compress=True)
+    strategy = Strategy(Displaced, compress=compression)
 
     def local(previous, present):
         *_, stale = ask_everything(Synchronous(strategy=strategy), previous)
-        assert (stale["tokens"].dtype, stale["tokens" + SCALE].dtype) == (jnp.int8, jnp.float32)
+        assert (stale["tokens"].shape, stale["tokens"].dtype) == ((2, 12, packed), jnp.uint8)
+        assert (stale["tokens" + ENDS].shape, stale["tokens" + ENDS].dtype) == ((2, 2, 4), dtype)
         _, tokens, _, fresh = ask_everything(strategy(stale), present)
         assert fresh.keys() == stale.keys()
         return (tokens.astype(jnp.float32),)
@@ -274,10 +277,10 @@ def test_compressed_tokens_are_the_others_previous_ones_rounded_to_8_bit(dtype):
             if i == j:
                 np.testing.assert_array_equal(part, fresh[i])
                 continue
-            step = np.abs(parts[j]).max(1, keepdims=True) / 127
-            slack = 0 if dtype == jnp.float32 else 2.0**-8 * np.abs(parts[j])
-            assert (np.abs(part - parts[j]) <= step * 0.501 + slack).all()
-            assert len(np.unique(part[0, :, 0])) > 8
+            half = np.ptp(parts[j], axis=1, keepdims=True) / (levels - 1) / 2
+            slack = (1e-6 if dtype == jnp.float32 else 2.0**-8) * np.abs(parts[j])
+            assert (np.abs(part - parts[j]) <= 1.001 * half + slack).all()
+            assert len(np.unique(part[0, :, 0])) > 5
 
 
 def corrected(previous: np.ndarray, present: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -111,6 +111,13 @@ def test_the_plan_of_stable_diffusion_1_has_its_size(tiny_sd_checkpoints, capsys
     assert "tokens" in received
 
 
+@pytest.mark.parametrize(
+    ("flags", "compress"), [([], None), (["--compress"], "int8"), (["--compress", "int4"], "int4")]
+)
+def test_compression_without_a_name_is_int8(flags, compress):
+    assert generate_script.parse([*flags, "--plan"]).compress == compress
+
+
 def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(tiny_checkpoint):
     with pytest.raises(SystemExit, match="height is 65 and this model needs a multiple of 8; use 64 or 72"):
         generate_script.main(["--model", str(tiny_checkpoint), "--plan", "--devices", "16", "--image-size", "65"])

@@ -17,7 +17,7 @@ import torch
 from oracle import relative_error
 from test_denoise import Seen, Still
 
-from distrijax import DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode, denoise
+from distrijax import Compression, DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode, denoise
 from distrijax.exchange import KINDS, OwnMoments
 
 PROMPT = "a red circle on the left"
@@ -27,7 +27,7 @@ STEPS = 4
 
 OURS = {"sync_mode": SyncMode.DAMPED_ASYNC_GN, "extrapolate": True}
 PATCH = {mode.value: {"sync_mode": mode} for mode in SyncMode}
-PATCH |= {"extrapolated": OURS, "extrapolated and compressed": OURS | {"compress": True}}
+PATCH |= {"extrapolated": OURS, **{f"extrapolated and {kind}": OURS | {"compress": kind} for kind in Compression}}
 NAIVE = {f"naive {scheme}": {"parallelism": Parallelism.NAIVE_PATCH, "split_scheme": scheme} for scheme in SplitScheme}
 TENSOR = {"tensor": {"parallelism": Parallelism.TENSOR}}
 EVERY = PATCH | NAIVE | TENSOR
@@ -36,8 +36,8 @@ DISPLACED = {name: PATCH[name] for name in PATCH if name != "full_sync"}
 # by definition the moments of the others never come in: the synchronous answer is not their fixed point
 POOLED = {name: it for name, it in DISPLACED.items() if not issubclass(KINDS[it["sync_mode"]], OwnMoments)}
 
-ROUNDED = 2e-3
-"""How near its fixed point an exchange of rounded values comes."""
+ROUNDED = {None: 1e-5, Compression.INT8: 2e-3, Compression.INT4: 2e-3 * 255 / 15}
+"""How near its fixed point an exchange comes: the fewer the levels of what it rounds, the less."""
 
 MESHES = {"one device": {"devices": 1}, "3 patches": {"devices": 3}, "2 x 2 x 2": {"devices": 8, "data": 2}}
 
@@ -91,7 +91,7 @@ def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
     blank = Seen(state.latents, 0 * state.latents)
     wanted, stale = run(denoise.warm_up, blank)
     got, _ = run(denoise.displaced, blank, stale)
-    assert relative_error(got, wanted) < (ROUNDED if loop.strategy.compress else 1e-5)
+    assert relative_error(got, wanted) < ROUNDED[loop.strategy.compress]
 
 
 def first_steps_are_synchronous(case: Case, request) -> None:

@@ -55,10 +55,32 @@ def test_tensor_parallelism_sums_as_much_as_the_originals(side, billions):
     assert planned.received["guidance"] == 0  # both branches are on the same device
 
 
+@pytest.mark.parametrize(("compress", "bits", "percent"), [("int8", 8, 52), ("int4", 4, 28)])
+def test_full_size_models_tokens_travel_in_a_half_or_a_quarter_of_bfloat16s_bytes(compress, bits, percent):
+    """Besides, two values of each channel in each layer: 70 layers, 2 branches, keys and values."""
+    whole, less = (
+        plan(
+            DistriConfig(split_batch=False, compress=kind),
+            UNetConfig.from_dict(FULL_BASE),
+            load_scheduler(DDIM),
+            devices=8,
+            latent=(128, 128),
+        )
+        for kind in (None, compress)
+    )
+    channels = 10 * 640 + 60 * 1280
+    assert less.stale["tokens"] == whole.stale["tokens"] * bits // 16 + 2 * 2 * channels * 2 * 2
+    assert less.received["tokens"] == 7 * less.stale["tokens"]
+    assert round(100 * sum(less.received.values()) / sum(whole.received.values())) == percent
+
+
 SETTINGS = [
     {},
     {"split_batch": False},
     {"split_batch": False, "devices": 2},
+    {"split_batch": False, "compress": "int8"},
+    {"split_batch": False, "compress": "int4"},
+    {"sync_mode": "async_tokens", "extrapolate": True, "compress": "int4"},
     {"sync_mode": "sync_gn"},
     {"sync_mode": "separate_gn"},
     {"sync_mode": "full_sync"},
@@ -96,7 +118,7 @@ def stale_of(pipe: DistriSDXLPipeline) -> list:
 
 Leaf = collections.namedtuple("Leaf", "shape dtype")
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|collective-permute|all-reduce|all-to-all)(?:-start)?\((.*)")
-ARRAY = re.compile(r"(f32|pred|[su]\d+)\[([\d,]*)\]")
+ARRAY = re.compile(r"(f|s|u)(\d+)\[([\d,]*)\]")
 PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
 GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
 
@@ -108,7 +130,10 @@ def received_by_hlo(text: str) -> int:
         if not (found := COLLECTIVE.search(line)):
             continue
         results, name, rest = found.groups()
-        size = sum(4 * math.prod(map(int, filter(None, dims.split(",")))) for _, dims in ARRAY.findall(results))
+        size = sum(
+            int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+            for _, bits, dims in ARRAY.findall(results)
+        )
         if name == "collective-permute":
             for target in re.findall(r"\{\d+,(\d+)\}", PAIRS.search(rest).group(1)):
                 permuted[target] += size

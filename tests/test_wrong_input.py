@@ -229,8 +229,10 @@ CONFIGS = {
         {"sync_mode": "no_sync", "extrapolate": True},
         "extrapolate is set and changes nothing in no_sync",
     ),
+    "unknown compression": ({"compress": "int2"}, "compress is 'int2'; use one of: int8, int4"),
+    "compression by no name": ({"compress": True}, "compress is True; use one of: int8, int4"),
     "nothing to compress": (
-        {"sync_mode": "full_sync", "compress": True},
+        {"sync_mode": "full_sync", "compress": "int8"},
         "compress is set and changes nothing in full_sync",
     ),
     "all is exact": (

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distrijax import Parallelism, SplitScheme, SyncMode
+from distrijax import Compression, Parallelism, SplitScheme, SyncMode
 
 Setting = dict[str, Any]
 
@@ -19,7 +19,7 @@ ONE_DEVICE: Setting = {"devices": 1}
 
 
 NONE = "none"
-"""An empty tuple, in words."""
+"""None or an empty tuple, in words."""
 
 
 def _patches(setting: Setting) -> bool:
@@ -42,12 +42,16 @@ def steps(given: str) -> tuple[int, ...]:
     return () if given == NONE else tuple(map(int, given.split()))
 
 
+def compression(given: str) -> Compression | None:
+    return None if given == NONE else Compression(given)
+
+
 class Axis(NamedTuple):
     """A field of DistriConfig, and the flag and the column of that name.
 
     values: tried unless the flag says otherwise. has_say: whether the field means anything beside the others of a setting.
     words: a value in the label of a setting; "" where it goes without saying. read: a value from the command line; None
-    where its type does that.
+    where its type does that. bare: what the flag means by itself; empty where it needs a value.
     """
 
     field: str
@@ -56,6 +60,7 @@ class Axis(NamedTuple):
     has_say: Callable[[Setting], bool] = lambda setting: True
     words: Callable[[str], str] = str
     read: Callable[[str], Any] | None = None
+    bare: tuple[Any, ...] = ()
 
     @property
     def kind(self) -> type:
@@ -79,10 +84,12 @@ AXES = (
     ),
     Axis(
         "compress",
-        (False,),
-        "keys and values travel as int8",
+        (None,),
+        "what keys and values travel as: none as they are, int8 (the flag by itself) or int4",
         _displaced,
-        words=lambda value: "int8" if value == "True" else "",
+        words=lambda value: "" if value == NONE else value,
+        read=compression,
+        bare=(Compression.INT8,),
     ),
     Axis("split_scheme", tuple(SplitScheme), "cuts of naive_patch", _naive),
     Axis("warmup_steps", (4,), "exact steps after the first", _displaced, "warm-up {}".format),
@@ -107,7 +114,7 @@ AXES = (
 
 def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
     """One device, then every different setting of the chosen values; what is not chosen takes an axis's own."""
-    axes = [chosen.get(axis.field) or axis.values for axis in AXES]
+    axes = [chosen.get(axis.field, axis.values) or axis.bare for axis in AXES]
     grid = [ONE_DEVICE]
     for values in itertools.product(*axes):
         full = dict(zip((axis.field for axis in AXES), values, strict=True))
@@ -119,8 +126,8 @@ def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 def text(value: Any) -> str:
     """A value or a figure as the table has it."""
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or NONE
+    if value is None or isinstance(value, tuple):
+        return " ".join(map(str, value or ())) or NONE
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
