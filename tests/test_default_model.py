@@ -24,7 +24,10 @@ PROMPTS = (
     "a large black square at the bottom, a cyan circle at the top and a large red star at the top right, on a gray background",
 )
 STEPS = 20
-LEAST_SPLIT, LEAST_PATCHES = 36, 27  # dB; measured 38.4 with the CFG split, 29.5 with eight patches
+LEAST_SPLIT, LEAST_PATCHES = (
+    36,
+    33,
+)  # dB; measured 38.4 with the CFG split, 34.6 with eight patches and half of the correction
 LEAST_FOUND = 0.9  # of the shapes that 16 held-out captions name; measured 1.0
 
 
@@ -113,8 +116,12 @@ def test_the_picture_is_that_of_torch_diffusers(one_device, theirs):
     assert psnr(picture, theirs(**call, latents=latents, output_type="np").images) > 50
 
 
-@pytest.mark.parametrize(("settings", "least"), [({}, LEAST_SPLIT), ({"split_batch": False}, LEAST_PATCHES)])
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [({}, LEAST_SPLIT), ({"split_batch": False, "sync_mode": "damped_async_gn"}, LEAST_PATCHES)],
+)
 def test_eight_displaced_devices_stay_near_one(reference, settings, least, record_property, capsys):
+    """Not the whole correction with eight patches: there rounding alone makes or breaks the last of these pictures."""
     pipeline = load(8, **settings)
     value = psnr(paint(pipeline), reference)
     record_property("psnr", value)
