@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from command_line import (
     device_kind,
     find_devices,
     find_dtype,
+    json_lines,
     keep_compiled_programs,
     plain_errors,
     written_whole,
@@ -90,17 +90,14 @@ def benchmark(arguments: argparse.Namespace) -> None:
     check_positive(arguments, "warmup_times", "test_times")
     if not 0 <= arguments.ignore_ratio < 1:
         raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a part of all, from 0 to less than 1")
+    tell = json_lines(arguments.output if is_first() else None)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
     rows = []
     for devices in arguments.devices:
         row = measure(arguments, devices)
         rows.append(row)
-        line = json.dumps(row)
-        print(line, flush=True)
-        if arguments.output and is_first():
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        tell(row)
     if arguments.plot and is_first():
         draw(rows, arguments.plot)
 

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import jax
-from command_line import Parser, check_positive, plain_errors
+from command_line import Parser, check_positive, json_lines, plain_errors
 
 from distrijax import DistriError
 
@@ -60,16 +60,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:
         raise DistriError(f"this process may use {len(cores)} cores; give it 2 (Linux only)")
+    tell = json_lines(arguments.output)
     rows: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for _ in range(arguments.repeats):
         for way, flags in WAYS.items():
             rows[way].append(run(arguments, flags, cores))
     for way in WAYS:
-        line = json.dumps(compare(way, rows[way], rows["one process"]))
-        print(line, flush=True)
-        if arguments.output:
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        tell(compare(way, rows[way], rows["one process"]))
 
 
 def run(arguments: argparse.Namespace, flags: Sequence[str], cores: Sequence[int]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has nothing for a user
 
@@ -107,6 +108,30 @@ def device_kind() -> str:
     """What the devices are, for people."""
     device = jax.devices()[0]
     return "virtual CPU" if device.platform == "cpu" else device.device_kind
+
+
+def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """A function that prints a row as a line of JSON, and adds it to `path`, if any.
+
+    Raises DistriError at once where that could not be written, before anything is measured.
+    """
+
+    def add(text: str) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise DistriError(f"--output {path} cannot be written ({error.strerror}); choose another file") from None
+
+    def tell(row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if path is not None:
+            add(line + "\n")
+
+    if path is not None:
+        add("")
+    return tell
 
 
 @contextlib.contextmanager

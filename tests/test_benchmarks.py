@@ -60,6 +60,10 @@ def test_the_mean_leaves_out_both_ends():
     ("flags", "told"),
     [
         ("--test-times 0", "--test-times is 0; give a whole number of at least 1"),
+        (
+            "--output nowhere/x.jsonl",
+            "--output nowhere/x.jsonl cannot be written (No such file or directory); choose another file",
+        ),
         ("--ignore-ratio 1", "--ignore-ratio is 1.0; give a part of all, from 0 to less than 1"),
         ("--devices 9", "--devices is 9 and this machine shows 8 (virtual CPU); use --devices 8 or fewer"),
     ],
