@@ -88,7 +88,11 @@ class Programs:
         """Runs the program. donate: which of `arguments` (from 0) it may overwrite."""
         key = self.prepare(function, static, params, *arguments, donate=donate)
         start = time.perf_counter()
-        program = self._compiled[key].result()
+        try:
+            program = self._compiled[key].result()
+        except Exception:
+            del self._compiled[key]  # it is none, and a later call may try again
+            raise
         if key not in self._fit:
             self.waited += time.perf_counter() - start
             jax.block_until_ready(arguments)  # what made them has given back its memory

@@ -48,6 +48,7 @@ def test_what_fails_to_compile_in_the_background_fails_where_it_is_called():
     programs.prepare(wrong, None, (), x)
     with pytest.raises(DistriError, match="never"):
         programs(wrong, None, (), x)
+    assert programs.count == 0
 
 
 @dataclasses.dataclass
