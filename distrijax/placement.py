@@ -159,10 +159,23 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, config: Any, form: Form, mesh: Mesh, dtype: Any) -> Model:
         """A model of which no parameter has been read."""
-        shapes = zip(form.laid_out(mesh.shape, dtype), form.specs, strict=True)
-        shardings = ((shape, NamedSharding(mesh, spec)) for shape, spec in shapes)
-        return cls(config, form, tuple(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at) for s, at in shardings))
+        return cls(config, form, placed(mesh, form.specs, form.laid_out(mesh.shape, dtype)))
 
     @property
     def dtype(self) -> np.dtype:
         return self.params[0].dtype
+
+
+def placed(mesh: Mesh, specs: Any, arguments: Any) -> Any:
+    """Shapes with how they lie on a mesh; a spec stands for all leaves of an argument."""
+
+    def place(spec: P, part: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+
+        def leaf(value: Any) -> jax.ShapeDtypeStruct:
+            dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
+            return jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding)
+
+        return jax.tree.map(leaf, part)
+
+    return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))

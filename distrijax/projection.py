@@ -30,11 +30,11 @@ from distrijax.decode import Decoder, decode
 from distrijax.layers import abstract
 from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.overlap import Instruction, Program, Transfer, array_bytes
-from distrijax.placement import Form, Model
+from distrijax.placement import Form, Model, placed
 from distrijax.plan import step_of
-from distrijax.programs import compiled, options_for
+from distrijax.programs import compiled, lower, options_for
 from distrijax.schedulers import Scheduler
-from distrijax.shapes import Step, placed
+from distrijax.shapes import Step
 from distrijax.targets import GPUS, Gpu, compile_only_devices
 from distrijax.unet import UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
@@ -152,11 +152,10 @@ def _compiled(
     function: Callable, static: Any, arguments: tuple, donate: tuple[int, ...], config: DistriConfig, options: Any
 ) -> jax.stages.Compiled:
     """donate: which of the arguments after the parameters."""
-    jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + place for place in donate))
     ours = options_for("gpu", shard_weights=config.shard_weights)
     with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        return compiled(jitted.lower(static, *arguments), ours, options or {})
+        return compiled(lower(function, static, *arguments, donate=donate), ours, options or {})
 
 
 def _on_device(part: Any) -> int:

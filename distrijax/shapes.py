@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from distrijax import denoise
 from distrijax.denoise import Inputs, Loop, Steps
 from distrijax.exchange import Stale
+from distrijax.placement import placed
 from distrijax.programs import Params
 from distrijax.unet import UNetConfig
 
@@ -89,18 +88,3 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, rescal
     state = jax.eval_shape(loop.scheduler.init, latents_of(loop, unet, images), _array())
     xs = jax.tree.map(lambda column: column[:1], Steps.of(loop.scheduler.schedule(2)[0]))
     return inputs, state, xs
-
-
-def placed(mesh: Mesh, specs: Any, arguments: Any) -> Any:
-    """Shapes with how they lie on a mesh; a spec stands for all leaves of an argument."""
-
-    def place(spec: P, part: Any) -> Any:
-        sharding = NamedSharding(mesh, spec)
-
-        def leaf(value: Any) -> jax.ShapeDtypeStruct:
-            dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
-            return jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding)
-
-        return jax.tree.map(leaf, part)
-
-    return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))
