@@ -79,7 +79,7 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
         problems["missing"] = missing
     if problems:
         raise DistriError(
-            f"{folder} does not hold the model its config.json describes; fetch the folder again: {_summary(problems)}"
+            f"{folder} does not hold the model its config.json describes; fetch the folder again: {summary(problems)}"
         )
     for name, (_, leaf) in wanted.items():
         leaf.set_value(filled[name])
@@ -187,7 +187,8 @@ def _convert(name: str, tensor: np.ndarray, wanted: dict) -> tuple[str | None, A
     return None, value
 
 
-def _summary(problems: dict[str, list[str]]) -> str:
+def summary(problems: dict[str, list[str]]) -> str:
+    """Kinds of trouble and the first tensors that have each."""
     parts = []
     for kind, names in problems.items():
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
