@@ -10,16 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from jax.sharding import Mesh
 
+from distrijax import hub
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError, ModelConfig, Parallelism, check_choice
 from distrijax.layers import abstract
@@ -29,9 +22,6 @@ from distrijax.tokenizer import CLIPTokenizer
 from distrijax.unet import UNet, UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
 from distrijax.weights import load_module, read_json
-
-VARIANTS = ("fp16", "non_ema")
-"""Of weights that lie beside the usual ones on the hub."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -91,6 +81,9 @@ SDXL = Family(
 FAMILIES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
 """By `_class_name` of model_index.json."""
 
+PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
+"""The folders that a checkpoint of any family needs."""
+
 
 class Components(NamedTuple):
     """The parts of a pipeline; tokenizers and text encoders in the order of `Family.suffixes`."""
@@ -128,34 +121,13 @@ def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
 
 
 def find_folder(name: str | Path, *, variant: str | None, revision: str | None, token: str | bool | None) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded (only the files needed) into the hub's cache."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise DistriError(f"{name} is not a folder; give a folder in the diffusers layout or a hub id like owner/model")
-    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    parts = {part for family in FAMILIES.values() for part in family.parts}
-    needed = [f"{part}/{pattern}" for part in sorted(parts) for pattern in ("*.json", "*.txt", weights)]
-    others = [] if variant else [f"*/*.{name}{end}" for name in VARIANTS for end in (".safetensors", "-*.safetensors")]
-    try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                token=token,
-                allow_patterns=["model_index.json", *needed],
-                ignore_patterns=others,
-            )
-        )
-    except GatedRepoError:
-        raise DistriError(f"{name} is gated; accept its terms on the hub and give a token that may read it") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise DistriError(f"{name} is neither a folder here nor a model on the hub; check the spelling") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    """The local folder of a checkpoint; what is on the hub is fetched (only the files needed). See `hub.find`."""
+    path = hub.find(name, parts=PARTS, variant=variant, revision=revision, token=token)
+    if not path.is_dir():
         raise DistriError(
-            f"{name} could not be fetched from the hub ({_first_line(error)}); try again or give a folder"
-        ) from None
+            f"{name} is a file; give a folder in the diffusers layout, which python -m distrijax.convert {name} FOLDER makes"
+        )
+    return path
 
 
 def find_family(folder: Path) -> Family:
@@ -281,7 +253,3 @@ def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs
                 f"{folder}: tokenizer {number} has {tokenizer.vocab_size} words and its text encoder {encoder.vocab_size}; "
                 "use parts of one model"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

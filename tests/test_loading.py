@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 
-from distrijax import loading
 from distrijax.clip import CLIPTextEncoder
-from distrijax.loading import SD, default_size, find_folder, read_configs
+from distrijax.loading import SD, default_size, read_configs
 from distrijax.schedulers import DDIM, PNDM
 from distrijax.vae import AutoencoderKL
 
@@ -179,30 +177,3 @@ def test_a_model_without_a_size_has_its_familys(tiny_sd_checkpoints, tmp_path):
     configs = read_configs(folder)
     assert configs.family is SD
     assert default_size(configs.family, configs.unet, configs.vae) == (512, 512)
-
-
-@pytest.mark.parametrize("variant", [None, "fp16"])
-def test_of_a_checkpoint_on_the_hub_only_what_is_needed_is_fetched(monkeypatch, variant):
-    """Of what the hub has of Stable Diffusion 1.5; matched as huggingface_hub does it."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    stems = (
-        "unet/diffusion_pytorch_model",
-        "vae/diffusion_pytorch_model",
-        "text_encoder/model",
-        "safety_checker/model",
-    )
-    ends = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
-    texts = ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]
-    files = [stem + end for stem in stems for end in ends] + texts
-    files += ["model_index.json", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"]
-    fetched = []
-
-    def download(name, *, allow_patterns, ignore_patterns, **_) -> str:
-        fetched.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        return "somewhere"
-
-    monkeypatch.setattr(loading, "snapshot_download", download)
-    assert find_folder("owner/model", variant=variant, revision=None, token=None) == Path("somewhere")
-    end = f".{variant}.safetensors" if variant else ".safetensors"
-    assert sorted(fetched) == sorted([*texts, "model_index.json", *[stem + end for stem in stems[:3]]])

@@ -373,7 +373,7 @@ COMMANDS = {
         "--compiler-option xla_magic=1",
         "XLA refuses a compiler option .*'xla_magic'.*; leave it out",
     ),
-    "bad folder": ("--model ./nowhere", r"\./nowhere is not a folder; give a folder"),
+    "bad folder": ("--model ./nowhere", r"\./nowhere is neither a file nor a folder; give one"),
     "odd size": ("--image-size 100 --devices 4", "height is 100 and this model needs a multiple of 8; use 96 or 104"),
 }
 

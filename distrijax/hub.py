@@ -1,0 +1,167 @@
+"""Where a model is: here, or on the Hugging Face hub, from which only the files needed are fetched, into the hub's cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from distrijax.config import DistriError
+
+Result = TypeVar("Result")
+
+STEMS = {
+    ".safetensors": ("diffusion_pytorch_model", "model"),
+    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
+    ".msgpack": ("diffusion_flax_model", "flax_model"),
+}
+"""What files with a model's weights are called, by their format; the first format that a model has is the one to fetch."""
+
+SAFE = (".safetensors",)
+"""The format that needs no conversion."""
+
+_URL = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?"
+)
+_HF = re.compile(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+_ID = re.compile(r"([\w.\-]+/[\w.\-]+)()(?:/(.+))?")
+
+
+class Remote(NamedTuple):
+    """A model on the hub, or one file of it. repository: owner/name. file: its path there."""
+
+    repository: str
+    revision: str | None
+    file: str | None
+
+
+def parse(name: str) -> Remote | None:
+    """A hub id (`owner/model`, with or without a file's path), an `hf://` path or an address of the hub; None for others."""
+    if name.startswith((".", "~", "/")):
+        return None
+    for pattern in (_URL, _HF, _ID):
+        if found := pattern.fullmatch(name.rstrip("/")):
+            repository, revision, file = found.groups()
+            return Remote(repository, revision or None, file or None)
+    return None
+
+
+def find(
+    name: str | Path,
+    *,
+    parts: Iterable[str],
+    formats: Sequence[str] = SAFE,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    offline: bool = False,
+) -> Path:
+    """The local path of a model's folder, or of a single file.
+
+    name: a path, a hub id, `hf://owner/model[@revision][/file]`, or an address of the hub. parts: the folders of a pipeline
+    that are needed. formats: keys of `STEMS`, the better ones first. variant: of the weights, such as fp16. offline: take what
+    was fetched before. Raises DistriError where it is not to be had.
+    """
+    if (path := Path(name).expanduser()).exists():
+        return path
+    remote = parse(str(name))
+    if remote is None:
+        raise DistriError(f"{name} is neither a file nor a folder; give one, or a hub id like owner/model")
+    remote = remote._replace(revision=revision or remote.revision)
+    offline = offline or constants.HF_HUB_OFFLINE
+    options = {"revision": remote.revision, "token": token}
+    if remote.file is not None:
+        fetch = partial(hf_hub_download, remote.repository, remote.file, local_files_only=offline, **options)
+        return Path(_asked(name, fetch))
+    files = None if offline else _asked(name, partial(_listing, remote.repository, **options))
+    if files is None:
+        options["local_files_only"], needed = True, ["model_index.json"]
+    else:
+        needed = needed_files(files, tuple(parts), formats, variant, name=str(name))
+    return Path(_asked(name, partial(snapshot_download, remote.repository, allow_patterns=needed, **options)))
+
+
+def _listing(repository: str, **options) -> list[str] | None:
+    """The names of a repository's files; None where the hub can't be reached."""
+    try:
+        return HfApi().list_repo_files(repository, **options)
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # of whichever HTTP client the library has
+        return None
+
+
+def needed_files(
+    files: Sequence[str], parts: Sequence[str], formats: Sequence[str], variant: str | None, *, name: str
+) -> list[str]:
+    """Which of a repository's files make the pipeline. Raises DistriError where it holds none that could be read."""
+    if "model_index.json" not in files:
+        single = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
+        raise DistriError(
+            f"{name} holds no pipeline in the diffusers layout; "
+            + (f"name one of its files, such as {name}/{single[0]}" if single else "choose another repository")
+        )
+    needed = ["model_index.json"]
+    for part in parts:
+        inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(part)]
+        needed += [file for file in inside if file.endswith((".json", ".txt"))]
+        weights = {kind: [file for file in inside if _holds_weights(file, kind, variant)] for kind in STEMS}
+        there = [kind for kind in STEMS if weights[kind]]
+        chosen = next((kind for kind in formats if weights[kind]), None)
+        if chosen:
+            needed += weights[chosen]
+        elif there:
+            raise DistriError(
+                f"{name} has the weights of {part} as {', '.join(there)} only; convert it first: "
+                f"python -m distrijax.convert {name} FOLDER"
+            )
+    return needed
+
+
+def _holds_weights(file: str, kind: str, variant: str | None) -> bool:
+    stems = "|".join(STEMS[kind])
+    middle = rf"(?:\.{re.escape(variant)})" if variant else ""
+    shard = r"(?:-\d+-of-\d+)"
+    return bool(
+        re.fullmatch(rf"(?:{stems})(?:{middle}{shard}?|{shard}{middle}){re.escape(kind)}", PurePosixPath(file).name)
+    )
+
+
+def _asked(name: str | Path, ask: Callable[[], Result]) -> Result:
+    """What the hub answers; raises DistriError where it refuses or is not there."""
+    try:
+        return ask()
+    except GatedRepoError:
+        raise DistriError(f"{name} is gated; accept its terms on the hub and give a token that may read it") from None
+    except RevisionNotFoundError:
+        raise DistriError(f"{name} has no such revision on the hub; give a branch, a tag or a commit of it") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise DistriError(f"{name} is neither here nor a model on the hub; check the spelling") from None
+    except LocalEntryNotFoundError as error:
+        raise DistriError(
+            f"{name} was not fetched before and the hub can't be asked ({first_line(error)}); give a path, or go online"
+        ) from None
+    except EntryNotFoundError:
+        raise DistriError(f"{name} is not among the files of that repository; check the spelling") from None
+    except Exception as error:  # of whichever HTTP client the library has
+        raise DistriError(
+            f"{name} could not be fetched from the hub ({first_line(error)}); try again or give a path"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says at first."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
