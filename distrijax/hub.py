@@ -63,6 +63,8 @@ def find(
     name: str | Path,
     *,
     parts: Iterable[str],
+    index: str = "model_index.json",
+    file: str | None = None,
     formats: Sequence[str] = SAFE,
     variant: str | None = None,
     revision: str | None = None,
@@ -72,15 +74,17 @@ def find(
     """The local path of a model's folder, or of a single file.
 
     name: a path, a hub id, `hf://owner/model[@revision][/file]`, or an address of the hub. parts: the folders of a pipeline
-    that are needed. formats: keys of `STEMS`, the better ones first. variant: of the weights, such as fp16. offline: take what
-    was fetched before. Raises DistriError where it is not to be had.
+    that are needed ("" for a model that lies in no folder of its own). index: the file that such a repository must have.
+    file: its path, where a repository is named and one file of it is meant. formats: keys of `STEMS`, the better ones first.
+    variant: of the weights, such as fp16. offline: take what was fetched before. Raises DistriError where it is not to be
+    had.
     """
     if (path := Path(name).expanduser()).exists():
         return path
     remote = parse(str(name))
     if remote is None:
         raise DistriError(f"{name} is neither a file nor a folder; give one, or a hub id like owner/model")
-    remote = remote._replace(revision=revision or remote.revision)
+    remote = remote._replace(revision=revision or remote.revision, file=remote.file or file)
     offline = offline or constants.HF_HUB_OFFLINE
     options = {"revision": remote.revision, "token": token}
     if remote.file is not None:
@@ -88,9 +92,9 @@ def find(
         return Path(_asked(name, fetch))
     files = None if offline else _asked(name, partial(_listing, remote.repository, **options))
     if files is None:
-        options["local_files_only"], needed = True, ["model_index.json"]
+        options["local_files_only"], needed = True, [index]
     else:
-        needed = needed_files(files, tuple(parts), formats, variant, name=str(name))
+        needed = needed_files(files, tuple(parts), formats, variant, index=index, name=str(name))
     return Path(_asked(name, partial(snapshot_download, remote.repository, allow_patterns=needed, **options)))
 
 
@@ -105,16 +109,16 @@ def _listing(repository: str, **options) -> list[str] | None:
 
 
 def needed_files(
-    files: Sequence[str], parts: Sequence[str], formats: Sequence[str], variant: str | None, *, name: str
+    files: Sequence[str], parts: Sequence[str], formats: Sequence[str], variant: str | None, *, index: str, name: str
 ) -> list[str]:
-    """Which of a repository's files make the pipeline. Raises DistriError where it holds none that could be read."""
-    if "model_index.json" not in files:
+    """Which of a repository's files make the model. Raises DistriError where it holds none that could be read."""
+    if index not in files:
         single = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
         raise DistriError(
-            f"{name} holds no pipeline in the diffusers layout; "
+            f"{name} has no {index}, as a model in the diffusers layout has; "
             + (f"name one of its files, such as {name}/{single[0]}" if single else "choose another repository")
         )
-    needed = ["model_index.json"]
+    needed = [index]
     for part in parts:
         inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(part)]
         needed += [file for file in inside if file.endswith((".json", ".txt"))]

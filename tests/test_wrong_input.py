@@ -195,7 +195,10 @@ def test_a_damaged_checkpoint_is_refused(kind, tiny_checkpoint, tmp_path):
 
 
 LOADING = {
-    "bad folder": ({"pretrained_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all is not a folder; give"),
+    "bad folder": (
+        {"pretrained_model_name_or_path": "/nowhere/at/all"},
+        "/nowhere/at/all is neither a file nor a folder; give",
+    ),
     "not on the hub": ({"pretrained_model_name_or_path": "no-such-owner/no-such-model"}, "no-such-owner/no-such-model"),
     "unknown variant": ({"variant": "fp8"}, "no safetensors of variant 'fp8'.*found: model.safetensors"),
     "unknown scheduler": ({"scheduler": "heun"}, "scheduler is 'heun'; use one of: ddim"),
