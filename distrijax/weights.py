@@ -147,14 +147,15 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safe_open(file, framework="np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield _current_name(name), tensors.get_tensor(name)
+                    yield current_name(name), tensors.get_tensor(name)
         except FileNotFoundError:
             raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
         except (SafetensorError, OSError) as error:
             raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
+    """A parameter's name as diffusers and transformers write it today."""
     if name.startswith(UNPREFIXED):
         return f"text_model.{name}"
     if ".mid_block.attentions." in name:
