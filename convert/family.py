@@ -173,16 +173,16 @@ class OriginalFamily:
         config = {"unet": self.unet, "vae": self.vae, "scheduler": self.scheduler, **texts}[part]
         return config | self.by_prediction.get(prediction_type, {}).get(part, {})
 
-    def unet_base(self, told: Mapping[str, Any], prediction_type: str, pooled: int | None) -> Config:
-        """The same of the UNet, with what follows from its sizes but for a rule of the family. pooled: width of that embedding."""
-        base = self.base("unet", prediction_type)
+    def unet_rules(self, told: Mapping[str, Any], pooled: int | None) -> Config:
+        """What follows from the UNet's sizes by a rule of the family. pooled: width of the pooled embedding."""
+        rules = {}
         if self.head_width:
             widths = told["block_out_channels"]
             whole = not any(width % self.head_width for width in widths)
-            base["attention_head_dim"] = [width // self.head_width for width in widths] if whole else UNKNOWN
+            rules["attention_head_dim"] = [width // self.head_width for width in widths] if whole else UNKNOWN
         if self.time_ids and pooled is not None:
-            base["addition_time_embed_dim"] = (told["projection_class_embeddings_input_dim"] - pooled) // self.time_ids
-        return base
+            rules["addition_time_embed_dim"] = (told["projection_class_embeddings_input_dim"] - pooled) // self.time_ids
+        return rules
 
     def table(self, unet: UNetLayout, levels: int, texts: Mapping[str, tuple[int, int]]) -> Table:
         """All rows of a file. levels: of the VAE. texts: of each encoder how many layers the file has, and how many are kept."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from distrijax.config import DistriError
 from distrijax.convert.tensors import Tensors
+from distrijax.weights import shown
 
 
 class Kind(enum.StrEnum):
@@ -134,7 +135,7 @@ def recognise(tensors: Tensors, what: str) -> Kind:
         return Kind.VAE
     if _any(TEXT_ALONE, tensors):
         raise DistriError(f"{what} is a CLIP encoder alone; supported: {SUPPORTED}; {ADD_ON}")
-    names = ", ".join(list(tensors)[:3])
+    names = ", ".join(map(shown, list(tensors)[:3]))
     raise DistriError(
         f"{what} holds {len(tensors)} tensors ({names} ...) of no known model; supported: {SUPPORTED}; {OTHER}"
     )

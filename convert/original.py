@@ -17,6 +17,7 @@ from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import SAME, Mapped, raise_for, to_ours, to_theirs
 from distrijax.convert.family import MARKERS, UNET, Config, OriginalFamily, without
 from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise
+from distrijax.convert.original_parts import unet_from, vae_from
 from distrijax.convert.original_text import describe_text, heads_of
 from distrijax.convert.original_unet import TIME_COND, describe_unet
 from distrijax.convert.original_vae import describe_vae
@@ -30,13 +31,15 @@ from distrijax.convert.vocabulary import SIZE, tokenizer_files
 from distrijax.schedulers.common import Prediction
 from distrijax.weights import IGNORED, current_name
 
+__all__ = ["FAMILIES", "convert_original", "from_original", "to_original", "unet_from", "vae_from"]
+
 FAMILIES = {family.kind: family for family in (SD1, SD2, SDXL, REFINER)}
 
 ADVICE = {
     Kind.UNET: "give it as the UNet (--unet) of a whole model",
     Kind.VAE: "give it as the VAE (--vae) of a whole model",
     Kind.LORA: "give it as a LoRA (--lora) beside a whole model",
-    Kind.EMBEDDING: "give it as an embedding (--embedding) beside a whole model",
+    Kind.EMBEDDING: "give it as an embedding (--textual-inversion) beside a whole model",
 }
 
 DEFAULTS = {
@@ -185,15 +188,27 @@ def _configs(
     parts: Mapping[str, Tensors], family: OriginalFamily, given: Mapping[str, Config], prediction: str, what: str
 ) -> dict[str, Config]:
     """The configs of the models; raises DistriError where they do not go together."""
+    told = _told(parts, family, what)
+    bases = _bases(told, family, prediction)
+    return {part: settle(part, told[part], bases[part], given.get(part, {}), what) for part in told}
+
+
+def _told(parts: Mapping[str, Tensors], family: OriginalFamily, what: str) -> dict[str, Config]:
+    """What the shapes say of each model's config; raises DistriError for models that do not go together."""
     texts = {text.part: describe_text(parts[text.part], what) for text in family.texts}
     unet, vae = describe_unet(parts["unet"], what), describe_vae(parts["vae"], what)
     _check_together(unet, vae, texts, family, what)
-    pooled = texts[family.texts[-1].part].get("projection_dim")
-    bases = {"unet": family.unet_base(unet, prediction, pooled), "vae": family.base("vae", prediction)}
-    for part, told in texts.items():
-        bases[part] = family.base(part, prediction) | {"num_attention_heads": heads_of(told["hidden_size"])}
-    told = {"unet": unet, "vae": vae, **texts}
-    return {part: settle(part, told[part], bases[part], given.get(part, {}), what) for part in told}
+    return {"unet": unet, "vae": vae, **texts}
+
+
+def _bases(told: Mapping[str, Config], family: OriginalFamily, prediction: str) -> dict[str, Config]:
+    """What a family's model of that size has beside, as far as the family has a rule for it."""
+    bases = {part: family.base(part, prediction) for part in told}
+    texts = [text.part for text in family.texts]
+    for part in texts:
+        bases[part]["num_attention_heads"] = heads_of(told[part]["hidden_size"])
+    bases["unet"] |= family.unet_rules(told["unet"], told[texts[-1]].get("projection_dim"))
+    return bases
 
 
 def _check_together(unet: Config, vae: Config, texts: Mapping[str, Config], family: OriginalFamily, what: str) -> None:
@@ -268,20 +283,17 @@ def _warn_of_losses(
 ) -> None:
     """Warns of the values in which the configs differ from those that the file will be read with."""
     prediction = _prediction(theirs, family, {}, None)
-    read = _configs(parts, family, {}, prediction, what) | {"scheduler": family.base("scheduler", prediction)}
+    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": family.base("scheduler", prediction)}
     lost = []
-    for part, config in configs.items():
-        defaults = DEFAULTS.get("text" if part.startswith("text_encoder") else part, {}) if part in read else {}
-        values = {key: config.get(key, default) for key, default in defaults.items()}
-        lost += [
-            f"{part}: {key} {value!r}"
-            for key, value in values.items()
-            if not agree(value, read[part].get(key, defaults[key]))
-        ]
+    for part in configs.keys() & read.keys():
+        defaults = DEFAULTS["text" if part.startswith("text_encoder") else part]
+        for key, default in defaults.items():
+            value = configs[part].get(key, default)
+            lost += [] if agree(value, read[part].get(key, default)) else [f"{part}: {key} {value!r}"]
     if lost:
         warnings.warn(
             f"a file in the original layout holds no configs, and is read as {family.kind}; to be given with it: "
-            f"{', '.join(lost)}",
+            f"{', '.join(sorted(lost))}",
             DistriWarning,
             stacklevel=3,
         )

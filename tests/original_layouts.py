@@ -111,7 +111,9 @@ def vae(width: int = 128, multipliers: tuple[int, ...] = (1, 2, 4, 4), latent: i
         return held
 
     widest, current = multipliers[-1] * width, width
-    encoder = conv("conv_in", 3, width) | middle(widest) | norm("norm_out", widest) | conv("conv_out", widest, 2 * latent)
+    encoder = (
+        conv("conv_in", 3, width) | middle(widest) | norm("norm_out", widest) | conv("conv_out", widest, 2 * latent)
+    )
     for level, multiplier in enumerate(multipliers):
         for block in range(2):
             encoder |= prefixed(f"down.{level}.block.{block}.", resnet(current, multiplier * width))
