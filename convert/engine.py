@@ -51,8 +51,8 @@ TRANSPOSED = Transform(
 )
 
 SQUEEZED = Transform(
-    "squeezed",  # a convolution of 1x1 there, a linear layer here; a bias is the same in both
-    lambda shape: shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape if len(shape) == 1 else None,
+    "squeezed",  # a convolution of 1x1 there, a linear layer here; a bias, or what is linear already, is the same in both
+    lambda shape: shape[:2] if all(size == 1 for size in shape[2:]) else None,
     lambda array, _: array.reshape(array.shape[:2]),
     lambda shape: (*shape, 1, 1) if len(shape) == 2 else shape if len(shape) == 1 else None,
     lambda arrays: arrays[0].reshape(*arrays[0].shape, *(1, 1) * (arrays[0].ndim == 2)),
@@ -218,3 +218,12 @@ def _part(transform: Transform, part: int, array: np.ndarray) -> np.ndarray:
 
 def _whole(transform: Transform, parts: list[Tensor]) -> np.ndarray:
     return transform.join([part.read() for part in parts])
+
+
+def layer(transform: Transform = SAME) -> Table:
+    """The two tensors of a layer, whose weight may be laid out in another way; no others."""
+    return Table(Row("weight", "weight", transform), Row("bias", "bias"))
+
+
+LAYER = layer()
+"""A layer as it is."""

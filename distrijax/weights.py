@@ -39,6 +39,9 @@ DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".pro
 LISTED = 8
 """How many offending tensors an error names for each kind of trouble."""
 
+LONGEST = 150
+"""Characters of a name that an error shows."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises DistriError when there is none or it is not one."""
@@ -147,14 +150,15 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safe_open(file, framework="np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield _current_name(name), tensors.get_tensor(name)
+                    yield current_name(name), tensors.get_tensor(name)
         except FileNotFoundError:
             raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
         except (SafetensorError, OSError) as error:
             raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
+    """A parameter's name as diffusers and transformers write it today."""
     if name.startswith(UNPREFIXED):
         return f"text_model.{name}"
     if ".mid_block.attentions." in name:
@@ -192,5 +196,11 @@ def summary(problems: dict[str, list[str]]) -> str:
     parts = []
     for kind, names in problems.items():
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        parts.append(f"{len(names)} {kind} ({', '.join(names[:LISTED])}{more})")
+        parts.append(f"{len(names)} {kind} ({', '.join(map(shown, names[:LISTED]))}{more})")
     return "; ".join(parts)
+
+
+def shown(name: str) -> str:
+    """A name out of a file, fit for a sentence whatever the file says."""
+    short = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
+    return short if short.isprintable() else ascii(short)

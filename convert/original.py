@@ -1,0 +1,299 @@
+"""Single files in the original layouts (CompVis, SGM), in and out, tensors by name; the files themselves are read elsewhere.
+
+names and shapes -> recognise -> family: rows -> to_ours -> parts -> describe -> configs -> Checkpoint
+Checkpoint -> family: rows -> to_theirs -> names as CompVis and SGM write them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+
+from distrijax.config import DistriError, DistriWarning, choose
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.engine import SAME, Mapped, raise_for, to_ours, to_theirs
+from distrijax.convert.family import MARKERS, UNET, Config, OriginalFamily, without
+from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise
+from distrijax.convert.original_parts import unet_from, vae_from
+from distrijax.convert.original_text import describe_text, heads_of
+from distrijax.convert.original_unet import TIME_COND, describe_unet
+from distrijax.convert.original_vae import describe_vae
+from distrijax.convert.refiner import REFINER
+from distrijax.convert.sd1 import SD1
+from distrijax.convert.sd2 import EPSILON_STEP, SD2
+from distrijax.convert.sdxl import SDXL
+from distrijax.convert.settle import agree, settle
+from distrijax.convert.tensors import Tensors, of_array
+from distrijax.convert.vocabulary import SIZE, tokenizer_files
+from distrijax.schedulers.common import Prediction
+from distrijax.weights import IGNORED, current_name
+
+__all__ = ["FAMILIES", "convert_original", "from_original", "to_original", "unet_from", "vae_from"]
+
+FAMILIES = {family.kind: family for family in (SD1, SD2, SDXL, REFINER)}
+
+ADVICE = {
+    Kind.UNET: "give it as the UNet (--unet) of a whole model",
+    Kind.VAE: "give it as the VAE (--vae) of a whole model",
+    Kind.LORA: "give it as a LoRA (--lora) beside a whole model",
+    Kind.EMBEDDING: "give it as an embedding (--textual-inversion) beside a whole model",
+}
+
+DEFAULTS = {
+    "unet": {
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "norm_num_groups": 32,
+        "addition_time_embed_dim": None,
+    },
+    "vae": {"scaling_factor": 0.18215, "shift_factor": None, "norm_num_groups": 32},
+    "text": {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "scheduler": {
+        "prediction_type": "epsilon",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+    },
+}
+"""Keys that change the picture and that no tensor tells, and what they are where a config lacks them."""
+
+
+def from_original(
+    tensors: Tensors,
+    what: str,
+    *,
+    ema: bool = False,
+    config: Mapping[str, Config] | None = None,
+    prediction_type: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Checkpoint:
+    """The parts of a single file in the layout of Stable Diffusion 1.x, 2.x, XL or the XL refiner.
+
+    what: the file, for errors. ema: take the UNet's averaged weights. config: of each part (`unet`, `vae`, `text_encoder`,
+    `text_encoder_2`, `scheduler`) a whole config or some of its keys, for what can't be told from shapes.
+    prediction_type: "epsilon" or "v_prediction"; by default v_prediction where the file is marked so (`v_pred`) and in SD 2.x,
+    whose two kinds differ in no tensor. files: the tokenizers' files, by path, instead of CLIP's.
+    Raises DistriError for a file that is something else, for unknown tensors, and for configs that do not fit.
+    """
+    options = {"config": config, "prediction_type": prediction_type, "files": files}
+    return convert_original(tensors, what, ema=ema, **options)[0]
+
+
+def convert_original(
+    tensors: Tensors,
+    what: str,
+    *,
+    ema: bool = False,
+    config: Mapping[str, Config] | None = None,
+    prediction_type: str | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> tuple[Checkpoint, list[Mapped]]:
+    """`from_original`, and where each tensor of the file went; nothing of the weights is read."""
+    kind = recognise(tensors, what)
+    if kind not in FAMILIES:
+        raise DistriError(f"{what} is {kind}, and a whole model is needed; {ADVICE[kind]}")
+    family, config = FAMILIES[kind], config or {}
+    source, averaged = _with_averages(tensors, what) if ema else (tensors, {})
+    ours, mapping = to_ours(family.table_of_theirs(source, config, what), source, what)
+    parts = {part: without(ours, f"{part}.") for part in _parts(family)}
+    if absent := [part for part, held in parts.items() if not held]:
+        raise DistriError(f"{what} has no {', '.join(absent)}; give a file that holds the whole model")
+    prediction = _prediction(tensors, family, config.get("scheduler", {}), prediction_type)
+    configs = _configs(parts, family, config, prediction, what)
+    configs["scheduler"] = _scheduler(tensors, family, config.get("scheduler", {}), prediction, what)
+    index = {**family.index, "scheduler": ["diffusers", configs["scheduler"]["_class_name"]]}
+    files = dict(files) if files is not None else _tokenizers(family, configs, what)
+    return Checkpoint(index, configs, parts, files), _as_read(mapping, averaged)
+
+
+def to_original(checkpoint: Checkpoint) -> Tensors:
+    """The tensors of a single file; the inverse of `from_original`.
+
+    Raises DistriError for a checkpoint that the original layouts have no names for. Warns (DistriWarning) of what its configs
+    say and such a file can't: whoever reads it takes the family's values, among them v-prediction in SD 2.x.
+    """
+    what = "the checkpoint"
+    parts = {part: _current(tensors) for part, tensors in checkpoint.tensors.items()}
+    family = _family_of(parts, what)
+    parts = {part: parts[part] for part in _parts(family)}
+    if TIME_COND in parts["unet"]:
+        raise DistriError(
+            f"{what} is a latent consistency model, whose {TIME_COND} has no name in the original layout; "
+            "write a diffusers folder instead"
+        )
+    _check_activation(checkpoint, family)
+    named = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+    theirs, _ = to_theirs(family.table_of_ours(parts, what), named, what)
+    theirs |= _markers(family, checkpoint.configs.get("scheduler", {}))
+    _warn_of_losses(checkpoint.configs, theirs, parts, family, what)
+    return theirs
+
+
+def _parts(family: OriginalFamily) -> list[str]:
+    return ["unet", "vae", *(text.part for text in family.texts)]
+
+
+def _with_averages(tensors: Tensors, what: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors with the averaged ones in the UNet's place, and the name that each of those has in the file."""
+    if not any(name.startswith("model_ema.") for name in tensors):
+        raise DistriError(f"{what} has no EMA weights; convert it without them")
+    averaged = {
+        name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)
+    }
+    problems = {"missing": [flat for flat in averaged.values() if flat not in tensors]}
+    problems["misshapen"] = [
+        flat for name, flat in averaged.items() if flat in tensors and tensors[flat].shape != tensors[name].shape
+    ]
+    raise_for({kind: names for kind, names in problems.items() if names}, what)
+    used = set(averaged.values())
+    rest = {name: tensor for name, tensor in tensors.items() if name not in used}
+    return rest | {name: tensors[flat] for name, flat in averaged.items()}, averaged
+
+
+def _as_read(mapping: list[Mapped], averaged: Mapping[str, str]) -> list[Mapped]:
+    """The mapping with the averaged tensors' own names; those they took the place of are dropped."""
+    read = [dataclasses.replace(mapped, theirs=averaged.get(mapped.theirs, mapped.theirs)) for mapped in mapping]
+    return read + [Mapped(name, (), SAME) for name in averaged]
+
+
+def _prediction(tensors: Tensors, family: OriginalFamily, given: Config, asked: str | None) -> str:
+    """What the model predicts: as asked, as the config says, as marked in the file, or as usual in its family."""
+    if chosen := asked or given.get("prediction_type"):
+        return choose(Prediction, chosen, "prediction_type").value
+    if "v_pred" in tensors:
+        return Prediction.V_PREDICTION.value
+    step = tensors.get("global_step")
+    if family is SD2 and step is not None and step.size == 1 and int(step.read().reshape(())) == EPSILON_STEP:
+        return Prediction.EPSILON.value
+    return family.scheduler["prediction_type"]
+
+
+def _scheduler(tensors: Tensors, family: OriginalFamily, given: Config, prediction: str, what: str) -> Config:
+    config = settle("scheduler", {}, family.base("scheduler", prediction), given, what)
+    config = {
+        "_class_name": family.base("scheduler", prediction)["_class_name"],
+        **config,
+        "prediction_type": prediction,
+    }
+    if all(marker in tensors for marker in MARKERS):
+        config.setdefault("rescale_betas_zero_snr", True)
+    return config
+
+
+def _configs(
+    parts: Mapping[str, Tensors], family: OriginalFamily, given: Mapping[str, Config], prediction: str, what: str
+) -> dict[str, Config]:
+    """The configs of the models; raises DistriError where they do not go together."""
+    told = _told(parts, family, what)
+    bases = _bases(told, family, prediction)
+    return {part: settle(part, told[part], bases[part], given.get(part, {}), what) for part in told}
+
+
+def _told(parts: Mapping[str, Tensors], family: OriginalFamily, what: str) -> dict[str, Config]:
+    """What the shapes say of each model's config; raises DistriError for models that do not go together."""
+    texts = {text.part: describe_text(parts[text.part], what) for text in family.texts}
+    unet, vae = describe_unet(parts["unet"], what), describe_vae(parts["vae"], what)
+    _check_together(unet, vae, texts, family, what)
+    return {"unet": unet, "vae": vae, **texts}
+
+
+def _bases(told: Mapping[str, Config], family: OriginalFamily, prediction: str) -> dict[str, Config]:
+    """What a family's model of that size has beside, as far as the family has a rule for it."""
+    bases = {part: family.base(part, prediction) for part in told}
+    texts = [text.part for text in family.texts]
+    for part in texts:
+        bases[part]["num_attention_heads"] = heads_of(told[part]["hidden_size"])
+    bases["unet"] |= family.unet_rules(told["unet"], told[texts[-1]].get("projection_dim"))
+    return bases
+
+
+def _check_together(unet: Config, vae: Config, texts: Mapping[str, Config], family: OriginalFamily, what: str) -> None:
+    width = sum(text["hidden_size"] for text in texts.values())
+    if unet["cross_attention_dim"] != width:
+        raise DistriError(
+            f"{what}: the UNet reads embeddings of {unet['cross_attention_dim']} channels and the text encoders give {width}; "
+            "give a file whose parts are of one model"
+        )
+    if ("addition_embed_type" in unet) != bool(family.time_ids):
+        reads = "reads" if "addition_embed_type" in unet else "does not read"
+        raise DistriError(
+            f"{what}: the UNet {reads} a pooled embedding beside the text, unlike {family.kind}; use a model of that family"
+        )
+    if vae["latent_channels"] != LATENT_CHANNELS:
+        raise DistriError(
+            f"{what}: the VAE has {vae['latent_channels']} latent channels, as those of Stable Diffusion 3 and Flux; "
+            f"use one of {LATENT_CHANNELS}"
+        )
+
+
+def _tokenizers(family: OriginalFamily, configs: Mapping[str, Config], what: str) -> dict[str, bytes]:
+    files = {}
+    for text in family.texts:
+        size = configs[text.part]["vocab_size"]
+        if size < SIZE:
+            raise DistriError(
+                f"{what}: the {text.part} knows {size} tokens and CLIP's vocabulary has {SIZE}; give the tokenizer it was made with"
+            )
+        files |= tokenizer_files(f"tokenizer{text.suffix}", pad_token=text.pad_token)
+    return files
+
+
+def _current(tensors: Tensors) -> Tensors:
+    named = {current_name(name): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if name not in IGNORED}
+
+
+def _family_of(parts: Mapping[str, Tensors], what: str) -> OriginalFamily:
+    """The family of a checkpoint in the diffusers layout, by its parts and by the layers around the UNet's transformers."""
+    texts = [part for part in parts if part.startswith("text_encoder")]
+    for family in (SDXL, REFINER, SD1):
+        if sorted(texts) == [text.part for text in family.texts] and parts.get("unet") and parts.get("vae"):
+            linear = describe_unet(parts["unet"], what)["use_linear_projection"]
+            return SD2 if family is SD1 and linear else family
+    raise DistriError(
+        f"{what} has the parts {', '.join(parts)}; a UNet, a VAE and the text encoders of one of "
+        f"{', '.join(FAMILIES)} can be written to a single file; write a diffusers folder instead"
+    )
+
+
+def _check_activation(checkpoint: Checkpoint, family: OriginalFamily) -> None:
+    """Raises DistriError where the naming of a text encoder would mean another activation than it has."""
+    for text in family.texts:
+        activation = checkpoint.configs.get(text.part, {}).get("hidden_act", text.config["hidden_act"])
+        if activation != text.config["hidden_act"]:
+            raise DistriError(
+                f"the {text.part} has the activation {activation!r} and a file of {family.kind} means "
+                f"{text.config['hidden_act']!r}; write a diffusers folder instead"
+            )
+
+
+def _markers(family: OriginalFamily, scheduler: Config) -> Tensors:
+    """The tensors of no content by which files of SDXL say what they predict."""
+    marked = family.time_ids and scheduler.get("prediction_type") == Prediction.V_PREDICTION.value
+    held = {"v_pred": marked, "ztsnr": marked and scheduler.get("rescale_betas_zero_snr")}
+    return {name: of_array(np.zeros(0, np.float32)) for name, holds in held.items() if holds}
+
+
+def _warn_of_losses(
+    configs: Mapping[str, Config], theirs: Tensors, parts: Mapping[str, Tensors], family: OriginalFamily, what: str
+) -> None:
+    """Warns of the values in which the configs differ from those that the file will be read with."""
+    prediction = _prediction(theirs, family, {}, None)
+    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": family.base("scheduler", prediction)}
+    lost = []
+    for part in configs.keys() & read.keys():
+        defaults = DEFAULTS["text" if part.startswith("text_encoder") else part]
+        for key, default in defaults.items():
+            value = configs[part].get(key, default)
+            lost += [] if agree(value, read[part].get(key, default)) else [f"{part}: {key} {value!r}"]
+    if lost:
+        warnings.warn(
+            f"a file in the original layout holds no configs, and is read as {family.kind}; to be given with it: "
+            f"{', '.join(sorted(lost))}",
+            DistriWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,178 @@
+"""The UNet as CompVis and SGM name its tensors: rows, and what the shapes say of its config.
+
+input_blocks.0.0                 conv_in
+input_blocks.{b (layers+1) + 1 + l}   down_blocks.b: resnet l and, as .1, its attention; after the last one the downsampler
+middle_block.0, .1, .2           resnet, attention, resnet
+output_blocks.{b (layers+1) + l} up_blocks.b: the same; the upsampler is the last member of the last one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any, Self
+
+from distrijax.config import DistriError
+from distrijax.convert.engine import LAYER, Row, Table
+from distrijax.convert.settle import shape_of
+from distrijax.convert.tensors import Tensors
+
+RESNET = Table(
+    Row("in_layers.0.", "norm1.", LAYER),
+    Row("in_layers.2.", "conv1.", LAYER),
+    Row("emb_layers.1.", "time_emb_proj.", LAYER),
+    Row("out_layers.0.", "norm2.", LAYER),
+    Row("out_layers.3.", "conv2.", LAYER),
+    Row("skip_connection.", "conv_shortcut.", LAYER),
+)
+
+TRANSFORMER = (
+    Table(  # the same names in both; proj_in and proj_out are convolutions in SD 1.x and linear later, in both, too
+        *(Row(name, name, LAYER) for name in ("norm.", "proj_in.", "proj_out.")),
+        *(
+            Row(name, name, LAYER)
+            for layer in (
+                *(f"attn{n}.to_{which}." for n in (1, 2) for which in ("q", "k", "v", "out.0")),
+                *("ff.net.0.proj.", "ff.net.2.", "norm1.", "norm2.", "norm3."),
+            )
+            for name in (f"transformer_blocks.{{n}}.{layer}",)
+        ),
+    )
+)
+
+TIME_COND = "time_embedding.cond_proj.weight"
+"""The embedding of the guidance in latent consistency models, for which the original layout has no name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetLayout:
+    """What decides how the blocks are numbered.
+
+    layers: resnets of a block on the way down. down, up: of each block, in its order, whether it has attention.
+    """
+
+    layers: int
+    down: tuple[bool, ...]
+    up: tuple[bool, ...]
+
+    @classmethod
+    def of_theirs(cls, names: Iterable[str], what: str) -> Self:
+        """Of names that start with `input_blocks.` and so on; raises DistriError for blocks of unequal size."""
+        names = set(names)
+        numbers = {int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,3})\.", name, re.ASCII))}
+        ends = sorted(n for n in numbers if f"input_blocks.{n}.0.op.weight" in names)
+        blocks = len(ends) + 1
+        period = len(numbers) // blocks  # conv_in stands where the last block lacks a downsampler
+        if (
+            numbers != set(range(blocks * period))
+            or ends != [period * (b + 1) for b in range(blocks - 1)]
+            or period < 2
+        ):
+            raise DistriError(
+                f"{what}: the UNet has {len(numbers)} input blocks, of which {ends} make the picture smaller; "
+                "only blocks of one size are supported; use another model"
+            )
+        return cls(
+            layers=period - 1,
+            down=tuple(f"input_blocks.{b * period + 1}.1.norm.weight" in names for b in range(blocks)),
+            up=tuple(f"output_blocks.{b * period}.1.norm.weight" in names for b in range(blocks)),
+        )
+
+    @classmethod
+    def of_ours(cls, names: Iterable[str], what: str) -> Self:
+        """Of diffusers' names; raises as `of_theirs`."""
+        resnets, down, up = {}, {}, {}
+        for name in names:
+            if found := re.match(r"(down|up)_blocks\.(\d{1,3})\.(resnets|attentions)\.(\d{1,3})\.", name, re.ASCII):
+                side, block, kind, number = found[1], int(found[2]), found[3], int(found[4])
+                resnets.setdefault((side, block), set()).add(number)
+                attention = down if side == "down" else up
+                attention[block] = attention.get(block, False) or kind == "attentions"
+        layers = len(resnets.get(("down", 0), ()))
+        sizes = {"down": layers, "up": layers + 1}
+        if sorted(down) != sorted(up) or any(len(found) != sizes[side] for (side, _), found in resnets.items()):
+            raise DistriError(
+                f"{what}: the UNet's blocks have different numbers of layers; only blocks of one size are supported; "
+                "use another model"
+            )
+        return cls(layers, tuple(down[b] for b in sorted(down)), tuple(up[b] for b in sorted(up)))
+
+
+def unet_table(layout: UNetLayout) -> Table:
+    """Rows of a UNet's tensors, whose names start with `input_blocks.` and so on."""
+    rows = [
+        Row("time_embed.0.", "time_embedding.linear_1.", LAYER),
+        Row("time_embed.2.", "time_embedding.linear_2.", LAYER),
+        Row("label_emb.0.0.", "add_embedding.linear_1.", LAYER),
+        Row("label_emb.0.2.", "add_embedding.linear_2.", LAYER),
+        Row("input_blocks.0.0.", "conv_in.", LAYER),
+        Row("middle_block.0.", "mid_block.resnets.0.", RESNET),
+        Row("middle_block.1.", "mid_block.attentions.0.", TRANSFORMER),
+        Row("middle_block.2.", "mid_block.resnets.1.", RESNET),
+        Row("out.0.", "conv_norm_out.", LAYER),
+        Row("out.2.", "conv_out.", LAYER),
+    ]
+    for block, attention in enumerate(layout.down):
+        rows += _down_rows(block, attention, layout.layers, last=block == len(layout.down) - 1)
+    for block, attention in enumerate(layout.up):
+        rows += _up_rows(block, attention, layout.layers, last=block == len(layout.up) - 1)
+    return Table(*rows)
+
+
+def _down_rows(block: int, attention: bool, layers: int, *, last: bool) -> list[Row]:
+    first, ours = block * (layers + 1) + 1, f"down_blocks.{block}."
+    rows = _members("input_blocks", first, layers, ours, attention)
+    if not last:
+        rows.append(Row(f"input_blocks.{first + layers}.0.op.", f"{ours}downsamplers.0.conv.", LAYER))
+    return rows
+
+
+def _up_rows(block: int, attention: bool, layers: int, *, last: bool) -> list[Row]:
+    first, ours = block * (layers + 1), f"up_blocks.{block}."
+    rows = _members("output_blocks", first, layers + 1, ours, attention)
+    if not last:
+        member = 2 if attention else 1
+        rows.append(Row(f"output_blocks.{first + layers}.{member}.conv.", f"{ours}upsamplers.0.conv.", LAYER))
+    return rows
+
+
+def _members(theirs: str, first: int, count: int, ours: str, attention: bool) -> list[Row]:
+    rows = [Row(f"{theirs}.{first + n}.0.", f"{ours}resnets.{n}.", RESNET) for n in range(count)]
+    if attention:
+        rows += [Row(f"{theirs}.{first + n}.1.", f"{ours}attentions.{n}.", TRANSFORMER) for n in range(count)]
+    return rows
+
+
+def describe_unet(tensors: Tensors, what: str) -> dict[str, Any]:
+    """The keys of diffusers' config that the shapes of a UNet in its naming tell; None in a list: not told of that block."""
+    layout = UNetLayout.of_ours(tensors, what)
+    blocks = range(len(layout.down))
+    with_attention = [f"down_blocks.{b}.attentions.0." if layout.down[b] else None for b in blocks]
+    with_attention[-1] = with_attention[-1] or "mid_block.attentions.0."
+    some = next(filter(None, with_attention))
+    conv_in = shape_of(tensors, "conv_in.weight", what, 4)
+    told = {
+        "in_channels": conv_in[1],
+        "out_channels": shape_of(tensors, "conv_out.weight", what, 4)[0],
+        "block_out_channels": [
+            shape_of(tensors, f"down_blocks.{b}.resnets.0.conv1.weight", what, 4)[0] for b in blocks
+        ],
+        "layers_per_block": layout.layers,
+        "down_block_types": ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in layout.down],
+        "up_block_types": ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in layout.up],
+        "transformer_layers_per_block": [name and _depth(tensors, name) for name in with_attention],
+        "cross_attention_dim": shape_of(tensors, f"{some}transformer_blocks.0.attn2.to_k.weight", what, 2)[1],
+        "use_linear_projection": len(shape_of(tensors, f"{some}proj_in.weight", what, 2, 4)) == 2,
+    }
+    if "add_embedding.linear_1.weight" in tensors:
+        told["addition_embed_type"] = "text_time"
+        told["projection_class_embeddings_input_dim"] = shape_of(tensors, "add_embedding.linear_1.weight", what, 2)[1]
+    if TIME_COND in tensors:
+        told["time_cond_proj_dim"] = shape_of(tensors, TIME_COND, what, 2)[1]
+    return told
+
+
+def _depth(tensors: Tensors, attention: str) -> int:
+    pattern = re.compile(re.escape(attention) + r"transformer_blocks\.(\d+)\.", re.ASCII)
+    return len({found[1] for name in tensors if (found := pattern.match(name))})
