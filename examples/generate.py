@@ -163,7 +163,7 @@ def generate(arguments: argparse.Namespace) -> None:
         dtype=dtype,
         variant=arguments.variant,
         scheduler=arguments.scheduler,
-        compiler_options=dict(option.split("=", 1) for option in arguments.compiler_option),
+        compiler_options=compiler_options(arguments.compiler_option),
         compile_for={**call, "num_images_per_prompt": arguments.batch},
     )
     loaded = time.perf_counter()
@@ -197,6 +197,12 @@ def generate(arguments: argparse.Namespace) -> None:
     for index, (picture, output) in enumerate(zip(pictures, outputs, strict=is_first())):
         write(picture, output, {**settings, "image": f"{index} of {arguments.batch}"})
         print(f"wrote    {output}")
+
+
+def compiler_options(options: Sequence[str]) -> dict[str, str | bool]:
+    """Names and values out of what --compiler-option got; XLA's own flags say true and false."""
+    pairs = (option.split("=", 1) for option in options)
+    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in pairs}
 
 
 def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int]) -> None:
