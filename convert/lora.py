@@ -1,0 +1,193 @@
+"""LoRA and its kin merged into a checkpoint's weights, one by one as they are read.
+
+names of the adapter -> module and role -> tensor of the checkpoint -> checked -> Change, merged with others when read
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distrijax.config import DistriError
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.kinds import Kind, recognise
+from distrijax.convert.lora_names import FOREIGN, Key, Target, read_key, spellings
+from distrijax.convert.merging import COMMON, FULL, Change, fits, merged
+from distrijax.convert.tensors import Shape, Tensor, Tensors
+from distrijax.weights import shown, summary
+
+SUPPORTED = "LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA"
+
+Problems = dict[str, list[str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lora:
+    """An adapter.
+
+    what: the file, for errors. weight: how much of it is taken; 1 is what it was trained for. metadata: of the safetensors
+    file, where diffusers writes PEFT's settings (`lora_adapter_metadata`), or those settings, PEFT's adapter_config.json.
+    Raises DistriError for a weight that is no finite number.
+    """
+
+    tensors: Tensors
+    what: str
+    weight: float = 1.0
+    metadata: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
+            raise DistriError(f"the weight of {self.what} is {self.weight!r}; give a number such as 1.0")
+
+
+Changes = dict[Target, Change]
+
+
+def with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
+    """The checkpoint with adapters merged into its UNet and text encoders, in float32, each weight when it is read.
+
+    Of several, each changes the weights as they were without the others: their order doesn't matter. That and how an
+    adapter's weight acts with DoRA is as in diffusers, whose layers add the adapters' outputs and do not merge them.
+    Raises one DistriError for each adapter of another kind, and one that lists all of its tensors that have no place in the
+    checkpoint, lack a counterpart, come twice, or have another shape.
+    """
+    changes: dict[Target, list[Change]] = {}
+    known = spellings(checkpoint) if loras else {}
+    for lora in loras:
+        for target, change in _changes(lora, checkpoint, known).items():
+            changes.setdefault(target, []).append(change)
+    for part in {target.part for target in changes}:
+        held = dict(checkpoint.tensors[part])
+        held |= {
+            target.name: merged(held[target.name], all_) for target, all_ in changes.items() if target.part == part
+        }
+        checkpoint = checkpoint.with_tensors(part, held)
+    return checkpoint
+
+
+def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str], list[Target]]) -> Changes:
+    """What one adapter changes, by the tensor that it changes."""
+    problems: Problems = {}
+    changes: Changes = {}
+    spelt: dict[Target, str] = {}
+    for (module, leaf), factors in _modules(lora, problems).items():
+        change = _change(lora, module, factors, problems)
+        target = change and _target(known.get((module, leaf), ()), module, change, checkpoint, problems)
+        if not target:
+            continue
+        place = target._replace(original=False)
+        if place in changes and target.original == spelt[place].startswith("original"):
+            problems.setdefault("duplicate", []).append(module)
+        if place not in changes or not target.original:  # some trainers write a module in both layouts
+            changes[place] = _with_settings(change, place, lora.metadata)
+            spelt[place] = "original" if target.original else "diffusers"
+    if problems:
+        raise DistriError(
+            f"{lora.what} does not fit the model; give a LoRA that was trained for one of its kind: {summary(problems)}"
+        )
+    return changes
+
+
+def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:
+    """The tensors of each module, by their roles. Raises DistriError for a file that is no LoRA, or none of a kind we know."""
+    kind = recognise(lora.tensors, lora.what)
+    if kind is not Kind.LORA and not any(read_key(name) for name in lora.tensors):
+        raise DistriError(f"{lora.what} is {kind} and no LoRA; give one of those: {SUPPORTED}")
+    modules: dict[tuple[str, str], dict[str, tuple[Key, Tensor]]] = {}
+    for name, tensor in lora.tensors.items():
+        key = read_key(name)
+        if key is None:
+            _refuse_foreign(name, lora.what)
+            problems.setdefault("unknown", []).append(name)
+            continue
+        roles = modules.setdefault((key.module, key.leaf), {})
+        if key.role in roles:
+            problems.setdefault("duplicate", []).append(name)
+        roles[key.role] = key, tensor
+    return modules
+
+
+def _refuse_foreign(name: str, what: str) -> None:
+    for method, pattern in FOREIGN.items():
+        if re.search(pattern, name, re.ASCII):
+            raise DistriError(f"{what} is {method} ({shown(name)}), which is not supported; use one of: {SUPPORTED}")
+
+
+def _change(lora: Lora, module: str, factors: dict[str, tuple[Key, Tensor]], problems: Problems) -> Change | None:
+    """The change that a module's tensors make; None, and a problem, where they make none."""
+    methods = {key.method for key, _ in factors.values()} - {None}
+    tensors = {role: tensor for role, (_, tensor) in factors.items()}
+    method = methods.pop() if len(methods) == 1 else None
+    if method is None:
+        kind = "of several methods" if methods else "without factors"
+        problems.setdefault(kind, []).append(module)
+        return None
+    roles = frozenset(tensors) - COMMON
+    if roles not in method.roles:
+        absent = method.absent(roles) or {"other factors"}
+        problems.setdefault("incomplete", []).append(f"{module} lacks {' and '.join(sorted(absent))}")
+        return None
+    if "alpha" in tensors and tensors["alpha"].size != 1:
+        problems.setdefault("misshapen", []).append(f"alpha of {module} is {list(tensors['alpha'].shape)}")
+        return None
+    if "magnitude" in tensors:  # flat, which tells it from LyCORIS' lengths of the inputs
+        size = tensors["magnitude"].size
+        tensors["magnitude"] = tensors["magnitude"].then(lambda array: array.reshape(-1), shape=(size,))
+    return Change(method, tensors, float(lora.weight))
+
+
+def _target(
+    found: Sequence[Target], module: str, change: Change, checkpoint: Checkpoint, problems: Problems
+) -> Target | None:
+    """The tensor that a change fits; None, and a problem, where there is none or the name leaves open which one."""
+    shape = change.method.shape({role: tensor.shape for role, tensor in change.factors.items()})
+    if shape is None:
+        factors = (f"{role} {list(tensor.shape)}" for role, tensor in change.factors.items() if role not in COMMON)
+        problems.setdefault("misshapen", []).append(f"{module} has {' and '.join(factors)}")
+        return None
+    fitting = [target for target in found if _fits(shape, change, _held(checkpoint, target).shape)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        parts = " and ".join(sorted(target.part for target in fitting))
+        problems.setdefault("ambiguous", []).append(f"{module} is in {parts}")
+    elif found:
+        needed = " or ".join(str(list(_held(checkpoint, target).shape)) for target in found)
+        problems.setdefault("misshapen", []).append(f"{module} changes {list(shape)} and the model has {needed}")
+    else:
+        problems.setdefault("unknown", []).append(module)
+    return None
+
+
+def _held(checkpoint: Checkpoint, target: Target) -> Tensor:
+    return checkpoint.tensors[target.part][target.name]
+
+
+def _fits(shape: Shape, change: Change, weight: Shape) -> bool:
+    lengths = next((change.factors[role].size for role in ("dora_scale", "magnitude") if role in change.factors), None)
+    return fits(shape, weight) and (lengths is None or lengths in weight[:2])
+
+
+def _with_settings(change: Change, target: Target, metadata: Mapping[str, Any] | None) -> Change:
+    """With the alpha of PEFT's settings, where no tensor of the adapter holds one."""
+    if not metadata or "alpha" in change.factors or change.method is FULL:
+        return change
+    settings = _settings(metadata, target.part)
+    patterns = settings.get("alpha_pattern") or {}
+    module = target.name.rpartition(".")[0]
+    fitting = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = next(fitting, settings.get("lora_alpha", settings.get("alpha")))
+    return dataclasses.replace(change, alpha=alpha, rank_stabilised=bool(settings.get("use_rslora")))
+
+
+def _settings(metadata: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """PEFT's settings of one part."""
+    if "lora_adapter_metadata" not in metadata:
+        return metadata if "peft_type" in metadata else {}
+    settings = json.loads(metadata["lora_adapter_metadata"])
+    prefix = f"{part}."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}

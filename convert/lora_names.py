@@ -1,0 +1,129 @@
+"""What the tensors of a LoRA are called: the role of each, and the module it belongs to.
+
+lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight        kohya, with diffusers' names of the blocks
+lora_unet_input_blocks_4_1_proj_in.lora_down.weight                  kohya, with the original ones
+lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha
+unet.down_blocks.1.attentions.0.proj_in.lora_A.weight                diffusers
+unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight    before version 0.23
+base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.default.weight                 PEFT, of a part that it doesn't name
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.engine import Table
+from distrijax.convert.merging import FULL, LOHA, LOKR, LORA, Method
+from distrijax.convert.original_unet import UNetLayout, unet_table
+from distrijax.convert.tensors import Tensor
+from distrijax.weights import current_name
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""What a LoRA can change."""
+
+UNDERSCORED = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+"""What names with underscores for dots begin with."""
+
+ROLES: tuple[tuple[str, Method | None, str | None, str], ...] = (
+    (r"\.lora_(?P<role>down|up|mid)\.weight", LORA, None, "weight"),
+    (r"\.lora_A(\.[^.]+)?\.weight", LORA, "down", "weight"),
+    (r"\.lora_B(\.[^.]+)?\.weight", LORA, "up", "weight"),
+    (r"(\.lora|_lora|\.lora_linear_layer)\.(?P<role>down|up)\.weight", LORA, None, "weight"),
+    (r"\.hada_(?P<role>[wt][12](_[ab])?)", LOHA, None, "weight"),
+    (r"\.lokr_(?P<role>[wt][12](_[ab])?)", LOKR, None, "weight"),
+    (r"\.(diff|w_norm)", FULL, "diff", "weight"),
+    (r"\.(diff_b|b_norm)", FULL, "diff", "bias"),
+    (r"(\.lora|_lora|\.lora_linear_layer)?\.alpha", None, "alpha", "weight"),
+    (r"\.dora_scale", None, "dora_scale", "weight"),
+    (r"[._]lora_magnitude_vector(\.[^.]+?)?(\.weight)?", None, "magnitude", "weight"),
+)
+"""Ends of names: pattern, the method it belongs to (None: to any), the role, and which tensor of the module it changes."""
+
+ENDS = [(re.compile(rf"(?P<module>.+?){end}", re.ASCII | re.DOTALL), *rest) for end, *rest in ROLES]
+
+FOREIGN = {
+    "OFT or BOFT": r"\.(oft_\w+|boft_\w+)(\.|$)",
+    "GLoRA": r"\.([ab][12]\.weight|glora_\w+)$",
+    "(IA)3": r"\.(ia3_l|on_input)(\.|$)",
+    "VeRA": r"vera_lambda",
+    "LoRA of an embedding": r"lora_embedding_[AB]",
+    "LoRA with a bias of its own": r"\.lora_(B(\.[^.]+)?|up)\.bias$",
+}
+"""Methods that are not supported, by a pattern that one of their tensors has."""
+
+
+class Key(NamedTuple):
+    """A tensor's name taken apart. module: as the file spells it. leaf: `weight` or `bias` of that module."""
+
+    module: str
+    method: Method | None
+    role: str
+    leaf: str
+
+
+class Target(NamedTuple):
+    """A tensor of the checkpoint. original: found by its name in the original layout."""
+
+    part: str
+    name: str
+    original: bool = False
+
+
+def read_key(name: str) -> Key | None:
+    """None for a name that ends in no known way."""
+    for pattern, method, role, leaf in ENDS:
+        if found := pattern.fullmatch(name):
+            module = found["module"].replace("base_model.model.", "").replace(".processor.", ".")
+            return Key(module, method, role or found["role"], leaf)
+    return None
+
+
+def spellings(checkpoint: Checkpoint) -> dict[tuple[str, str], list[Target]]:
+    """All tensors that a LoRA can change: by each spelling of their module, and `weight` or `bias`.
+
+    A spelling without the part, such as PEFT's, may fit several.
+    """
+    found: dict[tuple[str, str], list[Target]] = {}
+    for part in PARTS:
+        tensors = checkpoint.tensors.get(part, {})
+        table = _original_names(part, tensors)
+        for name in tensors:
+            module, _, leaf = name.rpartition(".")
+            for spelt, original in set(_spelt(part, module, leaf, table)):
+                found.setdefault((spelt, leaf), []).append(Target(part, name, original))
+    return found
+
+
+def _original_names(part: str, tensors: dict[str, Tensor]) -> Table | None:
+    return unet_table(UNetLayout.of_ours(tensors, "the checkpoint's UNet")) if part == "unet" and tensors else None
+
+
+def _spelt(part: str, module: str, leaf: str, table: Table | None) -> Iterator[tuple[str, bool]]:
+    """What a module is called, and whether that is a name of the original layout."""
+    for name in _aliases(part, module):
+        yield name, False
+        yield f"{part}.{name}", False
+        for prefix in UNDERSCORED[part]:
+            yield prefix + name.replace(".", "_"), False
+    if table and (mapped := table.from_ours(f"{module}.{leaf}")):
+        theirs = mapped.theirs.removesuffix(f".{leaf}")
+        yield "lora_unet_" + theirs.replace(".", "_"), True
+        for prefix in ("diffusion_model.", "model.diffusion_model.", "unet."):
+            yield prefix + theirs, True
+
+
+def _aliases(part: str, module: str) -> Iterator[str]:
+    """A module's names in diffusers and transformers, now and before."""
+    if part == "unet":
+        yield module
+        if module.endswith(".to_out.0"):
+            yield module.removesuffix(".0")
+        return
+    current = current_name(module)
+    yield current
+    yield current.removeprefix("text_model.")  # as transformers 5 has it
+    if found := re.fullmatch(r"(.+\.self_attn\.)(q|k|v|out)_proj", current):
+        yield f"{found[1]}to_{found[2]}"

@@ -1,0 +1,230 @@
+"""What an adapter makes of one weight, in float32: LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA.
+
+    LoRA    up down                                 LoCon   up * mid * down, convolutions (Tucker's decomposition) or two of them
+    LoHa    (a1 b1) o (a2 b2), element by element   LoKr    w1 (x) w2, the Kronecker product; each may be a product itself
+    DoRA    m (W + change) / |W + change|           full    the change itself
+
+Every change but the last is scaled by alpha / rank, where there is an alpha, and by the adapter's weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from distrijax.convert.tensors import Shape, Tensor, Tensors
+
+Arrays = Mapping[str, np.ndarray]
+Shapes = Mapping[str, Shape]
+
+COMMON = frozenset({"alpha", "dora_scale", "magnitude"})
+"""Roles that tensors have beside the factors. dora_scale: LyCORIS' name of DoRA's lengths; magnitude: PEFT's."""
+
+PRODUCT_1, PRODUCT_2 = {"w1_a", "w1_b"}, {"w2_a", "w2_b"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """One way to write a change of a weight.
+
+    roles: the sets of factors that make one, of which any will do. ranked: the factors whose rows are counted by the rank;
+    the first that is there tells it. shape: of the change, from those of the factors; None where they do not go together.
+    change: of the factors; a convolution's kernel may be flat in its last dimension.
+    """
+
+    name: str
+    roles: tuple[frozenset[str], ...]
+    ranked: tuple[str, ...]
+    shape: Callable[[Shapes], Shape | None]
+    change: Callable[[Arrays], np.ndarray]
+
+    @property
+    def known(self) -> frozenset[str]:
+        return frozenset().union(*self.roles)
+
+    def absent(self, roles: frozenset[str]) -> frozenset[str]:
+        """The factors that must be added to have a whole change; none for a whole one."""
+        return min((needed - roles for needed in self.roles if roles <= needed), key=len, default=frozenset())
+
+    def rank(self, factors: Tensors) -> int | None:
+        return next((factors[role].shape[0] for role in self.ranked if role in factors), None)
+
+
+def _lora_shape(shapes: Shapes) -> Shape | None:
+    down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
+    if min(len(down), len(up)) < 2 or math.prod(up[2:]) != 1:
+        return None
+    if mid is None:
+        return (up[0], *down[1:]) if up[1] == down[0] else None
+    fits = len(mid) > 2 and mid[:2] == (up[1], down[0]) and math.prod(down[2:]) == 1
+    return (up[0], down[1], *mid[2:]) if fits else None
+
+
+def _lora_change(factors: Arrays) -> np.ndarray:
+    down, up = factors["down"], _matrix(factors["up"])
+    if "mid" in factors:
+        return _tucker(factors["mid"], up.T, _matrix(down))
+    return (up @ _matrix(down)).reshape(len(up), *down.shape[1:])
+
+
+def _loha_shape(shapes: Shapes) -> Shape | None:
+    first, second = (_product_shape(shapes, f"w{n}", f"t{n}") for n in (1, 2))
+    return first if first == second else None
+
+
+def _loha_change(factors: Arrays) -> np.ndarray:
+    return _product(factors, "w1", "t1") * _product(factors, "w2", "t2")
+
+
+def _lokr_shape(shapes: Shapes) -> Shape | None:
+    first, second = (_product_shape(shapes, f"w{n}", f"t{n}") for n in (1, 2))
+    if first is None or second is None or len(first) != 2 or len(second) < 2:
+        return None
+    return first[0] * second[0], first[1] * second[1], *second[2:]
+
+
+def _lokr_change(factors: Arrays) -> np.ndarray:
+    first, second = _product(factors, "w1", "t1"), _product(factors, "w2", "t2")
+    return np.kron(first.reshape(*first.shape, *(1,) * (second.ndim - 2)), second)
+
+
+def _product_shape(shapes: Shapes, name: str, core: str) -> Shape | None:
+    """Of what `_product` makes."""
+    if name in shapes:
+        return shapes[name]
+    left, right = shapes[f"{name}_a"], shapes[f"{name}_b"]
+    if len(left) != 2 or len(right) != 2:
+        return None
+    if core not in shapes:
+        return (left[0], right[1]) if left[1] == right[0] else None
+    middle = shapes[core]
+    return (left[1], right[1], *middle[2:]) if len(middle) > 2 and middle[:2] == (left[0], right[0]) else None
+
+
+def _product(factors: Arrays, name: str, core: str) -> np.ndarray:
+    """A factor: as it is, a product of two matrices, or Tucker's decomposition around a core."""
+    if name in factors:
+        return factors[name]
+    left, right = factors[f"{name}_a"], factors[f"{name}_b"]
+    return _tucker(factors[core], left, right) if core in factors else left @ right
+
+
+def _tucker(core: np.ndarray, outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """core: [p, q, *kernel]. outer: [p, out]. inner: [q, in]. Returns [out, in, *kernel]."""
+    return np.einsum("pq...,po,qi->oi...", core, outer, inner, optimize=True)
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1)
+
+
+LORA = Method(
+    "LoRA",
+    (frozenset({"down", "up"}), frozenset({"down", "mid", "up"})),
+    ("down",),
+    _lora_shape,
+    _lora_change,
+)
+LOHA = Method(
+    "LoHa",
+    (frozenset(PRODUCT_1 | PRODUCT_2), frozenset(PRODUCT_1 | PRODUCT_2 | {"t1", "t2"})),
+    ("w1_b",),
+    _loha_shape,
+    _loha_change,
+)
+LOKR = Method(
+    "LoKr",
+    tuple(
+        frozenset(one | two)
+        for one in ({"w1"}, PRODUCT_1)
+        for two in ({"w2"}, PRODUCT_2, PRODUCT_2 | {"t2"})
+    ),
+    ("w2_b", "w1_b"),
+    _lokr_shape,
+    _lokr_change,
+)  # fmt: skip
+FULL = Method(
+    "full",
+    (frozenset({"diff"}),),
+    (),
+    lambda shapes: shapes["diff"],
+    lambda factors: factors["diff"],
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Change:
+    """What one adapter does to one weight.
+
+    factors: by role, alpha and DoRA's lengths among them. weight: of the adapter. alpha: where no tensor holds it.
+    """
+
+    method: Method
+    factors: Tensors
+    weight: float
+    alpha: float | None = None
+    rank_stabilised: bool = False
+
+    def of(self, base: np.ndarray) -> np.ndarray:
+        """What is to be added to a weight, in float32 as it is itself."""
+        factors = {role: tensor.read().astype(np.float32) for role, tensor in self.factors.items()}
+        change = self.method.change(factors).reshape(base.shape) * np.float32(self._scale(factors))
+        lengths = next((factors[role] for role in ("dora_scale", "magnitude") if role in factors), None)
+        return change if lengths is None else _with_lengths(base + change, lengths) - base
+
+    def _scale(self, factors: Arrays) -> float:
+        rank = self.method.rank(self.factors)
+        alpha = float(factors["alpha"].reshape(())) if "alpha" in factors else self.alpha
+        if rank is None or alpha is None:
+            return self.weight
+        return self.weight * alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+def _with_lengths(merged: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The columns or rows of a weight brought to new lengths.
+
+    As in PEFT and, for an adapter's weight of 1, LyCORIS: the length is that of the changed weight (Liu et al., "DoRA", 2024).
+    """
+    if per_input(lengths.shape, merged.shape):
+        axes, shape = (0, *range(2, merged.ndim)), (1, -1, *(1,) * (merged.ndim - 2))
+    else:
+        axes, shape = tuple(range(1, merged.ndim)), (-1, *(1,) * (merged.ndim - 1))
+    norms = np.sqrt(np.square(merged).sum(axes, keepdims=True))
+    return merged * (lengths.reshape(shape) / np.maximum(norms, np.finfo(np.float32).tiny))
+
+
+def per_input(lengths: Shape, weight: Shape) -> bool:
+    """Whether DoRA's lengths are those of a weight's inputs, as LyCORIS has them by default: [1, in] or [1, in, 1, 1].
+
+    PEFT has [out], for convolutions [1, out, 1, 1], which looks the same in a square one; so its role is another, and
+    lengths of that role come here as [out].
+    """
+    return len(lengths) > 1 and lengths[0] == 1 and lengths[1] == weight[1] and math.prod(lengths) == weight[1]
+
+
+def fits(change: Shape, weight: Shape) -> bool:
+    """Whether a change can be added to a weight: 1x1 convolutions and linear layers are one, and kernels may be flat."""
+    if len(change) < 2 or len(weight) < 2:
+        return change == weight
+    return change[0] == weight[0] and (
+        _without_ones(change) == _without_ones(weight)
+        or (len(change) == 2 and change[1] == math.prod(weight[1:]))
+    )  # fmt: skip
+
+
+def _without_ones(shape: Shape) -> Shape:
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+
+
+def merged(base: Tensor, changes: Sequence[Change]) -> Tensor:
+    """A weight with all changes, each of which is made of the weight as it was; computed when it is read, in its own dtype."""
+
+    def add(array: np.ndarray) -> np.ndarray:
+        weight = array.astype(np.float32)
+        total = sum((change.of(weight) for change in changes), np.zeros_like(weight))
+        return (weight + total).astype(array.dtype)
+
+    return base.then(add)
