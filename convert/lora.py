@@ -6,7 +6,6 @@ names of the adapter -> module and role -> tensor of the checkpoint -> checked -
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.kinds import Kind, recognise
 from distrijax.convert.lora_names import FOREIGN, Key, Target, read_key, spellings
-from distrijax.convert.merging import COMMON, FULL, Change, fits, merged
+from distrijax.convert.lora_settings import read_settings
+from distrijax.convert.merging import COMMON, Change, fits, lengths_fit, merged
 from distrijax.convert.tensors import Shape, Tensor, Tensors
 from distrijax.weights import shown, summary
 
@@ -72,24 +72,22 @@ def with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
 def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str], list[Target]]) -> Changes:
     """What one adapter changes, by the tensor that it changes."""
     problems: Problems = {}
-    changes: Changes = {}
-    spelt: dict[Target, str] = {}
+    found: dict[Target, Change] = {}
     for (module, leaf), factors in _modules(lora, problems).items():
         change = _change(lora, module, factors, problems)
         target = change and _target(known.get((module, leaf), ()), module, change, checkpoint, problems)
-        if not target:
-            continue
-        place = target._replace(original=False)
-        if place in changes and target.original == spelt[place].startswith("original"):
+        if target in found:
             problems.setdefault("duplicate", []).append(module)
-        if place not in changes or not target.original:  # some trainers write a module in both layouts
-            changes[place] = _with_settings(change, place, lora.metadata)
-            spelt[place] = "original" if target.original else "diffusers"
+        elif target:
+            found[target] = change
     if problems:
         raise DistriError(
             f"{lora.what} does not fit the model; give a LoRA that was trained for one of its kind: {summary(problems)}"
         )
-    return changes
+    # some trainers write a module in both layouts; diffusers takes that of its own, too
+    ordered = sorted(found.items(), key=lambda item: not item[0].original)
+    settings = read_settings(lora.metadata, lora.what)
+    return {target._replace(original=False): settings.applied(change, target) for target, change in ordered}
 
 
 def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:
@@ -168,26 +166,8 @@ def _held(checkpoint: Checkpoint, target: Target) -> Tensor:
 
 
 def _fits(shape: Shape, change: Change, weight: Shape) -> bool:
-    lengths = next((change.factors[role].size for role in ("dora_scale", "magnitude") if role in change.factors), None)
-    return fits(shape, weight) and (lengths is None or lengths in weight[:2])
-
-
-def _with_settings(change: Change, target: Target, metadata: Mapping[str, Any] | None) -> Change:
-    """With the alpha of PEFT's settings, where no tensor of the adapter holds one."""
-    if not metadata or "alpha" in change.factors or change.method is FULL:
-        return change
-    settings = _settings(metadata, target.part)
-    patterns = settings.get("alpha_pattern") or {}
-    module = target.name.rpartition(".")[0]
-    fitting = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    alpha = next(fitting, settings.get("lora_alpha", settings.get("alpha")))
-    return dataclasses.replace(change, alpha=alpha, rank_stabilised=bool(settings.get("use_rslora")))
-
-
-def _settings(metadata: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """PEFT's settings of one part."""
-    if "lora_adapter_metadata" not in metadata:
-        return metadata if "peft_type" in metadata else {}
-    settings = json.loads(metadata["lora_adapter_metadata"])
-    prefix = f"{part}."
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    return fits(shape, weight) and all(
+        lengths_fit(role, change.factors[role].shape, weight)
+        for role in ("dora_scale", "magnitude")
+        if role in change.factors
+    )

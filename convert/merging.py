@@ -205,6 +205,13 @@ def per_input(lengths: Shape, weight: Shape) -> bool:
     return len(lengths) > 1 and lengths[0] == 1 and lengths[1] == weight[1] and math.prod(lengths) == weight[1]
 
 
+def lengths_fit(role: str, lengths: Shape, weight: Shape) -> bool:
+    """Whether DoRA's lengths are one for each output of a weight, or one for each input where the role allows it."""
+    if len(weight) < 2:
+        return False
+    return math.prod(lengths) == weight[0] or (role == "dora_scale" and per_input(lengths, weight))
+
+
 def fits(change: Shape, weight: Shape) -> bool:
     """Whether a change can be added to a weight: 1x1 convolutions and linear layers are one, and kernels may be flat."""
     if len(change) < 2 or len(weight) < 2:

@@ -1,0 +1,80 @@
+"""PEFT's settings of an adapter, which its tensors do not tell: alpha, for each module, and what it is divided by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from distrijax.config import DistriError
+from distrijax.convert.lora_names import PARTS, Target
+from distrijax.convert.merging import FULL, Change
+
+KEY = "lora_adapter_metadata"
+"""Where diffusers writes the settings of all parts, in the metadata of a safetensors file, as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartSettings:
+    """Of one part. alpha: None where none is named. patterns: ends of modules' names, and their own alpha."""
+
+    alpha: float | None = None
+    patterns: tuple[tuple[re.Pattern, float], ...] = ()
+    rank_stabilised: bool = False
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], what: str) -> PartSettings:
+        patterns = settings.get("alpha_pattern") or {}
+        alpha = settings.get("lora_alpha", settings.get("alpha"))
+        try:
+            return cls(
+                None if alpha is None else float(alpha),
+                tuple((re.compile(rf"(.*\.)?({end})"), float(value)) for end, value in patterns.items()),
+                bool(settings.get("use_rslora")),
+            )
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise DistriError(f"{what} has settings that PEFT does not write ({error}); fetch the file again") from None
+
+    def of(self, module: str) -> float | None:
+        """The alpha of a module."""
+        return next((alpha for pattern, alpha in self.patterns if pattern.fullmatch(module)), self.alpha)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settings:
+    """Of all parts, by their names."""
+
+    parts: Mapping[str, PartSettings]
+
+    def applied(self, change: Change, target: Target) -> Change:
+        """A change with the alpha of the settings, where no tensor of the adapter holds one."""
+        settings = self.parts.get(target.part)
+        if settings is None or "alpha" in change.factors or change.method is FULL:
+            return change
+        alpha = settings.of(target.name.rpartition(".")[0])
+        return dataclasses.replace(change, alpha=alpha, rank_stabilised=settings.rank_stabilised)
+
+
+def read_settings(metadata: Mapping[str, Any] | None, what: str) -> Settings:
+    """Of a safetensors file's metadata, or of PEFT's adapter_config.json; without settings every change has a scale of 1.
+
+    what: the file, for the error. Raises DistriError for settings that can't be read.
+    """
+    metadata = metadata or {}
+    if "peft_type" in metadata:
+        return Settings(dict.fromkeys(PARTS, PartSettings.read(metadata, what)))
+    try:
+        content = json.loads(metadata.get(KEY) or "{}")
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__} for an object")
+    except (TypeError, ValueError) as error:
+        raise DistriError(
+            f"{what} has metadata that diffusers does not write ({error}); fetch the file again"
+        ) from None
+    parts = {
+        part: {key.removeprefix(f"{part}."): value for key, value in content.items() if key.startswith(f"{part}.")}
+        for part in PARTS
+    }
+    return Settings({part: PartSettings.read(settings, what) for part, settings in parts.items() if settings})
