@@ -3,12 +3,15 @@
     prompt -> NFC, one blank for any whitespace, lower case -> split into words -> bytes -> BPE with "</w>" at word ends
            -> <|startoftext|> ids <|endoftext|> padding
 
-The ids are those of transformers' CLIPTokenizer, for every text and every folder it reads.
+The ids are those of transformers' CLIPTokenizer, for every text and every folder it reads. A word of several vectors (textual
+inversion) stands for its tokens word, word_1, word_2, ... as in diffusers' `maybe_convert_prompt`; but wherever the tokenizer
+sees the word, in any case of letters, where diffusers replaces the text as it is spelt, in other words' middle, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from distrijax.config import DistriError, DistriWarning, check_choice, positive
@@ -94,16 +97,35 @@ class CLIPTokenizer:
             encoding = self.bpe.encode(prompt, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise DistriError(f"the prompt {prompt!r} is not valid Unicode; write it in UTF-8") from None
+        tokens = [
+            (index, begin)
+            for token, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            for index in self._runs.get(token, (token,))
+        ]
         room = self.length - 2
-        if len(encoding) > room and is_first():
-            self._warn(prompt, encoding, room)
-        ids = [self.bos_token_id, *encoding.ids[:room], self.eos_token_id]
+        if len(tokens) > room and is_first():
+            self._warn(prompt, tokens, room)
+        ids = [self.bos_token_id, *(index for index, _ in tokens[:room]), self.eos_token_id]
         return ids + [self.pad_token_id] * (self.length - len(ids))
 
-    def _warn(self, prompt: str, encoding: Encoding, room: int) -> None:
-        lost = prompt[encoding.offsets[room][0] :].strip()
+    @functools.cached_property
+    def _runs(self) -> dict[int, tuple[int, ...]]:
+        """The ids of words of several vectors, by the id of the word itself."""
+        added = {token.content: index for index, token in self.bpe.get_added_tokens_decoder().items()}
+        runs = {}
+        for word, index in added.items():
+            run = [index]
+            while (following := added.get(f"{word}_{len(run)}")) is not None:
+                run.append(following)
+            if len(run) > 1:
+                runs[index] = tuple(run)
+        return runs
+
+    def _warn(self, prompt: str, tokens: list[tuple[int, int]], room: int) -> None:
+        """tokens: ids, and where in the prompt each begins."""
+        lost = prompt[tokens[room][1] :].strip()
         warnings.warn(
-            f"the prompt has {len(encoding)} tokens and the text encoder reads {room}; not seen by it: {lost!r}",
+            f"the prompt has {len(tokens)} tokens and the text encoder reads {room}; not seen by it: {lost!r}",
             DistriWarning,
             stacklevel=4,
         )

@@ -1,0 +1,212 @@
+"""Textual inversion: learned words put into a checkpoint's vocabulary, tokenizer and token embeddings.
+
+    {"<cat>": [768]} or [n, 768]         diffusers: the name is the word
+    {"emb_params": [n, 768]}, {"string_to_param.*": [n, 768], ...}       A1111: the word is the file's name
+    {"clip_l": [n, 768], "clip_g": [n, 1280]}                            SDXL: for its two text encoders
+
+A word of n vectors becomes the tokens word, word_1, ..., word_n-1; the tokenizer puts all of them where a prompt has the word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from distrijax.config import DistriError
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.tensors import FLOATS, Tensor, Tensors
+from distrijax.weights import current_name, shown
+
+TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
+
+A1111 = ("string_to_param.*", "emb_params")
+"""What A1111 calls the vectors, in pickles and in safetensors; what else such a file holds is of no use."""
+
+XL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""What files for SDXL call the vectors of each encoder."""
+
+FORMATS = f"one tensor named by its word, {' or '.join(A1111)}, or {' and '.join(XL)}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embedding:
+    """Learned vectors of one word.
+
+    what: the file, for errors. word: what stands for it in prompts; None takes the tensor's name, which is the word in files
+    of diffusers and of no other kind.
+    """
+
+    tensors: Tensors
+    what: str
+    word: str | None = None
+
+
+def with_embeddings(checkpoint: Checkpoint, embeddings: Sequence[Embedding]) -> Checkpoint:
+    """The checkpoint with new words: rows of the token embeddings, vocab_size, and the tokenizers' files.
+
+    An encoder for which a file for SDXL has no vectors reads the word as ordinary text, as in diffusers.
+    Raises DistriError for files of another kind, vectors of another width, and words that the vocabulary has.
+    """
+    for embedding in embeddings:
+        for part, (word, vectors) in _read(embedding, checkpoint).items():
+            tokens = [word, *(f"{word}_{n}" for n in range(1, vectors.shape[0]))]
+            checkpoint = _with_tokens(checkpoint, part, tokens, vectors, embedding.what)
+    return checkpoint
+
+
+def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, Tensor]]:
+    """The word and its vectors [n, width], by the text encoder that they are for."""
+    tensors, what = embedding.tensors, embedding.what
+    encoders = [part for part in XL.values() if part in checkpoint.tensors]
+    if any(name in tensors for name in XL):
+        found = {part: tensors[name] for name, part in XL.items() if name in tensors and part in encoders}
+        if "text_encoder_2" not in encoders or not found or len(tensors) > len(XL):
+            raise DistriError(
+                f"{what} holds {_names(tensors)}, an embedding for Stable Diffusion XL; this model's text encoders are "
+                f"{', '.join(encoders) or 'missing'}; give an embedding that was made for it"
+            )
+        word = embedding.word
+    else:
+        name = next((name for name in A1111 if name in tensors), None)
+        word = embedding.word
+        if name is None:
+            name = _only(tensors, what)
+            word = name if word is None else word
+        if len(encoders) != 1:
+            raise DistriError(
+                f"{what} holds vectors for one text encoder and the model has {len(encoders)}; give an embedding for "
+                f"Stable Diffusion XL, with {' and '.join(XL)}"
+            )
+        found = {encoders[0]: tensors[name]}
+    word = _checked_word(word, what)
+    return {part: (word, _vectors(tensor, checkpoint, part, what)) for part, tensor in found.items()}
+
+
+def _only(tensors: Tensors, what: str) -> str:
+    if len(tensors) != 1:
+        raise DistriError(f"{what} holds {_names(tensors)} and is no embedding; give a file with {FORMATS}")
+    return next(iter(tensors))
+
+
+def _names(tensors: Tensors) -> str:
+    return f"{len(tensors)} tensors ({', '.join(map(shown, list(tensors)[:3]))}{', ...' if len(tensors) > 3 else ''})"
+
+
+def _checked_word(word: str | None, what: str) -> str:
+    if word is None:
+        raise DistriError(f"{what} does not say which word it stands for; give the word")
+    if not isinstance(word, str) or not word.strip() or word != word.strip():
+        raise DistriError(f"the word of {what} is {word!r}; give a text that neither begins nor ends with a blank")
+    return word
+
+
+def _vectors(tensor: Tensor, checkpoint: Checkpoint, part: str, what: str) -> Tensor:
+    """As [n, width]; raises DistriError for another width than the text encoder's."""
+    width = checkpoint.tensors[part][_table_name(checkpoint, part)].shape[1]
+    shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
+    if len(shape) != 2 or shape[1] != width or not shape[0] or tensor.dtype not in FLOATS:
+        raise DistriError(
+            f"{what} has vectors of {list(tensor.shape)} ({tensor.dtype}) and the {part} reads floats of [n, {width}]; "
+            "give an embedding that was made for this model"
+        )
+    return tensor.then(lambda array: array.reshape(shape), shape=shape)
+
+
+def _table_name(checkpoint: Checkpoint, part: str) -> str:
+    """What the token embeddings are called; text encoders come with and without a prefix."""
+    names = (name for name in checkpoint.tensors[part] if current_name(name) == TOKEN_EMBEDDING)
+    if (name := next(names, None)) is None:
+        raise DistriError(f"the {part} of the checkpoint lacks {TOKEN_EMBEDDING}; give a whole model")
+    return name
+
+
+def _with_tokens(checkpoint: Checkpoint, part: str, tokens: list[str], vectors: Tensor, what: str) -> Checkpoint:
+    """With tokens of one text encoder after all that its tokenizer has."""
+    name = _table_name(checkpoint, part)
+    table = checkpoint.tensors[part][name]
+    folder = part.replace("text_encoder", "tokenizer")
+    files, first = _add_tokens(checkpoint.files, folder, tokens, what)
+    if first > table.shape[0]:
+        raise DistriError(
+            f"the {folder} has {first} tokens and the {part} embeddings for {table.shape[0]}; use parts of one model"
+        )
+    after = first + len(tokens)
+    rows = max(after, table.shape[0])
+
+    def put(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array[:first], vectors.read().astype(array.dtype), array[after:]])
+
+    tensors = {**checkpoint.tensors[part], name: table.then(put, shape=(rows, table.shape[1]))}
+    configs = {**checkpoint.configs, part: {**checkpoint.configs.get(part, {}), "vocab_size": rows}}
+    return dataclasses.replace(checkpoint.with_tensors(part, tensors), configs=configs, files=files)
+
+
+def _add_tokens(
+    files: Mapping[str, bytes], folder: str, tokens: Sequence[str], what: str
+) -> tuple[dict[str, bytes], int]:
+    """The files with tokens added wherever the folder keeps its own added tokens, and the first one's id."""
+    held = {name: _object(files, f"{folder}/{name}") for name in NAMES if f"{folder}/{name}" in files}
+    vocabulary, added = _vocabulary(held, folder), _added(held, folder)
+    spelt = {text.lower() for text in added}  # added tokens are found in any case of letters
+    if taken := [token for token in tokens if token in vocabulary or token.lower() in spelt]:
+        raise DistriError(
+            f"the word {tokens[0]!r} of {what} needs the tokens {', '.join(taken)}, which the {folder} has already; "
+            "give another word"
+        )
+    first = max([len(vocabulary), *(index + 1 for index in added.values())])
+    ids = {token: first + n for n, token in enumerate(tokens)}
+    entries = {index: {**_flags(token), "special": False} for token, index in ids.items()}
+    changed = {"added_tokens.json": {**held.get("added_tokens.json", {}), **ids}}
+    if content := held.get("tokenizer.json"):
+        listed = [{"id": index, **entry} for index, entry in entries.items()]
+        changed["tokenizer.json"] = {**content, "added_tokens": [*(content.get("added_tokens") or ()), *listed]}
+    settings = held.get("tokenizer_config.json", {})
+    if "added_tokens_decoder" in settings:
+        decoder = {**settings["added_tokens_decoder"], **{str(index): entry for index, entry in entries.items()}}
+        changed["tokenizer_config.json"] = {**settings, "added_tokens_decoder": decoder}
+    texts = {name: json.dumps(content, ensure_ascii=False, indent=2) for name, content in changed.items()}
+    return {**files, **{f"{folder}/{name}": f"{text}\n".encode() for name, text in texts.items()}}, first
+
+
+NAMES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+"""Files of a tokenizer that name tokens by their ids."""
+
+
+def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(files[path])
+    except ValueError as error:
+        raise DistriError(f"{path} is not readable JSON ({error}); fetch the file again") from None
+    if not isinstance(content, dict):
+        raise DistriError(f"{path} holds a {type(content).__name__}; a JSON object is needed; fetch the file again")
+    return content
+
+
+def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
+    """Of tokenizer.json where there is one, as `distrijax.tokenizer` reads it."""
+    model = held.get("tokenizer.json", {}).get("model") or {}
+    vocabulary = model.get("vocab") or held.get("vocab.json")
+    if not isinstance(vocabulary, dict):
+        raise DistriError(f"{folder} has no vocab.json and no tokenizer.json with a vocabulary; give a whole model")
+    return vocabulary
+
+
+def _added(held: Mapping[str, dict], folder: str) -> dict[str, int]:
+    """The tokens that the files add to the vocabulary, and their ids."""
+    decoder = held.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+    listed = held.get("tokenizer.json", {}).get("added_tokens") or []
+    try:
+        found = {token: int(index) for token, index in held.get("added_tokens.json", {}).items()}
+        found |= {token["content"]: int(token["id"]) for token in listed}
+        return found | {token["content"]: int(index) for index, token in decoder.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DistriError(f"{folder} has an added token without text or number; fetch its files again") from None
+
+
+def _flags(token: str) -> dict[str, Any]:
+    """How a word is looked for: after the prompt was put in lower case, inside of words, too; as transformers adds one."""
+    return {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
