@@ -78,8 +78,14 @@ def embeddings_of(tokenizer: CLIPTokenizer, encoder: CLIPTextEncoder, prompts: l
 
 
 @pytest.mark.parametrize(
-    "kind, shape", [("diffusers", (TEXT_WIDTH,)), ("diffusers", (3, TEXT_WIDTH)), ("a1111", (3, TEXT_WIDTH)), ("pickle", (1, TEXT_WIDTH))]
-)  # fmt: skip
+    "kind, shape",
+    [
+        ("diffusers", (TEXT_WIDTH,)),
+        ("diffusers", (3, TEXT_WIDTH)),
+        ("a1111", (3, TEXT_WIDTH)),
+        ("pickle", (1, TEXT_WIDTH)),
+    ],
+)
 def test_prompts_with_the_word_embed_as_in_diffusers(sd, tiny_sd_checkpoints, tmp_path, kind, shape):
     learned = vectors(*shape)
     tensors = {

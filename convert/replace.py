@@ -1,0 +1,91 @@
+"""Another VAE or UNet in a checkpoint's place, with diffusers' names, checked against its config and its new neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from distrijax.config import DistriError
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.complete import check_complete
+from distrijax.convert.original_unet import describe_unet
+from distrijax.convert.original_vae import describe_vae
+from distrijax.convert.settle import agree, settle, spoken
+from distrijax.convert.tensors import Tensors
+from distrijax.unet import UNetConfig
+from distrijax.vae import VAEConfig
+from distrijax.weights import current_name
+
+Config = dict[str, Any]
+
+CONFIGS = {"unet": UNetConfig, "vae": VAEConfig}
+
+UNET_NEIGHBOURS = (
+    "in_channels",
+    "out_channels",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "projection_class_embeddings_input_dim",
+)
+"""What the VAE and the text encoders fix of a UNet."""
+
+VAE_NEIGHBOURS = ("latent_channels", "in_channels", "out_channels")
+
+VAE_OPTIONAL = {"use_quant_conv": True, "use_post_quant_conv": True}
+"""Keys of a VAE's config that `describe_vae` names only where the tensors are absent."""
+
+UNET_OPTIONAL = ("addition_embed_type", "projection_class_embeddings_input_dim", "time_cond_proj_dim")
+"""Keys of a UNet's config that its tensors tell by being there: without them their value is None."""
+
+
+def with_vae(
+    checkpoint: Checkpoint, tensors: Tensors, what: str, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The checkpoint with another VAE.
+
+    what: the file, for errors. config: of this VAE, a whole config or some of its keys; without it what shapes do not tell,
+    the scaling factor above all, is that of the VAE it takes the place of, for it belongs to the UNet.
+    Raises one DistriError that lists every tensor that is missing, unexpected or misshapen, and one for a VAE of other latents.
+    """
+    current = {current_name(name): tensor for name, tensor in tensors.items()}
+    told = VAE_OPTIONAL | describe_vae(current, what)
+    return _replaced(checkpoint, "vae", current, told, VAE_NEIGHBOURS, config, what)
+
+
+def with_unet(
+    checkpoint: Checkpoint, tensors: Tensors, what: str, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The checkpoint with another UNet; the same of UNets.
+
+    A latent consistency model, which embeds the guidance, is told by its tensors. What it predicts, noise or v, is told by
+    nothing; the scheduler's config stays as it is. Raises DistriError as `with_vae`, and for one that reads other text.
+    """
+    told = dict.fromkeys(UNET_OPTIONAL) | describe_unet(tensors, what)
+    return _replaced(checkpoint, "unet", tensors, told, UNET_NEIGHBOURS, config, what)
+
+
+def _replaced(
+    checkpoint: Checkpoint,
+    part: str,
+    tensors: Tensors,
+    told: Config,
+    neighbours: tuple[str, ...],
+    given: Mapping[str, Any] | None,
+    what: str,
+) -> Checkpoint:
+    """told: by the shapes. neighbours: keys that must stay as they are in the checkpoint."""
+    held = checkpoint.configs.get(part)
+    if held is None:
+        raise DistriError(f"the checkpoint has no {part} that {what} could take the place of; give a whole pipeline")
+    old = CONFIGS[part].from_dict(held)  # which knows the defaults
+    for key in neighbours:
+        if not agree(told[key], getattr(old, key)):
+            raise DistriError(
+                f"{what}: {key} of its {part} is {spoken(told[key])} and the model's is {getattr(old, key)}; "
+                f"give a {part} that was made for a model of this kind"
+            )
+    config = settle(part, told, held, given or {}, what)
+    check_complete(dataclasses.replace(checkpoint, configs={part: config}, tensors={part: tensors}), what)
+    replaced = checkpoint.with_tensors(part, tensors)
+    return dataclasses.replace(replaced, configs={**checkpoint.configs, part: config})
