@@ -13,7 +13,7 @@ from typing import Any
 
 from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.kinds import Kind, recognise
+from distrijax.convert.kinds import recognise
 from distrijax.convert.lora_names import FOREIGN, Key, Target, read_key, spellings
 from distrijax.convert.lora_settings import read_settings
 from distrijax.convert.merging import COMMON, Change, fits, lengths_fit, merged
@@ -91,15 +91,18 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
 
 
 def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:
-    """The tensors of each module, by their roles. Raises DistriError for a file that is no LoRA, or none of a kind we know."""
-    kind = recognise(lora.tensors, lora.what)
-    if kind is not Kind.LORA and not any(read_key(name) for name in lora.tensors):
-        raise DistriError(f"{lora.what} is {kind} and no LoRA; give one of those: {SUPPORTED}")
+    """The tensors of each module, by their roles. Raises DistriError for a file that is no LoRA, or of another method."""
+    for name in lora.tensors:
+        _refuse_foreign(name, lora.what)
+    if not any(map(read_key, lora.tensors)):
+        kind = recognise(lora.tensors, lora.what)
+        raise DistriError(
+            f"{lora.what} is {kind} and has no tensor named as in {SUPPORTED}; give a file of one of those"
+        )
     modules: dict[tuple[str, str], dict[str, tuple[Key, Tensor]]] = {}
     for name, tensor in lora.tensors.items():
         key = read_key(name)
         if key is None:
-            _refuse_foreign(name, lora.what)
             problems.setdefault("unknown", []).append(name)
             continue
         roles = modules.setdefault((key.module, key.leaf), {})

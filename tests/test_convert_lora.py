@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +27,10 @@ from adapters import (
     save_adapter,
     tensors_of,
 )
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.utils import convert_state_dict_to_kohya
 from original_layouts import original, unread
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
@@ -36,8 +41,9 @@ from torch.nn.functional import conv2d
 
 from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.family import UNET
 from distrijax.convert.lora import Lora, with_loras
-from distrijax.convert.lora_names import Target, spellings
+from distrijax.convert.lora_names import spellings
 from distrijax.convert.merging import LORA, Change, merged
 from distrijax.convert.original import from_original
 from distrijax.convert.original_unet import UNetLayout, unet_table
@@ -165,19 +171,25 @@ def test_sgm_block_names_merge_as_the_diffusers_ones(xl, xl_file, xl_expected):
     assert largest_difference(with_loras(xl, [Lora(kohya, "a LoRA")]), xl_expected) < CLOSE
 
 
-def test_sgm_names_of_sdxl_in_full_size_find_the_block_they_are_known_for():
-    known = spellings(from_original(unread(original("sdxl")), "SDXL"))
-    attention = "transformer_blocks_0_attn1_to_k"
-    for theirs, ours in {
-        "input_blocks_4_1": "down_blocks.1.attentions.0",
-        "input_blocks_8_1": "down_blocks.2.attentions.1",
-        "middle_block_1": "mid_block.attentions.0",
-        "output_blocks_0_1": "up_blocks.0.attentions.0",
-        "output_blocks_5_1": "up_blocks.1.attentions.2",
-    }.items():
-        found = known[f"lora_unet_{theirs}_{attention}", "weight"]
-        assert found == [Target("unet", f"{ours}.transformer_blocks.0.attn1.to_k.weight", original=True)]
-    assert known["lora_unet_input_blocks_3_0_op", "weight"][0].name == "down_blocks.0.downsamplers.0.conv.weight"
+def test_sgm_names_of_sdxl_in_full_size_mean_what_they_mean_to_diffusers():
+    held = unread(original("sdxl"))
+    known = spellings(from_original(held, "SDXL"))
+    modules = [name.removeprefix(UNET).removesuffix(".weight") for name in held if name.startswith(UNET)]
+    modules = [
+        name for name in modules if not re.search(r"bias|norm|layers\.0|^out\.0", name)
+    ]  # a LoRA changes no norm
+    assert len(modules) == 794
+    for module in modules:
+        key = "lora_unet_" + module.replace(".", "_")
+        state = {f"{key}.lora_{side}.weight": torch.zeros(1) for side in ("down", "up")}
+        mapped, _ = _convert_non_diffusers_lora_to_diffusers(
+            _maybe_map_sgm_blocks_to_diffusers(state, SimpleNamespace(layers_per_block=2))
+        )
+        theirs = re.sub(
+            r"^unet\.|\.processor|[._]lora\.down\.weight", "", next(name for name in mapped if "down.w" in name)
+        )
+        (found,) = known[key, "weight"]
+        assert found.name == re.sub(r"to_out$", "to_out.0", theirs) + ".weight" and found.original
 
 
 def test_a_module_in_both_layouts_counts_once_and_diffusers_name_wins(xl):
@@ -358,10 +370,8 @@ def test_whole_differences_change_weights_biases_and_norms(xl):
     }
     held = xl.tensors["unet"]
     diffs = {key: rng.normal(size=held[module + name].shape).astype(np.float32) for key, name in places.items()}
-    spelt = {f"lora_unet_mid_block_resnets_0_{key}": of_array(diff) for key, diff in diffs.items()}
-    ours = with_loras(
-        xl, [Lora(spelt | random_lora("lora_te1_text_model_encoder_layers_0_mlp_fc1", 64, 32), "full", 0.5)]
-    )
+    tensors = {f"lora_unet_mid_block_resnets_0_{key}": of_array(diff) for key, diff in diffs.items()}
+    ours = with_loras(xl, [Lora(tensors, "full", 0.5)])
     for key, name in places.items():
         expected = held[module + name].read() + 0.5 * diffs[key]
         np.testing.assert_allclose(ours.tensors["unet"][module + name].read(), expected, rtol=1e-6)
@@ -422,7 +432,7 @@ def test_each_tensor_without_a_place_is_named(xl, edit, message):
 
 
 def test_what_is_no_lora_and_what_is_no_weight_is_refused(xl):
-    with pytest.raises(DistriError, match=r"is a VAE alone and no LoRA; give one of those: LoRA"):
+    with pytest.raises(DistriError, match=r"vae.safetensors is a VAE alone and has no tensor named as in LoRA, LoCon"):
         with_loras(xl, [Lora(xl.tensors["vae"], "vae.safetensors")])
     lora = random_lora("lora_unet_mid_block_attentions_0_proj_in", 64, 64)
     for weight in (float("nan"), "1", True):
