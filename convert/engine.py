@@ -169,16 +169,18 @@ def to_ours(table: Table, theirs: Tensors, what: str) -> tuple[Tensors, list[Map
 def to_theirs(table: Table, ours: Tensors, what: str) -> tuple[Tensors, list[Mapped]]:
     """The inverse of `to_ours`. Raises DistriError as it does, and where a part of a tensor of theirs is missing."""
     theirs: Tensors = {}
+    made: dict[str, tuple[str, ...]] = {}
     mapping: list[Mapped] = []
     problems: dict[str, list[str]] = {}
     for name, tensor in ours.items():
         if (mapped := table.from_ours(name)) is None:
             problems.setdefault("unknown", []).append(name)
             continue
-        if mapped.theirs in theirs:
-            if name == mapped.ours[0]:
+        if mapped.theirs in made:
+            if made[mapped.theirs] != mapped.ours:
                 problems.setdefault("duplicate", []).append(name)
             continue
+        made[mapped.theirs] = mapped.ours
         absent = [part for part in mapped.ours if part not in ours]
         if absent:
             problems.setdefault("missing", []).extend(absent)

@@ -58,6 +58,12 @@ def test_there_and_back_is_the_same_bytes():
         np.testing.assert_array_equal(back[name].read(), tensor.read())
 
 
+def test_the_order_of_the_parts_of_a_tensor_does_not_matter():
+    ours, _ = to_ours(TABLE, THEIRS, "file")
+    back, _ = to_theirs(TABLE, dict(sorted(ours.items())), "file")
+    np.testing.assert_array_equal(back["res.2.at.0.in_proj_weight"].read(), THEIRS["res.2.at.0.in_proj_weight"].read())
+
+
 def test_what_is_dropped_is_told():
     ours, mapping = to_ours(TABLE, tensors(pos=(1,)), "file")
     assert not ours
@@ -84,3 +90,9 @@ def test_a_part_that_is_missing_or_of_another_size_is_named_on_the_way_back():
         to_theirs(TABLE, ours, "file")
     with pytest.raises(DistriError, match="misshapen"):
         to_theirs(TABLE, {**ours, **tensors(**{"layers.2.0.v.weight": (4, 2)})}, "file")
+
+
+def test_two_tensors_of_ours_for_one_of_theirs_are_refused():
+    table = Table(Row("a", "b"), Row("a", "c"))
+    with pytest.raises(DistriError, match="1 duplicate .c."):
+        to_theirs(table, tensors(b=(1,), c=(1,)), "file")

@@ -1,0 +1,131 @@
+"""A pipeline of torch diffusers, written as a single file, paints the same: read again by diffusers, and by this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tiny_pipeline
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from oracle import psnr
+from safetensors.numpy import load_file, save_file
+from tiny_pipeline import TEXT_WIDTH, UNET, load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
+
+from distrijax import DistriConfig, load_pipeline
+from distrijax.config import DistriWarning
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.original import from_original, to_original
+from distrijax.convert.tensors import Tensors, of_array
+
+CALL = {
+    "prompt": "a red circle on the left",
+    "negative_prompt": "a blue square",
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 3,
+}
+TORCH = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+
+
+class Case(NamedTuple):
+    """A folder in the diffusers layout, and the same model as a single file."""
+
+    family: str
+    folder: Path
+    file: Path
+
+
+def save_sdxl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny SDXL whose text encoders are of different widths, by which alone diffusers tells them apart."""
+    wide = 2 * TEXT_WIDTH
+    sizes = {"cross_attention_dim": TEXT_WIDTH + wide, "projection_class_embeddings_input_dim": wide + 6 * 8}
+    config = tiny_pipeline._text_config
+
+    def text_config(tokenizer, *, hidden_act):
+        made = config(tokenizer, hidden_act=hidden_act)
+        if hidden_act == "gelu":
+            made.hidden_size = made.projection_dim = wide
+        return made
+
+    monkeypatch.setattr(tiny_pipeline, "_text_config", text_config)
+    monkeypatch.setattr(tiny_pipeline, "UNET", UNET | sizes)
+    save_tiny_pipeline(folder)
+
+
+@pytest.fixture(scope="module", params=TORCH)
+def case(request, tmp_path_factory) -> Case:
+    root = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.param == "sdxl":
+            save_sdxl(root / "folder", monkeypatch)
+        else:
+            save_tiny_sd_pipeline(root / "folder", int(request.param[-1]))
+    with pytest.warns(DistriWarning, match="holds no configs.*unet: norm_num_groups 16"):
+        tensors = to_original(read_folder(root / "folder"))
+    save_file(
+        {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}, root / "model.safetensors"
+    )
+    return Case(request.param, root / "folder", root / "model.safetensors")
+
+
+def read_tensors(file: Path) -> Tensors:
+    return {name: of_array(array) for name, array in load_file(file).items()}
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    configs = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/*config.json")}
+    configs = {part: config for part, config in configs.items() if not part.startswith("tokenizer")}
+    return Checkpoint(
+        index=json.loads((folder / "model_index.json").read_text()),
+        configs=configs,
+        tensors={path.parent.name: read_tensors(path) for path in folder.glob("*/*.safetensors")},
+        files={str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("tokenizer*/*")},
+    )
+
+
+def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    def write(path: str, content: bytes) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+
+    write("model_index.json", json.dumps(checkpoint.index).encode())
+    for part, config in checkpoint.configs.items():
+        write(f"{part}/{'scheduler_' * (part == 'scheduler')}config.json", json.dumps(config).encode())
+    for part, tensors in checkpoint.tensors.items():
+        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        arrays = {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}
+        save_file(arrays, folder / part / f"{stem}.safetensors")
+    for path, content in checkpoint.files.items():
+        write(path, content)
+
+
+def torch_picture(pipe: DiffusionPipeline, noise: torch.Tensor) -> np.ndarray:
+    return pipe(**CALL, latents=noise.clone(), output_type="np").images
+
+
+def test_diffusers_paints_the_same_from_the_single_file(case):
+    noise = torch.randn(1, 4, 8, 8)
+    wanted = torch_picture(load_torch_pipeline(case.folder), noise)
+    pipe = TORCH[case.family].from_single_file(
+        str(case.file), config=str(case.folder), local_files_only=True, dtype=torch.float32
+    )
+    pipe.watermark = None
+    pipe.set_progress_bar_config(disable=True)
+    assert psnr(torch_picture(pipe, noise), wanted) > 100  # the same to rounding, which depends on where tensors lie
+    assert wanted.std() > 0.05
+
+
+def test_this_package_paints_the_same_from_the_single_file(case, tmp_path):
+    given = read_folder(case.folder)
+    checkpoint = from_original(read_tensors(case.file), "file", config=given.configs, files=given.files)
+    write_folder(checkpoint, tmp_path)
+    noise = torch.randn(1, 4, 8, 8)
+    wanted = torch_picture(load_torch_pipeline(case.folder), noise)
+    pipe = load_pipeline(tmp_path, DistriConfig(devices=1))
+    pipe.set_progress_bar_config(disable=True)
+    got = pipe(**CALL, latents=noise.numpy(), output_type="np").images
+    assert psnr(got, wanted) > 50
