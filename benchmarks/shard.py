@@ -83,7 +83,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     whole = None
     for parts in arguments.parts:
         config = DistriConfig(sync_mode=arguments.sync_mode, split_batch=arguments.split_batch)
-        mesh = plan_mesh(config, positive(parts, "--parts"))
+        mesh = plan_mesh(config, positive(parts, "--parts"), branches=unet.branches)
         latent = (height // VAE_SCALE, width // VAE_SCALE)
         seconds, compiling = time_step(
             step_of(config, unet, scheduler, mesh, latent=latent, dtype=dtype),

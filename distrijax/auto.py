@@ -20,6 +20,7 @@ def load_pipeline(
     dtype: Any = None,
     variant: str | None = None,
     scheduler: str | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     compiler_options: Mapping[str, Any] | None = None,
@@ -38,6 +39,7 @@ def load_pipeline(
         dtype=dtype,
         variant=variant,
         scheduler=scheduler,
+        scheduler_options=scheduler_options,
         compiler_options=compiler_options,
         compile_for=compile_for,
     )

@@ -102,7 +102,7 @@ class Layout:
     def conditioning(self) -> Conditioning:
         """As `branches`; of keys and values every device has those of its heads."""
         heads = PATCH if self.parallelism is Parallelism.TENSOR else None
-        return Conditioning(P(*self.branches, None, heads), self.branches)
+        return Conditioning(P(*self.branches, None, heads), self.branches, self.branches)
 
     @property
     def stale(self) -> P:
@@ -223,6 +223,7 @@ def condition(
     encoder_hidden_states: Float[Array, "branches images t e"],
     text_embeds: Float[Array, "branches images p"] | None,
     time_ids: Float[Array, "branches images i"] | None,
+    guidance_scale: Float[Array, "branches images"] | None,
 ) -> Conditioning:
     """`UNet.condition` for all branches and images, each on the devices that will use it.
 
@@ -239,7 +240,7 @@ def condition(
     layout = loop.layout
     specs = (loop.unet.specs, ALL_BRANCHES)
     mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=layout.conditioning)
-    return mapped(params, (encoder_hidden_states, text_embeds, time_ids))
+    return mapped(params, (encoder_hidden_states, text_embeds, time_ids, guidance_scale))
 
 
 def warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:

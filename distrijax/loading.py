@@ -137,8 +137,14 @@ def find_family(folder: Path) -> Family:
     return FAMILIES[name]
 
 
-def read_configs(folder: Path, scheduler: str | None = None) -> Configs:
-    """The configurations of a pipeline's folder; raises DistriError where one is absent, wrong or not supported."""
+def read_configs(
+    folder: Path, scheduler: str | None = None, scheduler_options: Mapping[str, Any] | None = None
+) -> Configs:
+    """The configurations of a pipeline's folder; raises DistriError where one is absent, wrong or not supported.
+
+    scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class.
+    scheduler_options: what takes the place of its options.
+    """
     family = find_family(folder)
     absent = [part for part in family.parts if not (folder / part).is_dir()]
     if absent:
@@ -154,7 +160,7 @@ def read_configs(folder: Path, scheduler: str | None = None) -> Configs:
         text_encoders=tuple(read(name, CLIPTextConfig) for name in family.text_encoders),
         unet=read("unet", UNetConfig),
         vae=read("vae", VAEConfig),
-        scheduler=load_scheduler(options, scheduler),
+        scheduler=load_scheduler(options, scheduler, scheduler_options),
     )
 
 
@@ -168,21 +174,20 @@ def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int,
 def outline_components(
     folder: Path,
     family: Family,
+    configs: Configs,
     *,
     dtype: jnp.dtype,
-    scheduler: str | None,
     mesh: Mesh,
     parallelism: Parallelism,
     shard_weights: bool,
 ) -> Components:
     """All parts of a pipeline's folder but the weights, of which only shapes are there. A wrong configuration costs no loading.
 
-    family: the one that is needed. scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the
-    folder's own class. mesh, parallelism, shard_weights: where the parameters will go. The VAE is float32 where half
-    precision would overflow (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in every pipeline).
+    family: the one that is needed. configs: the folder's. mesh, parallelism, shard_weights: where the parameters will go. The
+    VAE is float32 where half precision would overflow (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in
+    every pipeline).
     """
-    _check_family(folder, family)
-    configs = read_configs(folder, scheduler)
+    _check_family(folder, configs.family, family)
     tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
     _check_together(folder, tokenizers, configs)
 
@@ -223,8 +228,7 @@ def read_components(
     )
 
 
-def _check_family(folder: Path, needed: Family) -> None:
-    found = find_family(folder)
+def _check_family(folder: Path, found: Family, needed: Family) -> None:
     if found is not needed:
         raise DistriError(f"{folder} holds a {found.name} pipeline, not {needed.name}; load it with {found.pipeline}")
 

@@ -49,16 +49,22 @@ class MeshPlan:
         return f"{DATA} {self.data} x {CFG} {self.cfg} x {PATCH} {self.patch}"
 
 
-def plan_mesh(config: DistriConfig, devices: int) -> MeshPlan:
+def plan_mesh(config: DistriConfig, devices: int, *, branches: int = 2) -> MeshPlan:
     """Sizes of the axes for so many devices: what the user set, else the CFG split first, then patches.
 
-    Raises DistriError where the product of the sizes is not the number of devices.
+    branches: of guidance, for this model (`UNetConfig.branches`).
+    Raises DistriError where the product of the sizes is not the number of devices, and for a split of a single branch.
     """
+    if config.cfg == 2 and branches == 1:
+        raise DistriError(
+            "cfg is 2 and this UNet, which is told the guidance scale, has a single branch to run; use 1 or leave cfg out"
+        )
     data = config.data or 1
     per_image = devices // data
     cfg = config.cfg
     if cfg is None:
-        cfg = 2 if config.split_batch and per_image % 2 == 0 and config.patch in (None, per_image // 2) else 1
+        splits = config.split_batch and branches == 2 and per_image % 2 == 0
+        cfg = 2 if splits and config.patch in (None, per_image // 2) else 1
     patch = config.patch or per_image // cfg
     if data * cfg * patch != devices:
         raise DistriError(

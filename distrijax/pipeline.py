@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +21,7 @@ from distrijax import denoise
 from distrijax.config import (
     DistriConfig,
     DistriError,
+    DistriWarning,
     check_choice,
     finite_number,
     positive,
@@ -33,6 +35,7 @@ from distrijax.loading import (
     find_folder,
     outline_components,
     read_components,
+    read_configs,
     resolve_dtype,
 )
 from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, plan_mesh
@@ -62,8 +65,9 @@ class PipelineOutput:
 class Call:
     """The arguments that the calls of all pipelines have; as in diffusers, except those below.
 
-    height, width: pixels. guidance_scale: above 1 both branches run. seed: one for all images (image i draws from the i-th
-    stream of it), or one for each image; the same on any mesh. latents: starting noise [images, c, height/f, width/f],
+    height, width: pixels. guidance_scale: above 1 both branches run; a UNet that is told the scale (`UNetConfig.branches`)
+    has one, and negative prompts and guidance_rescale say nothing to it. seed: one for all images (image i draws from the
+    i-th stream of it), or one for each image; the same on any mesh. latents: starting noise [images, c, height/f, width/f],
     instead of `seed`'s; `output_type="latent"` gives the same layout. callback_on_step_end(pipeline, step, timestep,
     {"latents": ...}) may return {"latents": ...} to go on from; a step is a call of the UNet, of which PNDM makes one more
     than `num_inference_steps`. chunk_size: steps for each visit of the host, for progress and callback; None runs the whole
@@ -79,6 +83,7 @@ class Call:
     guidance_rescale: float
     num_images_per_prompt: int
     clip_skip: int | None
+    branches: int
     seed: int | Sequence[int] = 0
     latents: Any = None
     output_type: str = "pil"
@@ -98,7 +103,7 @@ class Call:
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1
+        return self.guidance_scale > 1 and self.branches == 2
 
 
 class Pipeline:
@@ -142,6 +147,7 @@ class Pipeline:
         dtype: Any = None,
         variant: str | None = None,
         scheduler: str | None = None,
+        scheduler_options: Mapping[str, Any] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         compiler_options: Mapping[str, Any] | None = None,
@@ -151,6 +157,7 @@ class Pipeline:
 
         dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs. variant: of the weight
         files, e.g. "fp16". scheduler: a name out of `distrijax.schedulers.SCHEDULERS` instead of the checkpoint's.
+        scheduler_options: options instead of the checkpoint's, such as timestep_spacing="trailing".
         compiler_options: XLA's for all programs, before `distrijax.programs.options_for`. compile_for: the arguments of the first
         call; its programs are compiled while the weights are read.
         Raises DistriError for a checkpoint that is not whole or of another family, and for devices that are not there.
@@ -162,15 +169,16 @@ class Pipeline:
             raise DistriError(
                 f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
             )
-        mesh = plan_mesh(config, count).build(pick_devices(devices, count))
-        connect(mesh)
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
+        configs = read_configs(folder, scheduler, scheduler_options)
+        mesh = plan_mesh(config, count, branches=configs.unet.branches).build(pick_devices(devices, count))
+        connect(mesh)
         components = outline_components(
             folder,
             cls.family,
+            configs,
             dtype=dtype,
-            scheduler=scheduler,
             mesh=mesh,
             parallelism=config.parallelism,
             shard_weights=config.shard_weights,
@@ -208,6 +216,7 @@ class Pipeline:
             guidance_rescale=guidance_rescale,
             num_images_per_prompt=num_images_per_prompt,
             clip_skip=clip_skip,
+            branches=self.unet_config.branches,
         )
         self.scheduler.schedule(num_inference_steps)
         prompts = len(as_list(prompt, "prompt"))
@@ -240,6 +249,7 @@ class Pipeline:
         """
         steps, init_noise_sigma = self.scheduler.schedule(call.num_inference_steps)
         loop = self._loop((call.height, call.width), guided=call.guided)
+        self._warn_of_idle_options(loop, len(steps.timestep))
         layout = loop.layout
         images = len(branches[-1][0]) * call.num_images_per_prompt
         check_images(images, self.mesh.shape[DATA])
@@ -274,6 +284,23 @@ class Pipeline:
         usual = self.default_size
         return usual[0] if height is None else height, usual[1] if width is None else width
 
+    def _warn_of_single_branch(self, **given: Any) -> None:
+        """Tells which of the arguments that are not None a UNet with a single branch of guidance ignores."""
+        names = [name for name, value in given.items() if value is not None]
+        if self.unet_config.branches == 1 and names:
+            _warn(
+                f"{', '.join(names)} changes nothing: this UNet is told the guidance scale and runs a single branch; leave it out"
+            )
+
+    def _warn_of_idle_options(self, loop: Loop, total: int) -> None:
+        """Tells which options of displaced steps are set for a call that has none."""
+        names = [name for name in ("extrapolate", "compress", "sync_steps") if getattr(self.config, name)]
+        if names and loop.strategy is not None and all(self.config.synchronous(total)):
+            _warn(
+                f"{', '.join(names)} changes nothing: with warmup_steps {self.config.warmup_steps} all {total} steps are "
+                "synchronous; use fewer warmup_steps or leave it out"
+            )
+
     def _inputs(self, loop: Loop, branches: Sequence[Embeddings], time_ids, call: Call, keys: jax.Array) -> Inputs:
         repeats = call.num_images_per_prompt
         images = branches[0].tokens.shape[0] * repeats
@@ -286,7 +313,10 @@ class Pipeline:
         ids = None
         if time_ids is not None:
             ids = put(np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1), sharding)
-        conditioning = self.programs(denoise.condition, loop, self._unet.params, tokens, pooled, ids)
+        scales = None
+        if self.unet_config.branches == 1:
+            scales = put(np.full((1, images), call.guidance_scale, np.float32), sharding)
+        conditioning = self.programs(denoise.condition, loop, self._unet.params, tokens, pooled, ids, scales)
         weights = np.asarray(denoise.guidance_weights(call.guidance_scale, guided=call.guided), np.float32)
         weights_sharding = loop.layout.sharding(P(CFG) if call.guided else P())
         factor = None
@@ -369,10 +399,19 @@ class Pipeline:
 def lay_out(
     config: DistriConfig, mesh: Mesh | AbstractMesh, unet: UNetConfig, vae: VAEConfig, size: Size, *, guided: bool
 ) -> Layout:
-    """How a picture of `size` pixels lies on a mesh; raises DistriError for sizes that are no whole rows of the latent."""
+    """How a picture of `size` pixels lies on a mesh; raises DistriError for sizes that are no whole rows of the latent.
+
+    guided: whether the guidance scale is above 1.
+    """
+    guided = guided and unet.branches == 2
     check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
     latent = size[0] // vae.scale, size[1] // vae.scale
     return layout_of(config, mesh, guided=guided, latent=latent, levels=len(unet.block_out_channels))
+
+
+def _warn(sentence: str) -> None:
+    if is_first():
+        warnings.warn(sentence, DistriWarning, stacklevel=4)
 
 
 def to_pil(pictures: np.ndarray) -> list[Image.Image]:

@@ -67,9 +67,16 @@ class DistriSDXLPipeline(Pipeline):
             seed=seed,
             latents=latents,
             clip_skip=clip_skip,
+            branches=self.unet_config.branches,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             chunk_size=chunk_size,
+        )
+        self._warn_of_single_branch(
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_embeds=negative_prompt_embeds,
+            guidance_rescale=guidance_rescale or None,
         )
         branches = self._prompts.read(
             (prompt, prompt_2),

@@ -77,8 +77,11 @@ def plan(
     guided: bool = True,
     dtype: Any = jnp.bfloat16,
 ) -> Plan:
-    """The plan of a run; latent: its height and width. Raises DistriError for axis sizes that do not fit `devices` or `images`."""
-    mesh = plan_mesh(config, devices)
+    """The plan of a run; latent: its height and width. guided: whether the guidance scale is above 1.
+
+    Raises DistriError for axis sizes that do not fit `devices` or `images`.
+    """
+    mesh = plan_mesh(config, devices, branches=unet.branches)
     step = step_of(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
     layout = step.loop.layout
     program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
@@ -113,11 +116,12 @@ def step_of(
 ) -> Step:
     """The step that most of a run's steps are: displaced, or stateless where no step is.
 
-    devices: to compile it for; None where it is only traced.
+    guided: whether the guidance scale is above 1. devices: to compile it for; None where it is only traced.
     """
     check_images(images, mesh.data)
     levels = len(unet.block_out_channels)
     where = mesh.abstract() if devices is None else mesh.build(devices)
+    guided = guided and unet.branches == 2
     layout = denoise.layout_of(config, where, guided=guided, latent=latent, levels=levels)
     form = Form.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights)
     return steps_of(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]

@@ -157,6 +157,7 @@ def _decoding(run: _Run, arguments: argparse.Namespace) -> dict[str, int]:
         devices=arguments.devices,
         latent=run.latent,
         images=arguments.batch,
+        branches=run.unet.branches,
         dtype=DTYPES[arguments.dtype],
     )
 

@@ -104,7 +104,7 @@ def compile_step(
     gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: for XLA, before the pipeline's.
     Raises DistriError for what cannot be shared out, and where the compiler for these GPUs is not installed.
     """
-    mesh = plan_mesh(config, devices)
+    mesh = plan_mesh(config, devices, branches=unet.branches)
     step = step_of(
         config,
         unet,
@@ -130,10 +130,14 @@ def compile_decoder(
     devices: int,
     latent: tuple[int, int],
     images: int = 1,
+    branches: int = 2,
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, int]:
-    """Bytes on each device while latents become pictures, by kind: weights, pixels and work. Arguments as `compile_step`'s."""
-    mesh = plan_mesh(config, devices).build(compile_only_devices(gpu, devices))
+    """Bytes on each device while latents become pictures, by kind: weights, pixels and work.
+
+    branches: of guidance (`UNetConfig.branches`); the other arguments as `compile_step`'s.
+    """
+    mesh = plan_mesh(config, devices, branches=branches).build(compile_only_devices(gpu, devices))
     layout = denoise.layout_of(config, mesh, guided=True, latent=latent, levels=1)
     form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights)
     model = Model.of(vae, form, mesh, dtype)

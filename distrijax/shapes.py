@@ -54,7 +54,7 @@ def steps_of(loop: Loop, unet: UNetConfig, images: int, *, rescale: bool = False
 
 
 def prompt_of(loop: Loop, unet: UNetConfig, images: int) -> tuple:
-    """What `denoise.condition` takes besides parameters: tokens, and for SDXL the pooled embedding and sizes; placed."""
+    """What `denoise.condition` takes besides parameters, placed: see `_prompt`."""
     return placed(loop.layout.mesh, denoise.ALL_BRANCHES, _prompt(loop, unet, images))
 
 
@@ -69,14 +69,16 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def _prompt(loop: Loop, unet: UNetConfig, images: int) -> tuple:
-    """Tokens; pooled embedding and sizes, or None twice."""
+    """Tokens; SDXL's pooled embedding and sizes, or None twice; the guidance scale, where the model is told it, or None."""
     branches = 2 if loop.layout.guided else 1
     tokens = _array(branches, images, PROMPT_TOKENS, unet.context(0), dtype=loop.dtype)
+    guidance_scale = _array(branches, images) if unet.branches == 1 else None
     if not unet.addition_embed_type:
-        return tokens, None, None
+        return tokens, None, None, guidance_scale
     sizes = 6  # of SDXL's micro-conditioning; a refiner has 5, which changes nothing here
     width = unet.projection_class_embeddings_input_dim - sizes * unet.addition_time_embed_dim
-    return tokens, _array(branches, images, width, dtype=loop.dtype), _array(branches, images, sizes)
+    pooled = _array(branches, images, width, dtype=loop.dtype)
+    return tokens, pooled, _array(branches, images, sizes), guidance_scale
 
 
 def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, rescale: bool) -> tuple:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distrijax.config import DistriError, ModelConfig, check_choice, per_block
+from distrijax.config import DistriError, ModelConfig, check_choice, per_block, positive
 from distrijax.exchange import Exchange
 from distrijax.layers import (
     Attention,
@@ -57,6 +57,7 @@ class UNetConfig(ModelConfig):
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
 
@@ -84,7 +85,6 @@ class UNetConfig(ModelConfig):
         "resnet_skip_time_act": (False,),
         "resnet_time_scale_shift": ("default",),
         "reverse_transformer_layers_per_block": (None,),
-        "time_cond_proj_dim": (None,),
         "time_embedding_act_fn": (None,),
         "time_embedding_dim": (None,),
         "time_embedding_type": ("positional",),
@@ -108,12 +108,19 @@ class UNetConfig(ModelConfig):
                 "UNetConfig: addition_embed_type 'text_time' needs addition_time_embed_dim and "
                 "projection_class_embeddings_input_dim; add them to the config"
             )
+        if self.time_cond_proj_dim is not None:
+            positive(self.time_cond_proj_dim, "UNetConfig: time_cond_proj_dim", least=4)
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % self.norm_num_groups or channels % heads:
                 raise DistriError(
                     f"UNetConfig: {channels} channels do not divide into {self.norm_num_groups} groups and {heads} heads; "
                     "correct block_out_channels, norm_num_groups or attention_head_dim"
                 )
+
+    @property
+    def branches(self) -> int:
+        """How many branches guidance has: one where the model is told the scale (`time_cond_proj_dim`), as LCM's are, else two."""
+        return 2 if self.time_cond_proj_dim is None else 1
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -131,20 +138,23 @@ class UNetConfig(ModelConfig):
 
 
 class Conditioning(NamedTuple):
-    """What the prompt and the sizes say to the UNet, constant over the denoising steps.
+    """What the prompt, the sizes and the guidance scale say to the UNet, constant over the denoising steps.
 
     context: keys and values of each cross-attention, by its path, [b, t, 2c].
     embedding: added to the time embedding, [b, 4 * channels], or None without `text_time`.
+    guidance: added to the sinusoids of the timestep, [b, channels], or None for a model that is not told the scale.
     """
 
     context: dict[str, Array]
     embedding: Array | None
+    guidance: Array | None = None
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between them."""
+    """Two linear layers with SiLU between them; condition: features of what `cond_proj` lets the caller add to the input."""
 
-    def __init__(self, features_in: int, features: int, *, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, features: int, *, condition: int | None = None, rngs: nnx.Rngs):
+        self.cond_proj = Linear(condition, features_in, bias=False, rngs=rngs) if condition else None
         self.linear_1 = Linear(features_in, features, rngs=rngs)
         self.linear_2 = Linear(features, features, rngs=rngs)
 
@@ -347,7 +357,7 @@ class UNet(nnx.Module):
         channels, levels = config.block_out_channels, range(len(config.block_out_channels))
         time = 4 * channels[0]
         self.conv_in = Conv(config.in_channels, channels[0], rngs=rngs)
-        self.time_embedding = TimestepEmbedding(channels[0], time, rngs=rngs)
+        self.time_embedding = TimestepEmbedding(channels[0], time, condition=config.time_cond_proj_dim, rngs=rngs)
         added = config.projection_class_embeddings_input_dim if config.addition_embed_type else None
         self.add_embedding = TimestepEmbedding(added, time, rngs=rngs) if added else None
         self.down_blocks = nnx.List([DownBlock(config, i, rngs=rngs) for i in levels])
@@ -362,20 +372,28 @@ class UNet(nnx.Module):
         encoder_hidden_states: Float[Array, "b t e"],
         text_embeds: Float[Array, "b p"] | None = None,
         time_ids: Float[Array, "b i"] | None = None,
+        guidance_scale: Float[Array, "b"] | None = None,
         exchange: Exchange | None = None,
     ) -> Conditioning:
-        """Everything that depends on the prompt alone.
+        """Everything that does not change from step to step.
 
         text_embeds: pooled text embedding. time_ids: SDXL's micro-conditioning (original size, crop, target size),
-        in pixels; both only for models with `addition_embed_type` "text_time". exchange: where devices hold parts of the
-        cross-attentions' projections.
+        in pixels; both only for models with `addition_embed_type` "text_time". guidance_scale: only for models with
+        `time_cond_proj_dim`; None tells them nothing of it. exchange: where devices hold parts of the cross-attentions'
+        projections.
         """
         context = {}
         for attention in (block.attn2 for block in self._transformer_blocks()):
             kv = attention.project_context(encoder_hidden_states)
             context[attention.path] = exchange.context(kv, attention.channels) if exchange is not None else kv
-        if self.add_embedding is None:
-            return Conditioning(context, None)
+        embedding = None if self.add_embedding is None else self._added(text_embeds, time_ids)
+        guidance = None
+        if guidance_scale is not None:
+            told = guidance_embedding(guidance_scale, self.config.time_cond_proj_dim)
+            guidance = self.time_embedding.cond_proj(told.astype(encoder_hidden_states.dtype))
+        return Conditioning(context, embedding, guidance)
+
+    def _added(self, text_embeds: Float[Array, "b p"], time_ids: Float[Array, "b i"]) -> Float[Array, "b o"]:
         b, ids = time_ids.shape
         sizes = self._sinusoidal(time_ids.reshape(-1), self.config.addition_time_embed_dim).reshape(b, -1)
         added = jnp.concatenate([text_embeds, sizes.astype(text_embeds.dtype)], -1)
@@ -384,7 +402,7 @@ class UNet(nnx.Module):
                 f"{ids} time ids and a pooled embedding of {text_embeds.shape[-1]} make {added.shape[-1]} features; the "
                 f"UNet takes {self.config.projection_class_embeddings_input_dim}; check the second text encoder"
             )
-        return Conditioning(context, self.add_embedding(added))
+        return self.add_embedding(added)
 
     def __call__(
         self,
@@ -398,9 +416,10 @@ class UNet(nnx.Module):
         timestep: of the training schedule (0 to 999), fractions allowed; one for all, or one each.
         """
         timestep = jnp.broadcast_to(timestep, sample.shape[:1])
-        embedding = self.time_embedding(
-            self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(sample.dtype)
-        )
+        features = self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(sample.dtype)
+        if conditioning.guidance is not None:
+            features = features + conditioning.guidance
+        embedding = self.time_embedding(features)
         if conditioning.embedding is not None:
             embedding = embedding + conditioning.embedding
         x = self.conv_in(sample, exchange.exact())
@@ -421,6 +440,11 @@ class UNet(nnx.Module):
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
         transformers = [t for block in blocks for t in block.attentions or ()]
         return [block for transformer in transformers for block in transformer.transformer_blocks]
+
+
+def guidance_embedding(scale: Float[Array, "b"], size: int) -> Float[Array, "b {size}"]:
+    """Sinusoids of guidance scales, float32; agrees with diffusers' get_guidance_scale_embedding of scale - 1."""
+    return sinusoidal(1000 * (scale - 1), size, flip_sin_to_cos=False, shift=1.0)
 
 
 SDXL_BASE = UNetConfig(

@@ -32,6 +32,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
+    def pairs(self, flag: str, given: Sequence[str]) -> dict[str, str]:
+        """Names and values out of what a flag got as NAME=VALUE, several times."""
+        for option in given:
+            if "=" not in option:
+                self.error(f"{flag} is {option}; give NAME=VALUE")
+        return dict(option.split("=", 1) for option in given)
+
     def size(self, numbers: Sequence[int] | None) -> tuple[int, int] | None:
         """Height and width out of what --image-size got."""
         if numbers and len(numbers) > 2:

@@ -168,7 +168,7 @@ def check(setting: Setting, job: Job) -> int:
     """How many patches share a picture; raises DistriError for a setting that cannot be, before anything is painted."""
     config = DistriConfig(**setting)
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
-    mesh = plan_mesh(config, config.devices).abstract()
+    mesh = plan_mesh(config, config.devices, branches=job.configs.unet.branches).abstract()
     return lay_out(config, mesh, job.configs.unet, job.configs.vae, size, guided=guided).patches
 
 

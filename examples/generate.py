@@ -9,6 +9,7 @@ Compiled programs are kept in the user's cache folder, so that the second run is
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -77,6 +78,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-inference-steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, default=5.0, help="how closely to follow the prompt (default: %(default)s)")
     add("--scheduler", choices=tuple(SCHEDULERS), help="(default: the checkpoint's)")
+    add(
+        "--scheduler-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="instead of the checkpoint's, such as timestep_spacing=trailing; may be given several times",
+    )
     add("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
     add("--sync-steps", type=int, nargs="+", default=(), metavar="STEP", help="further exact steps; -1 is the last")
@@ -113,10 +121,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.image_size = parser.size(arguments.image_size)
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
-    for option in arguments.compiler_option:
-        if "=" not in option:
-            parser.error(f"--compiler-option is {option}; give NAME=VALUE")
+    for name in ("compiler_option", "scheduler_option"):
+        options = parser.pairs("--" + name.replace("_", "-"), getattr(arguments, name))
+        setattr(arguments, name, {name: from_json(value) for name, value in options.items()})
     return arguments
+
+
+def from_json(text: str) -> Any:
+    """A number, true, false or null; other text is itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -134,14 +150,14 @@ def generate(arguments: argparse.Namespace) -> None:
         split_scheme=arguments.split_scheme,
     )
     folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
-    configs = read_configs(folder, arguments.scheduler)
+    configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
     size = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     if arguments.plan:
         print_plan(arguments, config, configs, size)
         return
     outputs = output_files(arguments.output, arguments.batch) if is_first() else []
     keep_compiled_programs()
-    plan = plan_mesh(config, find_devices(config.devices))
+    plan = plan_mesh(config, find_devices(config.devices), branches=configs.unet.branches)
     dtype = find_dtype(arguments.dtype)
     image = share(arguments, config, configs, size, plan)
     print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
@@ -163,7 +179,8 @@ def generate(arguments: argparse.Namespace) -> None:
         dtype=dtype,
         variant=arguments.variant,
         scheduler=arguments.scheduler,
-        compiler_options=compiler_options(arguments.compiler_option),
+        scheduler_options=arguments.scheduler_option,
+        compiler_options=arguments.compiler_option,
         compile_for={**call, "num_images_per_prompt": arguments.batch},
     )
     loaded = time.perf_counter()
@@ -178,6 +195,7 @@ def generate(arguments: argparse.Namespace) -> None:
     settings = {
         **call,
         "scheduler": arguments.scheduler or pipe.scheduler.diffusers_name,
+        "scheduler_options": json.dumps(arguments.scheduler_option) if arguments.scheduler_option else None,
         "model": arguments.model or "embedded",
         "variant": arguments.variant,
         "dtype": dtype.name,
@@ -199,18 +217,12 @@ def generate(arguments: argparse.Namespace) -> None:
         print(f"wrote    {output}")
 
 
-def compiler_options(options: Sequence[str]) -> dict[str, str | bool]:
-    """Names and values out of what --compiler-option got; XLA's own flags say true and false."""
-    pairs = (option.split("=", 1) for option in options)
-    return {name: {"true": True, "false": False}.get(value.lower(), value) for name, value in pairs}
-
-
 def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int]) -> None:
     """What a run would exchange, from the configurations alone; the devices need not be there."""
     found = find_devices(None)
     devices = config.devices or found
     dtype = find_dtype(arguments.dtype)
-    mesh = plan_mesh(config, devices)
+    mesh = plan_mesh(config, devices, branches=configs.unet.branches)
     image = share(arguments, config, configs, size, mesh)
     planned = planning.plan(
         config,

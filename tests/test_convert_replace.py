@@ -87,15 +87,6 @@ def test_old_names_of_a_vae_are_those_of_today(xl):
     assert with_vae(xl, renamed, "an old one").tensors["vae"].keys() == tensors.keys()
 
 
-def embeds_guidance() -> bool:
-    """Whether the package's UNet has the embedding of the guidance."""
-    try:
-        return bool(UNetConfig.from_dict(UNET | {"time_cond_proj_dim": 24}))
-    except DistriError:
-        return False
-
-
-@pytest.mark.skipif(not embeds_guidance(), reason="the package's UNet has no embedding of the guidance")
 def test_unet_with_embedded_guidance_is_told_by_its_tensors(xl):
     torch.manual_seed(1)
     consistency = unet(time_cond_proj_dim=24)

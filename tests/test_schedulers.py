@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_euler_ancestral_discrete
+from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from jax.sharding import PartitionSpec as P
 
 from distrijax.config import DistriError
 from distrijax.schedulers import (
     DDIM,
+    LCM,
     PNDM,
     SCHEDULERS,
     DPMSolverPP2M,
@@ -30,8 +31,9 @@ from distrijax.schedulers import (
     with_class,
 )
 
-CLASSES = (DDIM, Euler, EulerAncestral, DPMSolverPP2M, PNDM)
-ZERO_SNR = (DDIM, Euler, EulerAncestral, DPMSolverPP2M)  # that know rescale_betas_zero_snr
+CLASSES = (DDIM, Euler, EulerAncestral, DPMSolverPP2M, PNDM, LCM)
+SPACED = CLASSES[:5]  # with a choice of timestep_spacing
+ZERO_SNR = (DDIM, Euler, EulerAncestral, DPMSolverPP2M, LCM)  # that know rescale_betas_zero_snr
 SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDXL_CONFIG = SDXL_BETAS | {
     "_class_name": "EulerDiscreteScheduler",
@@ -95,7 +97,8 @@ def run_diffusers(name, config, steps, monkeypatch, double=False):
         scheduler.set_begin_index(0)  # otherwise a repeated first timestep is skipped
     trajectory, fresh = [], iter(fresh)
     with monkeypatch.context() as patch:
-        patch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *_, **__: next(fresh))
+        for module in (scheduling_euler_ancestral_discrete, scheduling_lcm):
+            patch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh))
         if double:
             in_float64(scheduler, patch)
         latents = start * scheduler.init_noise_sigma
@@ -148,7 +151,9 @@ def cases():
         if kind is PNDM and zero_snr:
             continue  # no option of PNDM
         if kind is DDIM and prediction == "epsilon" and zero_snr and (spacing, steps) in WITHOUT_IMAGE:
-            continue  # diffusers divides by zero; see test_ddim_refuses_noise_prediction_where_no_image_is_left
+            continue  # diffusers divides by zero; see test_noise_prediction_where_no_image_is_left_is_refused
+        if kind is LCM and (spacing != "leading" or (prediction == "epsilon" and zero_snr)):
+            continue  # the one says nothing, the other as above
         for karras in (False, True) if kind in (Euler, DPMSolverPP2M) else (None,):
             options = {"prediction_type": prediction, "timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr}
             name = f"{kind.__name__}-{prediction}-{spacing}-{'zero_snr' if zero_snr else 'snr'}-{steps}"
@@ -168,6 +173,23 @@ def test_every_step_agrees_with_diffusers(kind, options, steps, monkeypatch):
         config |= {"skip_prk_steps": True}
         del config["rescale_betas_zero_snr"]
     assert_agrees(kind, config, steps, monkeypatch, double=options["rescale_betas_zero_snr"])
+
+
+TRAILING = SDXL_BETAS | {"timestep_spacing": "trailing", "steps_offset": 1}
+FEW_STEPS = {
+    "lightning": (Euler, TRAILING),
+    "lightning of one step": (Euler, TRAILING | {"prediction_type": "sample"}),
+    "lightning to the smallest sigma": (Euler, TRAILING | {"final_sigmas_type": "sigma_min"}),
+    "turbo": (EulerAncestral, TRAILING),
+    "lcm": (LCM, SDXL_BETAS | {"steps_offset": 1, "thresholding": False, "original_inference_steps": 50}),
+}
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("case", FEW_STEPS)
+def test_one_to_eight_steps_of_distilled_models_agree_with_diffusers(case, steps, monkeypatch):
+    kind, config = FEW_STEPS[case]
+    assert_agrees(kind, config, steps, monkeypatch, double=False)
 
 
 def random_config(kind, choose):
@@ -210,6 +232,13 @@ def random_config(kind, choose):
             config["solver_type"] = choose.choice(("midpoint", "midpoint" if karras else "heun"))
             config["lower_order_final"] = choose.choice((False, True))
             config["euler_at_final"] = choose.choice((False, True))
+        case "LCM":
+            config["original_inference_steps"] = choose.choice((30, 37, 40))
+            config["timestep_scaling"] = choose.choice((1.0, 10.0))
+            config["clip_sample"] = choose.choice((False, True))
+            config["clip_sample_range"] = choose.choice((0.5, 2))
+            if config["prediction_type"] == "epsilon":
+                config["rescale_betas_zero_snr"] = False
     steps = choose.randint(1, 30)
     if len(np.arange(train, 0, -train / steps)) != steps:
         config["timestep_spacing"] = "leading"  # see test_trailing_spacing_never_takes_a_step_too_many
@@ -236,17 +265,18 @@ def test_the_last_step_is_of_lower_order_below_fifteen_steps(steps, monkeypatch)
     assert_agrees(DPMSolverPP2M, SDXL_BETAS | {"final_sigmas_type": "sigma_min"}, steps, monkeypatch, double=False)
 
 
-def test_ddim_refuses_noise_prediction_where_no_image_is_left():
+@pytest.mark.parametrize("kind", (DDIM, LCM))
+def test_noise_prediction_where_no_image_is_left_is_refused(kind):
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    with pytest.raises(DistriError, match="leaves no image in the latents at timestep 999"):
-        DDIM(**config).schedule(20)
+    with pytest.raises(DistriError, match="leaves no image in the latents at timestep 999, so .* cannot find it; use "):
+        kind(**config).schedule(20)
     for prediction in ("v_prediction", "sample"):
-        assert_finite(DDIM(**config, prediction_type=prediction), 20)
+        assert_finite(kind(**config, prediction_type=prediction), 20)
 
 
 def test_trailing_spacing_never_takes_a_step_too_many():
     # 1000 / 61 is rounded such that diffusers' arange yields 62 timesteps, the last of them -1
-    for kind in CLASSES:
+    for kind in SPACED:
         steps, _ = made(kind, timestep_spacing="trailing").schedule(61)
         assert len(steps.timestep) == (62 if kind is PNDM else 61)
         assert steps.timestep[-1] == round(1000 / 61) - 1
@@ -349,6 +379,8 @@ def test_constants_are_finite_for_any_number_of_steps(kind, spacing, prediction)
         ]
     if kind is DPMSolverPP2M:
         options = [{**option, "solver_type": solver} for option in options for solver in ("midpoint", "heun")]
+    if kind is LCM:
+        options = [{"original_inference_steps": 1000}]
     most = 999 if kind is DPMSolverPP2M and spacing == "leading" else 1000
     for option, steps in itertools.product(options, (1, 2, 3, 15, 334, 501, 999, most)):
         assert_finite(made(kind, **option, timestep_spacing=spacing, prediction_type=prediction), steps)
@@ -367,6 +399,8 @@ def test_steps_that_do_not_fit_the_spacing_are_refused():
     for kind in (DDIM, PNDM):
         with pytest.raises(DistriError, match="steps_offset 1 reach timestep 1000"):
             made(kind, steps_offset=1, timestep_spacing="leading").schedule(1000)
+    with pytest.raises(DistriError, match="steps is 51 and the model was distilled on 50 timesteps .*; use at most 50"):
+        LCM().schedule(51)
 
 
 # Images whose values are normally distributed: the best prediction and the probability flow have closed forms.
@@ -441,6 +475,20 @@ def test_ancestral_sampling_of_a_gaussian_has_its_mean_and_spread():
     assert abs(state.latents.std() - SPREAD) < 0.015
 
 
+def test_lcm_answers_with_the_image_and_goes_back_with_fresh_noise_alone():
+    """Of latents that are nothing but noise, a model that sees the image keeps none: steps are independent draws around it."""
+    scheduler = LCM(prediction_type="sample")
+    _, trajectory = run(scheduler, 4, lambda latents, timestep: np.full(SHAPE, 0.7, np.float32))
+    squares = scheduler.cumulative_alphas()[[759, 499, 259]]
+    _, *fresh = noises(4)
+    for latents, squared, noise in zip(trajectory[:3], squares, fresh, strict=False):
+        # what the boundary conditions leave of the latents is 1 / (40 timestep)^2
+        np.testing.assert_allclose(
+            latents, math.sqrt(squared) * 0.7 + math.sqrt(1 - squared) * noise, rtol=0, atol=1e-5
+        )
+    np.testing.assert_allclose(trajectory[3], 0.7, rtol=0, atol=1e-5)
+
+
 def test_pndm_stays_on_the_path_of_a_noise_that_does_not_change():
     scheduler = made(PNDM, **SDXL_BETAS, steps_offset=1)
     image, noise = 0.7, noises(1)[1]
@@ -508,13 +556,43 @@ def test_a_change_of_class_keeps_the_options_that_diffusers_keeps(config, name):
         getattr(diffusers, config["_class_name"]).from_config(config).config
     )
     for field in dataclasses.fields(scheduler):
-        if field.name not in ("_source", "use_karras_sigmas", "skip_prk_steps"):  # which the name decides
+        if field.name not in ("_source", *SCHEDULERS[name][1]):  # which the name decides
             assert getattr(scheduler, field.name) == theirs.config[field.name], field.name
     assert getattr(scheduler, "use_karras_sigmas", None) in (None, name.endswith("karras"))
     # and by way of every other class
-    for between in SCHEDULERS:
+    for between in SCHEDULERS.keys() - {"euler-trailing"}:  # whose spacing the next class would keep
         if not config["_class_name"].startswith(("DPM", "UniPC")):
             assert with_class(load_scheduler(config, between), name) == scheduler
+
+
+def test_options_take_the_place_of_the_configs_and_of_the_names():
+    lightning = load_scheduler(SDXL_CONFIG, "euler-trailing", {"prediction_type": "sample"})
+    assert lightning == Euler(**SDXL_BETAS, steps_offset=1, timestep_spacing="trailing", prediction_type="sample")
+    assert load_scheduler(lightning.to_config() | {"_class_name": "EulerDiscreteScheduler"}) == lightning
+    assert load_scheduler(SDXL_CONFIG, options={"timestep_spacing": "linspace"}).timestep_spacing == "linspace"
+    assert load_scheduler(SDXL_CONFIG, "lcm", {"original_inference_steps": 100}).original_inference_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            None,
+            {"original_inference_steps": 50},
+            "original_inference_steps is no option that EulerDiscreteScheduler heeds",
+        ),
+        (
+            "lcm",
+            {"timestep_spacing": "trailing"},
+            "timestep_spacing is no option that LCMScheduler heeds; leave it out",
+        ),
+        ("euler", {"timestep_spacing": "even"}, "timestep_spacing is 'even'; use one of"),
+        ("euler", {"_source": ()}, "_source is no option"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(name, options, message):
+    with pytest.raises(DistriError, match=message):
+        load_scheduler(SDXL_CONFIG, name, options)
 
 
 def test_a_change_of_class_keeps_options_given_in_code():
@@ -563,6 +641,14 @@ def test_equal_options_make_equal_schedulers_whatever_they_were_read_from():
         ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1"),
         ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "variance_type is 'learned'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "thresholding is True"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 0}, "original_inference_steps is 0; give a whole"),
+        (
+            {"_class_name": "LCMScheduler", "original_inference_steps": 1001},
+            "is 1001 and the model knows 1000 timesteps;",
+        ),
+        ({"_class_name": "LCMScheduler", "timestep_scaling": 0}, "timestep_scaling is 0; give a number above 0"),
+        ({"_class_name": "LCMScheduler", "clip_sample": 1}, "clip_sample is 1; use true or false"),
+        ({"_class_name": "LCMScheduler", "thresholding": True}, "thresholding is True"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps is False and .* not supported; set it to true"),
         (
             {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "prediction_type": "sample"},

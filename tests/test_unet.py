@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from oracle import disturb, host, nhwc, part, port, record, relative_error
@@ -19,7 +19,7 @@ from oracle import disturb, host, nhwc, part, port, record, relative_error
 from distrijax.config import DistriError
 from distrijax.exchange import Displaced, Synchronous, WholeImage
 from distrijax.mesh import PATCH, MeshPlan
-from distrijax.unet import UNet, UNetConfig
+from distrijax.unet import UNet, UNetConfig, guidance_embedding
 from distrijax.weights import checkpoint_name, to_pytorch
 
 EXACT = 1e-5
@@ -54,7 +54,14 @@ CONVOLUTIONS = BASE | {
     "flip_sin_to_cos": False,
     "freq_shift": 1,
 }
-KINDS = {"base": BASE, "refiner": REFINER, "convolutional projections": CONVOLUTIONS}
+TOLD = {"time_cond_proj_dim": 32}  # the guidance scale
+KINDS = {
+    "base": BASE,
+    "refiner": REFINER,
+    "convolutional projections": CONVOLUTIONS,
+    "told the guidance": BASE | TOLD,
+    "told the guidance, of one text encoder": CONVOLUTIONS | TOLD,
+}
 
 FULL_BASE = BASE | {
     "block_out_channels": (320, 640, 1280),
@@ -81,6 +88,7 @@ FULL_SD21 = FULL_SD15 | {
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
+FULL_TOLD = {"time_cond_proj_dim": 256}
 FULL_REFINER = REFINER | {
     "block_out_channels": (384, 768, 1536, 1536),
     "transformer_layers_per_block": 4,
@@ -108,11 +116,21 @@ class Pair:
             count = (kind["projection_class_embeddings_input_dim"] - 20) // kind["addition_time_embed_dim"]
             self.ids = torch.randint(0, 1024, (2, count)).float()
         added = {"text_embeds": self.pooled, "time_ids": self.ids} if self.pooled is not None else None
-        self.seen = record(source, self.sample, self.timestep, self.prompt, added_cond_kwargs=added)
+        self.scales = told = None
+        if "time_cond_proj_dim" in kind:
+            self.scales = torch.tensor([8.0, 1.5])
+            embed = functools.partial(StableDiffusionXLPipeline.get_guidance_scale_embedding, None)
+            told = embed(self.scales - 1, embedding_dim=kind["time_cond_proj_dim"])
+        arguments = (self.sample, self.timestep, self.prompt)
+        self.seen = record(source, *arguments, timestep_cond=told, added_cond_kwargs=added)
 
     @functools.cached_property
     def conditioning(self):
-        arguments = [a.numpy() for a in (self.prompt, self.pooled, self.ids) if a is not None]
+        return self.condition(self.scales)
+
+    def condition(self, scales):
+        given = (self.prompt, self.pooled, self.ids, scales)
+        arguments = [None if a is None else a.numpy() for a in given]
         return jax.jit(lambda unet, *a: unet.condition(*a))(self.ours, *arguments)
 
 
@@ -126,7 +144,18 @@ def test_whole_unet_equals_diffusers(pairs, kind):
     pair = pairs(kind)
     run = jax.jit(lambda unet, x, t, c: unet(x, t, c, WholeImage()))
     got = run(pair.ours, nhwc(pair.sample), pair.timestep.numpy(), pair.conditioning)
-    assert relative_error(got, nhwc(pair.seen[""][1][0])) < EXACT
+    # the sinusoids of a guidance scale of 8 have arguments of 7000, and float32 rounds those by as much as 5e-4
+    assert relative_error(got, nhwc(pair.seen[""][1][0])) < (EXACT if pair.scales is None else 1e-4)
+    if pair.scales is not None:
+        untold = run(pair.ours, nhwc(pair.sample), pair.timestep.numpy(), pair.condition(None))
+        assert relative_error(got, untold) > 1e-2
+
+
+@pytest.mark.parametrize("size", [256, 33])
+def test_the_embedding_of_a_guidance_scale_is_that_of_diffusers(size):
+    scales = torch.tensor([0.0, 0.5, 1.0, 1.7, 2.0])
+    wanted = StableDiffusionXLPipeline.get_guidance_scale_embedding(None, scales - 1, embedding_dim=size)
+    np.testing.assert_allclose(guidance_embedding(jnp.asarray(scales.numpy()), size), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(13, 10), (7, 9), (1, 3)])
@@ -214,8 +243,14 @@ def test_embedding_equals_diffusers(pairs, name):
 
 @pytest.mark.parametrize(
     ("kind", "tensors", "millions"),
-    [(FULL_BASE, 1680, 2567.46), (FULL_REFINER, 1220, None), (FULL_SD15, 686, 859.52), (FULL_SD21, 686, 865.91)],
-    ids=["base", "refiner", "SD 1.5", "SD 2.1"],
+    [
+        (FULL_BASE, 1680, 2567.46),
+        (FULL_REFINER, 1220, None),
+        (FULL_SD15, 686, 859.52),
+        (FULL_SD21, 686, 865.91),
+        (FULL_SD15 | FULL_TOLD, 687, None),
+    ],
+    ids=["base", "refiner", "SD 1.5", "SD 2.1", "LCM of SD 1.5"],
 )
 def test_full_size_model_has_the_tensors_of_diffusers(kind, tensors, millions):
     with torch.device("meta"):
@@ -363,6 +398,7 @@ def test_bfloat16_stays_bfloat16(pairs):
         ({"up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D")}, "block type is 'AttnUpBlock2D'"),
         ({"addition_embed_type": "image"}, "addition_embed_type is 'image'"),
         ({"addition_time_embed_dim": None}, "needs addition_time_embed_dim"),
+        ({"time_cond_proj_dim": 3}, "time_cond_proj_dim is 3; give a whole number of at least 4"),
         ({"norm_num_groups": 7}, "do not divide into 7 groups"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -82,38 +83,42 @@ SD_SCHEDULERS = {
 }
 
 
-def save_tiny_pipeline(folder: Path, *, seed: int = 0) -> None:
-    """Writes an SDXL pipeline to `folder` in the diffusers layout, float32; the same weights for the same seed."""
+def save_tiny_pipeline(folder: Path, *, seed: int = 0, scheduler: Any = None, **unet: Any) -> None:
+    """Writes an SDXL pipeline to `folder` in the diffusers layout, float32; the same weights for the same seed.
+
+    scheduler: of diffusers, instead of Euler's. unet: what its config has besides.
+    """
     with tempfile.TemporaryDirectory() as texts:
         tokenizers = _train_tokenizers(PADDINGS, texts)
         torch.manual_seed(seed)
         parts = {
-            "unet": UNet2DConditionModel(**UNET),
+            "unet": UNet2DConditionModel(**UNET, **unet),
             "vae": AutoencoderKL(**VAE),
             "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act="quick_gelu")),
             "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizers["tokenizer_2"], hidden_act="gelu")),
         }
         for part in parts.values():
             _disturb(part)
-        scheduler = EulerDiscreteScheduler(**SCHEDULER)
+        scheduler = scheduler or EulerDiscreteScheduler(**SCHEDULER)
         _save(StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=scheduler), folder, texts)
 
 
-def save_tiny_sd_pipeline(folder: Path, version: int, *, seed: int = 0) -> None:
+def save_tiny_sd_pipeline(folder: Path, version: int, *, seed: int = 0, scheduler: Any = None, **unet: Any) -> None:
     """The same of a pipeline like Stable Diffusion 1.x or 2.x (with v-prediction): version 1 or 2."""
     padding, hidden_act = SD_TEXTS[version]
     with tempfile.TemporaryDirectory() as texts:
         tokenizers = _train_tokenizers({"tokenizer": padding}, texts)
         torch.manual_seed(seed)
         parts = {
-            "unet": UNet2DConditionModel(**SD_UNETS[version]),
+            "unet": UNet2DConditionModel(**SD_UNETS[version], **unet),
             "vae": AutoencoderKL(**SD_VAE),
             "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act=hidden_act)),
         }
         for part in parts.values():
             _disturb(part)
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = StableDiffusionPipeline(**parts, **tokenizers, **absent, scheduler=SD_SCHEDULERS[version])
+        scheduler = scheduler or SD_SCHEDULERS[version]
+        pipe = StableDiffusionPipeline(**parts, **tokenizers, **absent, scheduler=scheduler)
         _save(pipe, folder, texts)
 
 

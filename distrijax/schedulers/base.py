@@ -54,11 +54,13 @@ class Scheduler(ModelConfig, abc.ABC):
 
     trained_betas: the variances themselves, instead of `beta_schedule` from `beta_start` to `beta_end`.
     steps_offset: added to the timesteps of `leading` spacing.
+    idle: those of them that say nothing in a class.
     Raises DistriError for values that are not supported.
     """
 
     diffusers_name: ClassVar[str]
     needs_noise: ClassVar[bool] = False
+    idle: ClassVar[frozenset[str]] = frozenset()
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -88,10 +90,15 @@ class Scheduler(ModelConfig, abc.ABC):
         Keys with a leading underscore are bookkeeping; those of `ELSEWHERE` mean nothing in a class without them.
         Raises DistriError for an unknown key, and for a value that would change the result and is not supported.
         """
-        handled = {field.name for field in dataclasses.fields(cls)} | cls.FIXED.keys()
+        handled = cls.options()
         meant = {key: value for key, value in config.items() if key in handled or key not in ELSEWHERE}
         source = tuple((key, freeze(value)) for key, value in config.items() if not key.startswith("_"))
         return dataclasses.replace(cls.from_dict(meant), _source=source)
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """The names of all options that it knows, those with a single supported value included."""
+        return {field.name for field in dataclasses.fields(cls) if not field.name.startswith("_")} | cls.FIXED.keys()
 
     def to_config(self) -> dict[str, Any]:
         """The config it was read from, options of other classes included, and every option not at its default."""
@@ -214,6 +221,14 @@ class ZeroSNRScheduler(Scheduler):
 
     def cumulative_alphas(self) -> common.Table:
         return common.cumulative_alphas(self.betas(), rescale_zero_snr=self.rescale_betas_zero_snr)
+
+    def check_image_left(self, first: int, cumulative_alphas: np.ndarray, instead: str) -> None:
+        """Raises DistriError where the image cannot be told from latents and noise at the first timestep. instead: what to use."""
+        if cumulative_alphas[first] == 0 and self.prediction_type == common.Prediction.EPSILON:
+            raise DistriError(
+                f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
+                f"{first}, so {type(self).__name__} cannot find it; use {instead}, or a model with 'v_prediction'"
+            )
 
 
 def to_float32(steps: Steps) -> Steps:

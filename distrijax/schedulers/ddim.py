@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from distrijax.config import DistriError
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
 
@@ -49,7 +48,7 @@ class DDIM(ZeroSNRScheduler):
     def schedule(self, num_inference_steps: int) -> tuple[DDIMSteps, float]:
         timesteps = self.whole_timesteps(num_inference_steps)
         table = self.cumulative_alphas().astype(np.float64)
-        self._check_image_left(timesteps[0], table)
+        self.check_image_left(timesteps[0], table, "timestep_spacing 'leading', another scheduler")
         # as in diffusers the step down is always train // steps, even where the spacing's next timestep is another
         following = timesteps - self.num_train_timesteps // num_inference_steps
         final = 1.0 if self.set_alpha_to_one else table[0]
@@ -75,11 +74,3 @@ class DDIM(ZeroSNRScheduler):
         if self.clip_sample:
             image = jnp.clip(image, -self.clip_sample_range, self.clip_sample_range)
         return State(step.next_alpha * image + step.next_sigma * predicted_noise)
-
-    def _check_image_left(self, first: int, table: np.ndarray) -> None:
-        if table[first] == 0 and self.prediction_type == common.Prediction.EPSILON:
-            raise DistriError(
-                f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
-                f"{first}, so DDIM cannot find it; use timestep_spacing 'leading', another scheduler, or a "
-                "model with 'v_prediction'"
-            )

@@ -1,0 +1,244 @@
+"""Distilled models, one to eight steps: LCM (a UNet that is told the guidance scale), Lightning and Turbo, against torch
+diffusers on one device, many devices against one, and what is refused or told."""
+
+from __future__ import annotations
+
+import functools
+
+import generate
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
+from oracle import relative_error
+from test_plan import received_by_hlo
+from tiny_pipeline import load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
+
+from distrijax import DistriConfig, DistriError, DistriWarning, load_pipeline
+from distrijax.denoise import band_noise
+from distrijax.mesh import MeshPlan
+from distrijax.pipeline import Pipeline, _image_keys
+from distrijax.plan import plan
+
+PROMPT = "a red circle on the left"
+SIZE = {"height": 256, "width": 64}
+LATENT = (4, 32, 8)
+TOLD = {"time_cond_proj_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def lcm_checkpoints(tmp_path_factory):
+    """Small random checkpoints like LCM's, by family."""
+    folders = {family: tmp_path_factory.mktemp(f"lcm-{family}") for family in ("xl", "1.x")}
+    save_tiny_pipeline(folders["xl"], scheduler=LCMScheduler(original_inference_steps=40), **TOLD)
+    save_tiny_sd_pipeline(folders["1.x"], 1, scheduler=LCMScheduler(steps_offset=1, clip_sample=False), **TOLD)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def checkpoints(lcm_checkpoints, tiny_checkpoint):
+    """Those, and one whose UNet is told nothing, of which Lightning's and Turbo's have the structure."""
+    return lcm_checkpoints | {"usual": tiny_checkpoint}
+
+
+@pytest.fixture(scope="module")
+def pipe_on(checkpoints):
+    """A pipeline by its checkpoint, its scheduler with options, and its configuration: pipe_on("xl", devices=4)."""
+
+    @functools.cache
+    def load(name: str, scheduler: str | None = None, options: tuple = (), **settings) -> Pipeline:
+        config = DistriConfig(**settings)
+        pipe = load_pipeline(checkpoints[name], config, scheduler=scheduler, scheduler_options=dict(options))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def one(pipe_on):
+    """An LCM on one device."""
+    return pipe_on("xl", devices=1)
+
+
+def paint(pipe: Pipeline, **changes) -> np.ndarray:
+    call = SIZE | {"num_inference_steps": 4} | changes
+    return np.asarray(pipe(PROMPT, **call, output_type="latent").images)
+
+
+def trajectory(pipe: Pipeline, **changes) -> list[np.ndarray]:
+    seen = []
+    paint(pipe, callback_on_step_end=lambda *arguments: seen.append(np.asarray(arguments[3]["latents"])), **changes)
+    return seen
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """Has diffusers' schedulers draw, from its first step on, the noise of this project's seed."""
+
+    def draw_as(seed: int) -> None:
+        (key,), steps = _image_keys(seed, 1), iter(range(1, 100))
+
+        def noise(*_, **__) -> torch.Tensor:
+            channels, rows, columns = LATENT
+            drawn = np.asarray(band_noise(key[None], next(steps), 0, (rows, columns, channels)))
+            return torch.from_numpy(np.moveaxis(drawn, -1, 1).copy())
+
+        for module in (scheduling_lcm, scheduling_euler_ancestral_discrete):
+            monkeypatch.setattr(module, "randn_tensor", noise)
+
+    return draw_as
+
+
+TRAILING = (("timestep_spacing", "trailing"),)
+SAMPLE = (("prediction_type", "sample"),)
+ORACLES = {
+    "lcm": ("xl", None, (), None, {"guidance_scale": 8.0}),
+    "lcm, one step": ("xl", None, (), None, {"guidance_scale": 1.5, "num_inference_steps": 1}),
+    "lcm of 1.x": ("1.x", None, (), None, {"guidance_scale": 7.5}),
+    "lcm without guidance": ("1.x", None, (), None, {"guidance_scale": 0.0, "num_inference_steps": 2}),
+    "lcm scheduler, guided": ("usual", "lcm", (), LCMScheduler, {"guidance_scale": 2.0, "num_inference_steps": 3}),
+    "lightning": ("usual", "euler-trailing", (), EulerDiscreteScheduler, {"guidance_scale": 0.0}),
+    "lightning, one step": (
+        "usual",
+        "euler-trailing",
+        SAMPLE,
+        EulerDiscreteScheduler,
+        {"guidance_scale": 0.0, "num_inference_steps": 1},
+    ),
+    "turbo": (
+        "usual",
+        "euler-ancestral",
+        TRAILING,
+        EulerAncestralDiscreteScheduler,
+        {"guidance_scale": 0.0, "num_inference_steps": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORACLES)
+def test_one_device_equals_torch_diffusers(case, checkpoints, pipe_on, same_noise):
+    name, scheduler, options, kind, settings = ORACLES[case]
+    ours, theirs = pipe_on(name, scheduler, options, devices=1), load_torch_pipeline(checkpoints[name])
+    if kind is not None:
+        spacing = {} if kind is LCMScheduler else {"timestep_spacing": "trailing"}
+        theirs.scheduler = kind.from_config(theirs.scheduler.config, **spacing | dict(options))
+    noise, call = torch.randn(1, *LATENT), SIZE | {"num_inference_steps": 4} | settings
+    same_noise(5)
+    wanted = theirs(PROMPT, **call, latents=noise.clone(), output_type="latent").images
+    assert relative_error(paint(ours, latents=noise.numpy(), seed=5, **settings), wanted) < 1e-3
+
+
+def test_the_guidance_scale_changes_the_picture_and_compiles_nothing(one):
+    pictures, count = [paint(one, guidance_scale=8.0)], one.programs.count
+    for scale in (0.0, 1.0, 7.9):
+        pictures.append(paint(one, guidance_scale=scale, num_inference_steps=4))
+        assert min(relative_error(pictures[-1], other) for other in pictures[:-1]) > 1e-3
+    paint(one, guidance_scale=3.0, num_inference_steps=8)
+    assert one.programs.count == count
+
+
+EXACT = {
+    "8 bands": {"devices": 8, "sync_mode": "full_sync"},
+    "8 bands, fewer steps than the warm-up": {"devices": 8},
+    "shared weights": {"devices": 2, "shard_weights": True},
+    "tensor": {"devices": 4, "parallelism": "tensor"},
+    "data": {"devices": 4, "data": 2, "sync_mode": "full_sync"},
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_many_devices_equal_one(case, pipe_on, one):
+    many = pipe_on("xl", **EXACT[case])
+    assert many.mesh.shape["cfg"] == 1
+    call = {"guidance_scale": 6.0, "num_images_per_prompt": 2}
+    assert relative_error(paint(many, **call), paint(one, **call)) < 1e-4
+
+
+def test_displaced_steps_come_after_the_warm_up(pipe_on, one):
+    got, wanted = (trajectory(pipe, guidance_scale=6.0) for pipe in (pipe_on("xl", devices=4, warmup_steps=1), one))
+    errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
+    assert max(errors[:2]) < 1e-4
+    assert min(errors[2:]) > 1e-5 and max(errors[2:]) < 0.5
+
+
+def test_naive_patches_are_told_the_guidance_scale(pipe_on, one):
+    """Each band equals one device's picture of the band's size."""
+    noise = np.random.default_rng(1).standard_normal((1, *LATENT), np.float32)
+    pipe = pipe_on("xl", devices=2, parallelism="naive_patch", split_scheme="row")
+    call = {"guidance_scale": 6.0, "num_inference_steps": 1}
+    got = paint(pipe, latents=noise, **call)
+    sizes = {"original_size": (256, 64), "target_size": (256, 64)}
+    for band, start in zip(np.split(got, 2, 2), np.split(noise, 2, 2), strict=True):
+        assert relative_error(band, paint(one, height=128, latents=start, **sizes, **call)) < 1e-4
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 5.0])
+def test_a_single_step_on_eight_devices_is_exact_with_the_usual_warm_up(guidance_scale, pipe_on):
+    many, one = (pipe_on("usual", "euler-trailing", SAMPLE, devices=devices) for devices in (8, 1))
+    assert many.mesh.shape["cfg"] == 2
+    call = {"guidance_scale": guidance_scale, "num_inference_steps": 1}
+    assert relative_error(paint(many, **call), paint(one, **call)) < 1e-4
+
+
+def test_what_the_first_call_needs_is_compiled_while_weights_are_read(lcm_checkpoints):
+    call = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 8.0}
+    pipe = load_pipeline(lcm_checkpoints["xl"], DistriConfig(devices=2, warmup_steps=1), compile_for=call)
+    pipe.set_progress_bar_config(disable=True)
+    before = pipe.programs.count
+    pipe(**call)
+    assert pipe.programs.count == before + 1  # the one that draws the noise
+
+
+def test_the_plan_is_that_of_the_compiled_program(pipe_on):
+    config = DistriConfig(devices=4, warmup_steps=1)
+    pipe = pipe_on("xl", devices=4, warmup_steps=1)
+    paint(pipe)
+    programs = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}
+    planned = plan(config, pipe.unet_config, pipe.scheduler, devices=4, latent=LATENT[1:], dtype=pipe.dtype)
+    assert planned.mesh == MeshPlan(1, 1, 4)
+    assert planned.patches == 4
+    assert sum(planned.received.values()) == received_by_hlo(programs["displaced"].as_text())
+
+
+def test_the_command_line_plans_a_single_branch(lcm_checkpoints, capsys):
+    generate.main(["--model", str(lcm_checkpoints["xl"]), "--plan", "--devices", "8", "--guidance-scale", "8"])
+    assert capsys.readouterr().out.startswith("mesh     data 1 x cfg 1 x patch 8")
+
+
+def test_options_of_the_scheduler_are_numbers_flags_or_words():
+    flags = [f"--scheduler-option={pair}" for pair in ("timestep_spacing=trailing", "sigma_max=12.5", "x=true")]
+    wanted = {"timestep_spacing": "trailing", "sigma_max": 12.5, "x": True}
+    assert generate.parse(flags).scheduler_option == wanted
+
+
+def test_a_split_of_the_single_branch_is_refused(lcm_checkpoints):
+    with pytest.raises(DistriError, match="cfg is 2 and this UNet, .* has a single branch to run; use 1 or leave"):
+        load_pipeline(lcm_checkpoints["xl"], DistriConfig(devices=2, cfg=2))
+
+
+def test_more_steps_than_the_model_was_distilled_on_are_refused(one):
+    with pytest.raises(DistriError, match="num_inference_steps is 41 and the model was distilled on 40 timesteps"):
+        paint(one, num_inference_steps=41)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"negative_prompt": "a square"}, "negative_prompt changes nothing: this UNet is told the guidance scale"),
+        ({"negative_prompt_2": "a", "guidance_rescale": 0.5}, "negative_prompt_2, guidance_rescale changes nothing"),
+    ],
+    ids=["negative prompt", "both"],
+)
+def test_what_only_two_branches_would_heed_is_told(given, words, one):
+    with pytest.warns(DistriWarning, match=words):
+        got = paint(one, guidance_scale=8.0, **given)
+    np.testing.assert_array_equal(got, paint(one, guidance_scale=8.0))
+
+
+def test_options_of_displaced_steps_are_told_where_there_are_none(pipe_on):
+    pipe = pipe_on("xl", devices=4, extrapolate=True, compress="int8")
+    words = "extrapolate, compress changes nothing: with warmup_steps 4 all 4 steps are synchronous; use fewer"
+    with pytest.warns(DistriWarning, match=words):
+        paint(pipe)
