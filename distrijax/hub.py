@@ -20,18 +20,9 @@ from huggingface_hub.errors import (
 )
 
 from distrijax.config import DistriError
+from distrijax.weights import SAFE, STEMS
 
 Result = TypeVar("Result")
-
-STEMS = {
-    ".safetensors": ("diffusion_pytorch_model", "model"),
-    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
-    ".msgpack": ("diffusion_flax_model", "flax_model"),
-}
-"""What files with a model's weights are called, by their format; the first format that a model has is the one to fetch."""
-
-SAFE = (".safetensors",)
-"""The format that needs no conversion."""
 
 _URL = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)(?:/(?:blob|resolve|tree)/([^/]+))?(?:/(.+))?"
@@ -82,7 +73,8 @@ def find(
     if (path := Path(name).expanduser()).exists():
         return path
     remote = parse(str(name))
-    if remote is None:
+    missing = path.parent != Path() and path.parent.is_dir()  # of a folder here
+    if remote is None or missing:
         raise DistriError(f"{name} is neither a file nor a folder; give one, or a hub id like owner/model")
     remote = remote._replace(revision=revision or remote.revision, file=remote.file or file)
     offline = offline or constants.HF_HUB_OFFLINE

@@ -9,7 +9,7 @@ Modules carry diffusers' names, so the map from a checkpoint is four leaf rules:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,19 @@ UNPREFIXED = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """What old VAEs, those of Stable Diffusion 1.x and 2.x among them, call the projections of their attention."""
 
+STEMS = {
+    ".safetensors": ("diffusion_pytorch_model", "model"),
+    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
+    ".msgpack": ("diffusion_flax_model", "flax_model"),
+}
+"""What files with a model's weights are called, by their format; the first format that a model has is the one to take."""
+
+SAFE = (".safetensors",)
+"""The format that needs no conversion."""
+
+JSON = 32 << 20
+"""Characters of a JSON file: those of a tokenizer are 4 million."""
+
 LISTED = 8
 """How many offending tensors an error names for each kind of trouble."""
 
@@ -46,10 +59,14 @@ LONGEST = 150
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises DistriError when there is none or it is not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(JSON + 1)
+        if len(text) > JSON:
+            raise ValueError(f"it has more than {JSON} characters")
+        content = json.loads(text)
     except FileNotFoundError:
         raise DistriError(f"{path} does not exist; give a folder in the diffusers layout") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DistriError(f"{path} is not readable JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
         raise DistriError(f"{path} holds a {type(content).__name__}; a JSON object is needed; fetch the file again")
@@ -120,41 +137,68 @@ def to_pytorch(leaf: str, tensor: np.ndarray) -> np.ndarray:
     return tensor
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a model's folder: one, or the shards its index names."""
+def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = SAFE) -> list[Path]:
+    """The files with a model's weights: one, or the shards its index names, of the first format that is there.
+
+    formats: keys of `STEMS`. Raises DistriError where there are none, and for shards that lie elsewhere.
+    """
     if not folder.is_dir():
         raise DistriError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
-    for stem in ("diffusion_pytorch_model", "model"):
-        for index in _index_names(stem, variant):
-            if (folder / index).exists():
-                shards = read_json(folder / index).get("weight_map")
-                if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-                    raise DistriError(f"{folder / index} has no weight_map; fetch the file again")
-                return [folder / name for name in sorted(set(shards.values()))]
-        single = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
-        if single.exists():
-            return [single]
-    found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".msgpack")))
-    wanted = f"safetensors of variant {variant!r}" if variant else "safetensors"
+    for end in formats:
+        for stem in STEMS[end]:
+            for index in _index_names(stem + end, variant):
+                if (folder / index).exists():
+                    return _shards(folder, index)
+            single = folder / (f"{stem}.{variant}{end}" if variant else stem + end)
+            if single.exists():
+                return [single]
+    found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in STEMS))
+    wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
     raise DistriError(f"{folder} has no {wanted} (found: {found or 'no weights'}); choose a variant that is there")
 
 
-def _index_names(stem: str, variant: str | None) -> list[str]:
-    name = f"{stem}.safetensors.index"
-    return [f"{name}.{variant}.json", f"{stem}.safetensors.{variant}.index.json"] if variant else [f"{name}.json"]
+def _index_names(file: str, variant: str | None) -> list[str]:
+    stem, end = file.split(".")
+    plain = f"{file}.index"
+    return [f"{plain}.{variant}.json", f"{stem}.{end}.{variant}.index.json"] if variant else [f"{plain}.json"]
+
+
+def _shards(folder: Path, index: str) -> list[Path]:
+    """The files beside an index that it names. Raises DistriError for a name that leads elsewhere."""
+    shards = read_json(folder / index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise DistriError(f"{folder / index} has no weight_map; fetch the file again")
+    end = "." + index.split(".")[1]
+    for name in shards.values():
+        if not name.endswith(end) or not name.isprintable() or {"/", "\\"} & set(name):
+            raise DistriError(
+                f"{folder / index} names {shown(name)!r} as a shard, and shards are {end} files beside it; fetch it again"
+            )
+    return [folder / name for name in sorted(set(shards.values()))]
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
     """Names (as they are today) and tensors of safetensors files, one at a time."""
     for file in files:
+        if file.exists() and not file.is_file():
+            raise DistriError(f"{file} is a folder or a pipe; put the file of weights there")
         try:
             with safe_open(file, framework="np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield current_name(name), tensors.get_tensor(name)
+                    yield current_name(name), _array(tensors, name, file)
         except FileNotFoundError:
             raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
         except (SafetensorError, OSError) as error:
             raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _array(tensors: safe_open, name: str, file: Path) -> np.ndarray:
+    """One tensor. Raises DistriError for a type that NumPy doesn't have."""
+    try:
+        return tensors.get_tensor(name)
+    except (AttributeError, TypeError, ValueError) as error:
+        kind = tensors.get_slice(name).get_dtype()
+        raise DistriError(f"{file} holds {shown(name)} as {kind} ({error}); give weights of 16 or 32 bits") from None
 
 
 def current_name(name: str) -> str:

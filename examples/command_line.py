@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from distrijax import DistriError, DistriWarning
 from distrijax.config import positive
+from distrijax.convert.cache import cache_folder
 from distrijax.loading import resolve_dtype
 
 
@@ -78,8 +79,7 @@ def plain_errors() -> Iterator[None]:
 def keep_compiled_programs() -> None:
     """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, however quick they were."""
     if jax.config.jax_compilation_cache_dir is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distrijax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

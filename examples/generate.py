@@ -9,6 +9,7 @@ Compiled programs are kept in the user's cache folder, so that the second run is
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -44,7 +45,10 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
-from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
+from distrijax.convert.cache import prepared
+from distrijax.convert.sources import Recipe
+from distrijax.convert.sources import add_flags as add_model_flags
+from distrijax.loading import DTYPES, Configs, default_size, read_configs
 from distrijax.mesh import check_images
 from distrijax.pipeline import lay_out
 from distrijax.processes import is_first
@@ -101,11 +105,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--batch", type=int, default=1, help="pictures of the prompt: NAME-0.png, NAME-1.png ... (default: %(default)s)"
     )
-    add(
-        "--model",
-        help="Stable Diffusion 1.x, 2.x or XL: a folder in the diffusers layout or a hub id (default: embedded)",
-    )
-    add("--variant", help="of the weight files, for example fp16")
+    add("--model", help="Stable Diffusion 1.x, 2.x or XL: a folder, a single file or a hub id (default: embedded)")
+    add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     add(
         "--compiler-option",
@@ -149,7 +150,8 @@ def generate(arguments: argparse.Namespace) -> None:
         parallelism=arguments.parallelism,
         split_scheme=arguments.split_scheme,
     )
-    folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
+    recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
+    folder, variant = prepared(recipe, token=arguments.token, offline=arguments.offline)
     configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
     size = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     if arguments.plan:
@@ -177,7 +179,7 @@ def generate(arguments: argparse.Namespace) -> None:
         folder,
         config,
         dtype=dtype,
-        variant=arguments.variant,
+        variant=variant,
         scheduler=arguments.scheduler,
         scheduler_options=arguments.scheduler_option,
         compiler_options=arguments.compiler_option,
@@ -197,7 +199,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "scheduler": arguments.scheduler or pipe.scheduler.diffusers_name,
         "scheduler_options": json.dumps(arguments.scheduler_option) if arguments.scheduler_option else None,
         "model": arguments.model or "embedded",
-        "variant": arguments.variant,
+        **{key: value for key, value in dataclasses.asdict(recipe).items() if key != "source" and value},
         "dtype": dtype.name,
         "devices": plan.devices,
         "mesh": plan,

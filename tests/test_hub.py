@@ -10,8 +10,9 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntr
 from huggingface_hub.utils import filter_repo_objects
 
 from distrijax import DistriError, hub
-from distrijax.hub import STEMS, Remote, find, parse
+from distrijax.hub import Remote, find, parse
 from distrijax.loading import PARTS, find_folder
+from distrijax.weights import STEMS
 
 STEM = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "safety_checker/model")
 TEXTS = ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]

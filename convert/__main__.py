@@ -1,0 +1,144 @@
+"""Turns models of Stable Diffusion (XL, its refiner, 1.x and 2.x) into each other's formats.
+
+    python -m distrijax.convert dream.safetensors DREAM           a single file to a folder that from_pretrained reads
+    python -m distrijax.convert owner/model dream.safetensors     a repository on the hub to a single file
+    python -m distrijax.convert base.ckpt NEW --lora style.safetensors:0.8 --vae vae.safetensors --dtype float16
+    python -m distrijax.convert dream.ckpt --inspect              what it is, and what is odd about it
+
+SOURCE: a single file in the original layout (safetensors or pickle), a folder in the diffusers layout (safetensors, pickles or
+Flax), an orbax folder, a hub id, an hf:// path. Nothing of a file is executed. DESTINATION appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from distrijax.config import DistriError, DistriWarning
+from distrijax.convert.appearing import appearing
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.folder import write_folder
+from distrijax.convert.inspection import describe_checkpoint, describe_file
+from distrijax.convert.orbax_files import write_orbax
+from distrijax.convert.original import to_original
+from distrijax.convert.progress import watched
+from distrijax.convert.safetensors_files import write_safetensors
+from distrijax.convert.sources import Found, Recipe, add_flags, assemble
+from distrijax.loading import DTYPES
+
+
+class Format(enum.StrEnum):
+    """What to write."""
+
+    DIFFUSERS = "diffusers"
+    SINGLE = "single"
+    FLAX = "flax"
+    ORBAX = "orbax"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    arguments = _parse(argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", DistriWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            convert(arguments)
+        except DistriError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # whoever reads the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        "python -m distrijax.convert",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE")
+    add("destination", metavar="DESTINATION", nargs="?", type=Path)
+    add_flags(parser)
+    kinds = tuple(kind.value for kind in Format)
+    add("--format", choices=kinds, help="of the destination (default: single for a .safetensors, else diffusers)")
+    add("--dtype", choices=tuple(DTYPES), help="of the weights (default: as they are)")
+    add("--max-shard-size", default="10GB", metavar="SIZE", help="of a file in a folder (default: %(default)s)")
+    add("--force", action="store_true", help="replace a destination that exists")
+    add("--dry-run", action="store_true", help="print where each tensor goes, and write nothing")
+    add("--inspect", action="store_true", help="print what the source is, and write nothing; reads all of it")
+    arguments = parser.parse_args(argv)
+    if arguments.destination is None and not (arguments.dry_run or arguments.inspect):
+        parser.exit(2, "error: no DESTINATION is given; name a folder or a .safetensors file, or use --inspect\n")
+    return arguments
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Reads, and tells or writes. Raises DistriError for what can't be read, converted or written."""
+    recipe = Recipe.of(arguments.source, arguments)
+    if arguments.destination and arguments.destination.exists() and not (arguments.force or arguments.dry_run):
+        raise DistriError(f"{arguments.destination} exists; choose another name, or --force to replace it")
+    found = Found.of(recipe, token=arguments.token, offline=arguments.offline)
+    if arguments.inspect and found.source.is_file():
+        print(*describe_file(found.source, recipe.source), sep="\n")
+        return
+    checkpoint, mapping = assemble(recipe, found)
+    if arguments.inspect or arguments.dry_run:
+        print(*(describe_checkpoint(checkpoint, mapping) if arguments.inspect else mapping), sep="\n")
+        return
+    write(checkpoint, arguments)
+    print(f"wrote {arguments.destination}")
+
+
+def write(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    """Writes in the format that the flags ask for."""
+    destination: Path = arguments.destination
+    single = destination.suffix == ".safetensors"
+    kind = Format(arguments.format) if arguments.format else Format.SINGLE if single else Format.DIFFUSERS
+    if single != (kind is Format.SINGLE):
+        needed = "a file that ends in .safetensors" if kind is Format.SINGLE else "a folder"
+        raise DistriError(f"DESTINATION is {destination} and --format is {kind.value}; name {needed}")
+    if arguments.dtype:
+        checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
+    with watched(checkpoint, destination.name) as seen, appearing(destination, force=arguments.force) as beside:
+        if kind is Format.SINGLE:
+            write_safetensors(to_original(seen), beside)
+        elif kind is Format.ORBAX:
+            write_orbax(seen, beside)
+        else:
+            size = arguments.max_shard_size
+            write_folder(seen, beside, flax=kind is Format.FLAX, max_shard_size=_bytes(size))
+
+
+def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
+    tensors = {
+        part: {name: tensor.astype(dtype) for name, tensor in held.items()} for part, held in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _bytes(size: str) -> int:
+    """Bytes out of 500MB or 5GB, the decimal units that the hub counts in."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in units or not number.isdecimal() or int(number) == 0:
+        raise DistriError(f"--max-shard-size is {size}; give a whole number of {', '.join(units)}, such as 5GB")
+    return int(number) * units[unit]
+
+
+if __name__ == "__main__":
+    main()

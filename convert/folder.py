@@ -1,0 +1,134 @@
+"""Folders in the diffusers layout, in and out: safetensors, sharded or not, pickles, and the Flax weights of old."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from distrijax.config import DistriError
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.files import open_tensors
+from distrijax.convert.flax_files import write_flax
+from distrijax.convert.flax_names import from_flax, to_flax
+from distrijax.convert.safetensors_files import write_safetensors
+from distrijax.convert.tensors import Tensors
+from distrijax.weights import STEMS, current_name, read_json, weight_files
+
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+LARGEST = 64 << 20
+"""Bytes of a tokenizer's file; CLIP's vocabulary is 1.6 MB."""
+
+
+def from_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
+    """The parts of a folder in the diffusers layout.
+
+    variant: of the weights, such as fp16. What paints no picture (safety checker, feature extractor, image encoder) is left
+    out. Raises DistriError for parts that are absent or can't be read.
+    """
+    index = _without_flax(read_json(folder / "model_index.json"))
+    there = [part for part, library in index.items() if isinstance(library, list) and library and library[0]]
+    models = [part for part in MODELS if part in there]
+    if "unet" not in models or "vae" not in models:
+        raise DistriError(
+            f"{folder} has no unet and vae in its model_index.json; a pipeline of Stable Diffusion is needed"
+        )
+    others = [part for part in there if part not in (*MODELS, *TOKENIZERS, "scheduler")]
+    configs = {part: _without_flax(read_json(folder / part / "config.json")) for part in models}
+    configs["scheduler"] = _without_flax(read_json(folder / "scheduler" / "scheduler_config.json"))
+    return Checkpoint(
+        index={**index, **{part: [None, None] for part in others}},
+        configs=configs,
+        tensors={part: read_model(folder / part, variant=variant) for part in models},
+        files={name: data for part in TOKENIZERS if part in there for name, data in _files(folder, part).items()},
+    )
+
+
+def read_model(folder: Path, *, variant: str | None = None) -> Tensors:
+    """The tensors of one model's folder, with PyTorch's layouts and today's names.
+
+    Raises DistriError for a name in two shards.
+    """
+    files = weight_files(folder, variant, formats=tuple(STEMS))
+    found: Tensors = {}
+    for file in files:
+        tensors = {current_name(name): tensor for name, tensor in open_tensors(file).items()}
+        if twice := found.keys() & tensors.keys():
+            raise DistriError(f"{folder} has {sorted(twice)[0]} in two of its files; fetch the folder again")
+        found |= tensors
+    return from_flax(found, str(folder)) if files[0].suffix == ".msgpack" else found
+
+
+def _without_flax(value: Any) -> Any:
+    """A config with PyTorch's classes where it names Flax's, which are called the same but for their beginning."""
+    if isinstance(value, dict):
+        return {key: _without_flax(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_flax(inner) for inner in value]
+    return value.removeprefix("Flax") if isinstance(value, str) else value
+
+
+def read_files(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, bytes]]:
+    """The configs and the tokenizers' files of a folder, whose weights need not be there."""
+    configs = {part: folder / part / "config.json" for part in MODELS}
+    configs["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    files = {name: data for part in TOKENIZERS for name, data in _files(folder, part).items()}
+    return {part: read_json(path) for part, path in configs.items() if path.exists()}, files
+
+
+def write_folder(
+    checkpoint: Checkpoint, folder: Path, *, flax: bool = False, max_shard_size: int | str = "10GB"
+) -> None:
+    """Writes a folder in the diffusers layout: what `from_pretrained` reads, here and in diffusers.
+
+    flax: Flax's names, layouts and files, as diffusers read them until 0.39, in place of safetensors. max_shard_size: bytes of
+    a file of safetensors, or "5GB". Use `appearing` around it.
+    """
+    _write_json(folder / "model_index.json", checkpoint.index)
+    for part, config in checkpoint.configs.items():
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        _write_json(folder / part / name, config)
+    for name, data in checkpoint.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    for part, tensors in checkpoint.tensors.items():
+        of_transformers = part.startswith("text_encoder")
+        if flax:
+            write_flax(to_flax(tensors, part), folder / part / f"{STEMS['.msgpack'][of_transformers]}.msgpack")
+        else:
+            _write_shards(tensors, folder / part, STEMS[".safetensors"][of_transformers], max_shard_size)
+
+
+def _write_shards(tensors: Tensors, folder: Path, stem: str, max_shard_size: int | str) -> None:
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda _: None,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, held in split.filename_to_tensors.items():
+        write_safetensors({each: tensors[each] for each in held}, folder / name)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path, part: str) -> dict[str, bytes]:
+    """What lies in a tokenizer's folder, by path."""
+    found = {}
+    for path in sorted((folder / part).glob("*")):
+        if path.is_file():
+            if path.stat().st_size > LARGEST:
+                raise DistriError(f"{path} has {path.stat().st_size} bytes, and no tokenizer's file has; remove it")
+            found[f"{part}/{path.name}"] = path.read_bytes()
+    return found

@@ -1,0 +1,79 @@
+"""What a file or folder is: its kind, its precision, its sizes, and what is odd about it."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.engine import Mapped
+from distrijax.convert.files import metadata_of, open_tensors
+from distrijax.convert.kinds import recognise
+from distrijax.convert.original import FAMILIES
+from distrijax.convert.tensors import FLOATS, Tensor, Tensors
+from distrijax.loading import FAMILIES as PIPELINES
+from distrijax.weights import finite
+
+TOLD = ("modelspec.title", "modelspec.author", "modelspec.license", "ss_base_model_version", "ss_network_dim", "format")
+"""What a safetensors file may say of itself and people want to know."""
+
+
+def describe_file(path: Path, what: str) -> Iterator[str]:
+    """Lines about a single file, of a model or of something that is put on one. Raises DistriError for one of another kind."""
+    tensors = open_tensors(path)
+    kind = recognise(tensors, what)
+    yield f"{what}: {kind}{'' if kind in FAMILIES else ', no whole model'}, {_sizes(tensors)}"
+    metadata = metadata_of(path)
+    yield from (f"  {key}: {metadata[key]}" for key in TOLD if key in metadata)
+    if any(name.startswith("model_ema.") for name in tensors):
+        yield "  has averaged weights, which --ema takes"
+    yield from _oddities(tensors, "")
+
+
+def describe_checkpoint(checkpoint: Checkpoint, mapping: list[Mapped]) -> Iterator[str]:
+    """Lines about a model and each of its parts."""
+    name = checkpoint.index.get("_class_name")
+    scheduler = checkpoint.configs.get("scheduler", {})
+    yield f"pipeline: {name}{'' if name in PIPELINES else ', which can be converted and not painted with'}"
+    yield f"scheduler: {scheduler.get('_class_name')}, predicts {scheduler.get('prediction_type', 'epsilon')}"
+    for part, tensors in checkpoint.tensors.items():
+        yield f"{part}: {_sizes(tensors)}"
+    if dropped := [mapped.theirs for mapped in mapping if not mapped.ours]:
+        yield f"dropped: {len(dropped)} tensors that no picture needs ({', '.join(dropped[:4])}{' ...' * (len(dropped) > 4)})"
+    for part, tensors in checkpoint.tensors.items():
+        yield from _oddities(tensors, f"{part}.")
+
+
+def _sizes(tensors: Tensors) -> str:
+    count = sum(tensor.size for tensor in tensors.values())
+    kinds = collections.Counter()
+    for tensor in tensors.values():
+        kinds[tensor.dtype.name] += tensor.size
+    precisions = ", ".join(
+        f"{name} ({share / count:.0%})" if len(kinds) > 1 else name for name, share in kinds.most_common()
+    )
+    return f"{len(tensors)} tensors, {count:,} parameters, {precisions}, {sum(t.nbytes for t in tensors.values()) / 1e9:.3g} GB"
+
+
+def _oddities(tensors: Tensors, prefix: str) -> Iterator[str]:
+    """Reads every tensor, one at a time."""
+    found = collections.defaultdict(list)
+    for name, tensor in tensors.items():
+        if trouble := _trouble(tensor):
+            found[trouble].append(prefix + name)
+    for trouble, names in found.items():
+        yield f"odd: {len(names)} {trouble} ({', '.join(names[:4])}{' ...' * (len(names) > 4)})"
+
+
+def _trouble(tensor: Tensor) -> str | None:
+    if tensor.dtype not in FLOATS or not tensor.size:
+        return None
+    array = tensor.read()
+    if not (np.isfinite(array.astype(np.float32)).all() if tensor.dtype.itemsize == 1 else finite(array)):
+        return "not finite"
+    if len(tensor.shape) > 1 and not array.any():
+        return "all zeros"
+    return None

@@ -1,0 +1,155 @@
+"""Safetensors files: found by the safetensors library, read where their header says, and written as a stream.
+
+The library proves a file's header (every byte belongs to one tensor, and there is none beyond the end). Its tensors lie in a
+memory map, though, whose pages count as the process's memory for as long as it is open: reading all of SDXL that way looks like
+taking 7 GB. Its writer wants all tensors at once. So tensors are read with pread here, and written one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from distrijax.config import DistriError
+from distrijax.convert.source import TENSORS, Source, add, checked_shape, reason
+from distrijax.convert.tensors import Tensor, Tensors
+
+DTYPES = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": "<f8",
+        "F32": "<f4",
+        "F16": "<f2",
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "C64": "<c8",
+        "I64": "<i8",
+        "I32": "<i4",
+        "I16": "<i2",
+        "I8": "i1",
+        "U64": "<u8",
+        "U32": "<u4",
+        "U16": "<u2",
+        "U8": "u1",
+        "BOOL": "?",
+    }.items()
+}
+"""What safetensors calls the types that a file of it may have."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+RANKS = ("U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL").split()
+"""Types in the order in which the library (0.8) lays tensors out: wide ones first, so that all are aligned."""
+
+HEADER = 16 << 20
+"""Bytes of a header: those of a whole SDXL are 0.3 MB, and the training data that LoRAs tell of, a few."""
+
+TEXTS = 10 * TENSORS
+"""Strings of a header, roughly: its quotes. A tensor has five."""
+
+
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file that begins so may be one: the length of its header, and the header's brace."""
+    return len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
+
+
+def open_safetensors(source: Source) -> Tensors:
+    """The tensors of a file, in the order of their names. Raises DistriError for one that is no safetensors file."""
+    return _parsed(source)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself (`__metadata__`): a LoRA's training, for one. Raises as `open_safetensors`."""
+    return _parsed(Source(path))[1]
+
+
+def _parsed(source: Source) -> tuple[Tensors, dict[str, str]]:
+    length = int.from_bytes(source.head(8), "little")
+    if length > min(HEADER, source.size):
+        raise source.broken("safetensors file", f"its header would be {length} bytes")
+    with source.parsed_as("safetensors file"):
+        text = source.read(8, length)
+        if text.count(b'"') - text.count(b'\\"') > TEXTS:
+            raise ValueError(f"its header holds more than {TEXTS // 2} texts")
+        try:
+            with safe_open(source.path, framework="np"):
+                header = json.loads(text, object_pairs_hook=_unique)
+        except (SafetensorError, OSError) as error:
+            raise source.broken("safetensors file", reason(error)) from None
+        metadata = header.pop("__metadata__", None) or {}
+        found: Tensors = {}
+        for name in sorted(header):
+            add(found, name, _tensor(source, 8 + length, header[name]))
+        return found, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that it has twice, of which libraries take one or the other."""
+    held = dict(pairs)
+    if len(held) != len(pairs):
+        raise ValueError("a name is in its header twice")
+    return held
+
+
+def _tensor(source: Source, start: int, entry: dict) -> Tensor:
+    if (dtype := DTYPES.get(entry["dtype"])) is None:
+        raise DistriError(f"{source.path} holds tensors of {entry['dtype']}; use one of: {', '.join(DTYPES)}")
+    begin, end = entry["data_offsets"]
+    tensor = source.tensor(start + begin, checked_shape(entry["shape"]), dtype)
+    if end - begin != tensor.nbytes or start + end > source.size:
+        raise ValueError(f"a tensor of {tensor.nbytes} bytes would lie in {end - begin}, or end beyond the file")
+    return tensor
+
+
+def write_safetensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file, one tensor in memory at a time; the same tensors give the same bytes, and the library's `save_file` too.
+
+    metadata: {"format": "pt"} unless told otherwise, which transformers asks for. Raises DistriError for a type that
+    safetensors doesn't have. Use `appearing` around it for a file that appears whole.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (RANKS.index(dtype_name(*item)), item[0]))
+    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": dtype_name(name, tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in ordered:
+            file.write(little_endian_bytes(name, tensor))
+            file.flush()
+        os.fsync(file.fileno())
+
+
+def dtype_name(name: str, tensor: Tensor) -> str:
+    """Safetensors' word for a tensor's type."""
+    try:
+        return NAMES[tensor.dtype.newbyteorder("<")]
+    except KeyError:
+        raise DistriError(
+            f"{name} is {tensor.dtype}, which safetensors has no type for; use one of: {', '.join(DTYPES)}"
+        ) from None
+
+
+def little_endian_bytes(name: str, tensor: Tensor) -> memoryview:
+    """What a tensor is in a file: its elements in row-major order. Raises DistriError where it isn't what it said."""
+    array = tensor.read()
+    if array.shape != tensor.shape or array.dtype != tensor.dtype:
+        raise DistriError(
+            f"{name} was read as {array.dtype} {list(array.shape)} and announced as {tensor.dtype} {list(tensor.shape)}; "
+            "this is a mistake in a table of conversion: report it"
+        )
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return memoryview(array.reshape(-1).view(np.uint8))

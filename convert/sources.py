@@ -1,0 +1,207 @@
+"""From whatever people have to a Checkpoint: where it is, which reader and layout, and what is put on top."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distrijax import hub
+from distrijax.config import DistriError
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.complete import check_complete
+from distrijax.convert.engine import SAME, Mapped
+from distrijax.convert.files import metadata_of, open_tensors
+from distrijax.convert.folder import from_folder, read_files, read_model
+from distrijax.convert.inversion import A1111, Embedding, with_embeddings
+from distrijax.convert.lora import Lora, with_loras
+from distrijax.convert.orbax_files import is_orbax, read_orbax
+from distrijax.convert.original import convert_original, unet_from, vae_from
+from distrijax.convert.replace import with_unet, with_vae
+from distrijax.convert.tensors import Tensors
+from distrijax.loading import PARTS
+from distrijax.weights import STEMS, read_json
+
+Config = dict[str, Any]
+
+LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+"""What diffusers calls them: taken where only a repository is named."""
+
+_TAIL = re.compile(r"(.+):([^/\\:]+)")
+"""A file and what stands after its last colon; a colon before a slash belongs to hf:// or a drive."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a model is made of.
+
+    source: a single file, a folder (diffusers layout or orbax), a hub id, an `hf://` path. variant, revision: of a folder on
+    the hub. ema: take the averaged weights of a single file. config: a folder in the diffusers layout whose configurations
+    take the place of the family's. prediction_type: what the UNet predicts, where tensors can't tell (Stable Diffusion 2).
+    unet, vae: that take the place of the source's. loras: files and their weights, merged in this order. embeddings: files
+    of textual inversion and the words they stand for, None for the word that a file names.
+    """
+
+    source: str
+    variant: str | None = None
+    revision: str | None = None
+    ema: bool = False
+    config: str | None = None
+    prediction_type: str | None = None
+    unet: str | None = None
+    vae: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    embeddings: tuple[tuple[str, str | None], ...] = ()
+
+    @classmethod
+    def of(cls, source: str, arguments: argparse.Namespace) -> Recipe:
+        """Out of the flags of `add_flags`. Raises DistriError for a LoRA's weight that is no number."""
+        names = ("variant", "revision", "ema", "config", "prediction_type", "unet", "vae")
+        return cls(
+            source,
+            **{name: getattr(arguments, name) for name in names},
+            loras=tuple(map(_weighted, arguments.lora)),
+            embeddings=tuple(_tail(text) for text in arguments.textual_inversion),
+        )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the source is taken as it is."""
+        return self == Recipe(self.source, self.variant, self.revision)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What to make a model of, besides its source."""
+    add = parser.add_argument
+    add("--variant", help="of the weight files in a folder, for example fp16")
+    add("--revision", help="of a repository on the hub: a branch, a tag or a commit")
+    add("--token", help="for the hub (default: the one that you logged in with)")
+    add("--offline", action="store_true", help="take from the hub's cache only")
+    add("--ema", action="store_true", help="take the averaged weights of a single file")
+    add("--config", metavar="FOLDER", help="whose configurations a single file has (default: those of its family)")
+    kinds = ("epsilon", "v_prediction", "sample")
+    add("--prediction-type", choices=kinds, help="what the UNet of a single file predicts (default: as its family)")
+    add("--unet", metavar="FILE", help="a UNet to take instead: distilled (Lightning, Turbo, LCM) or fine-tuned")
+    add("--vae", metavar="FILE", help="a VAE to take instead")
+    lora = "to merge into the weights; may be given several times"
+    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help=lora)
+    word = "an embedding, and the word for it; may be given several times"
+    add("--textual-inversion", action="append", default=[], metavar="FILE[:WORD]", help=word)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A recipe's files, on this machine."""
+
+    source: Path
+    config: Path | None
+    unet: Path | None
+    vae: Path | None
+    loras: tuple[Path, ...]
+    embeddings: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Found:
+        """Looks for them here and on the hub. Raises DistriError for one that is not to be had."""
+        find = partial(hub.find, token=token, offline=offline)
+        model = partial(find, parts=("",), index="config.json", formats=tuple(STEMS))
+        return cls(
+            source=find(
+                recipe.source,
+                parts=PARTS,
+                formats=tuple(STEMS),
+                variant=recipe.variant,
+                revision=recipe.revision,
+            ),
+            config=None if recipe.config is None else find(recipe.config, parts=PARTS, formats=()),
+            unet=None if recipe.unet is None else model(recipe.unet),
+            vae=None if recipe.vae is None else model(recipe.vae),
+            loras=tuple(find(file, parts=(), file=LORA_FILE) for file, _ in recipe.loras),
+            embeddings=tuple(find(file, parts=(), file=EMBEDDING_FILE) for file, _ in recipe.embeddings),
+        )
+
+    @property
+    def paths(self) -> list[Path | None]:
+        """Those with weights; which is which is told by the place."""
+        return [self.source, self.unet, self.vae, *self.loras, None, *self.embeddings]
+
+
+def assemble(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
+    """The model, with nothing read but names and shapes, and where the source's tensors went.
+
+    Raises DistriError for what is no model, is not whole, or does not fit together.
+    """
+    checkpoint, mapping = _source(recipe, found)
+    if found.unet is not None:
+        config, tensors = _model(found.unet, recipe.unet, unet_from)
+        checkpoint = with_unet(checkpoint, tensors, recipe.unet, config)
+    if found.vae is not None:
+        config, tensors = _model(found.vae, recipe.vae, vae_from)
+        checkpoint = with_vae(checkpoint, tensors, recipe.vae, config)
+    loras = [
+        Lora(open_tensors(path), file, weight, metadata_of(path))
+        for path, (file, weight) in zip(found.loras, recipe.loras, strict=True)
+    ]
+    embeddings = [
+        _embedding(open_tensors(path), path, file, word)
+        for path, (file, word) in zip(found.embeddings, recipe.embeddings, strict=True)
+    ]
+    checkpoint = with_embeddings(with_loras(checkpoint, loras), embeddings)
+    check_complete(checkpoint, recipe.source)
+    return checkpoint, mapping
+
+
+def _source(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
+    """The source alone. In a folder all tensors stay what they are."""
+    if not found.source.is_dir():
+        configs, files = read_files(found.config) if found.config else ({}, None)
+        return convert_original(
+            open_tensors(found.source),
+            recipe.source,
+            ema=recipe.ema,
+            config=configs,
+            prediction_type=recipe.prediction_type,
+            files=files,
+        )
+    if recipe.ema or recipe.config or recipe.prediction_type:
+        raise DistriError(
+            f"{recipe.source} is a folder, which has its own configurations; leave out --ema, --config and --prediction-type"
+        )
+    folder = found.source
+    checkpoint = read_orbax(folder) if is_orbax(folder) else from_folder(folder, variant=recipe.variant)
+    names = [f"{part}.{name}" for part, tensors in checkpoint.tensors.items() for name in tensors]
+    return checkpoint, [Mapped(name, (name,), SAME) for name in names]
+
+
+def _model(
+    path: Path, what: str, taken_from: Callable[[Tensors, str], tuple[Config, Tensors]]
+) -> tuple[Config, Tensors]:
+    """The config and the tensors of one model: out of a file, or of a folder with its own config.json."""
+    if path.is_dir():
+        return read_json(path / "config.json"), read_model(path)
+    return taken_from(open_tensors(path), what)
+
+
+def _embedding(tensors: Tensors, path: Path, file: str, word: str | None) -> Embedding:
+    """Where nobody says the word, it is the tensor's name in diffusers' format, and the file's in the others."""
+    named = len(tensors) == 1 and next(iter(tensors)) not in A1111
+    return Embedding(tensors, file, word or (None if named else path.stem))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT."""
+    file, weight = _tail(text)
+    try:
+        return file, 1.0 if weight is None else float(weight)
+    except ValueError:
+        raise DistriError(f"--lora is {text}; give FILE or FILE:WEIGHT, such as {file}:0.8") from None
+
+
+def _tail(text: str) -> tuple[str, str | None]:
+    """A file, and what stands after its last colon, if anything."""
+    found = _TAIL.fullmatch(text)
+    return (found.group(1), found.group(2)) if found else (text, None)

@@ -1,0 +1,272 @@
+"""`python -m distrijax.convert`, and generate.py with models that have to be converted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import generate
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from oracle import psnr
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+
+from distrijax.convert.__main__ import main
+
+FORMATS = ("diffusers", "single", "flax")
+PAIRS = [*itertools.product(FORMATS, FORMATS), ("orbax", "diffusers"), ("single", "orbax"), ("orbax", "flax")]
+
+
+def convert(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """The sentence that a call ends with."""
+    with pytest.raises(SystemExit) as error:
+        convert(*arguments)
+    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder of safetensors, by part and name."""
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {f"{file.parent.name}.{name}": array for file in files for name, array in load_file(file).items()}
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and np.array_equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny checkpoint, as this package writes it: transformers 5 leaves out the beginning of its text encoders' names."""
+    folder = tmp_path_factory.mktemp("convert") / "model"
+    convert(tiny_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(model) -> Path:
+    file = model.parent / "model.safetensors"
+    convert(model, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def formats(model, single) -> dict[str, Path]:
+    """The same model in every format."""
+    made = {"diffusers": model, "single": single}
+    for kind in ("flax", "orbax"):
+        made[kind] = model.parent / kind
+        convert(model, made[kind], "--format", kind)
+    return made
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_in_one_format_and_out_in_another_is_the_same_bytes(formats, model, source, target, tmp_path):
+    def configured(kind: str) -> list[str]:
+        return ["--config", str(model)] if kind == "single" else []
+
+    through = tmp_path / ("through.safetensors" if target == "single" else "through")
+    convert(formats[source], through, "--format", target, *configured(source))
+    convert(through, tmp_path / "back", *configured(target))
+    assert same(tmp_path / "back", model)
+
+
+def test_diffusers_paints_the_same_from_shards(model, tiny_checkpoint, torch_pipe, tmp_path):
+    convert(model, tmp_path / "shards", "--max-shard-size", "500KB")
+    assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "shards", dtype=torch.float32)
+    pipe.watermark = None
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np", "latents": torch.ones(1, 4, 8, 8)}
+    got, wanted = (each("a red circle", **call).images for each in (pipe, torch_pipe))
+    assert psnr(got, wanted) > 80
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_weights_are_written_in_the_precision_asked_for(model, tmp_path, dtype, kind):
+    convert(model, tmp_path / dtype, "--dtype", dtype)
+    file = "unet/diffusion_pytorch_model.safetensors"
+    got, exact = load_torch(tmp_path / dtype / file), load_torch(model / file)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, exact[name].to(kind), rtol=0, atol=0)
+
+
+def test_pickles_are_read(model, tmp_path):
+    shutil.copytree(model, tmp_path / "pickled")
+    for file in (tmp_path / "pickled").glob("*/*.safetensors"):
+        stem = "pytorch_model" if file.stem == "model" else file.stem
+        torch.save(load_torch(file), file.with_name(f"{stem}.bin"))
+        file.unlink()
+    convert(tmp_path / "pickled", tmp_path / "folder")
+    assert same(tmp_path / "folder", model)
+
+
+def test_classes_of_flax_are_named_as_pytorchs(model, tmp_path):
+    convert(model, tmp_path / "flax", "--format", "flax")
+    index = tmp_path / "flax" / "model_index.json"
+    index.write_text(index.read_text().replace('"CLIPText', '"FlaxCLIPText').replace('"UNet2D', '"FlaxUNet2D'))
+    convert(tmp_path / "flax", tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / index.name).read_text()) == json.loads((model / index.name).read_text())
+
+
+def test_what_exists_is_replaced_only_by_force(model, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    assert "exists; choose another name, or --force" in refused(model, tmp_path / "old")
+    assert [path.name for path in tmp_path.glob("**/*")] == ["old", "file"]
+    convert(model, tmp_path / "old", "--force")
+    assert same(tmp_path / "old", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
+def test_an_interrupted_run_leaves_what_was_there(model, tmp_path, monkeypatch, error, force):
+    def fail(file: Path, *_, **__):
+        file.write_bytes(b"half")
+        raise error
+
+    if force:
+        (tmp_path / "new").mkdir()
+    monkeypatch.setattr("distrijax.convert.folder.write_safetensors", lambda tensors, path: fail(path))
+    with pytest.raises(RuntimeError if error is RuntimeError else SystemExit):
+        convert(model, tmp_path / "new", *["--force"] * force)
+    assert [path.name for path in tmp_path.glob("**/*")] == ["new"] * force
+
+
+def test_a_terminated_run_leaves_nothing(model, tmp_path):
+    script = (
+        "import sys, time\n"
+        "from distrijax.convert import folder, __main__\n"
+        "def write(tensors, path):\n"
+        "    path.write_bytes(b'half')\n"
+        "    open(sys.argv.pop(), 'w').close()\n"
+        "    time.sleep(60)\n"
+        "folder.write_safetensors = write\n"
+        "__main__.main(sys.argv[1:3])\n"
+    )
+    started = tmp_path / "started"
+    target = tmp_path / "target"
+    target.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", script, str(model), str(target / "new"), str(started)])
+    try:
+        for _ in range(600):
+            if started.exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert list(target.iterdir()), "nothing was begun"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert not list(target.iterdir())
+
+
+def test_dry_run_prints_where_each_tensor_goes(single, model, tmp_path, capsys):
+    convert(single, tmp_path / "new", "--config", model, "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(load_file(single))
+    assert "first_stage_model.encoder.conv_in.weight -> vae.encoder.conv_in.weight" in lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, capsys):
+    tensors = load_file(single)
+    name = "model.diffusion_model.out.2.weight"
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    tensors["first_stage_model.quant_conv.weight"] *= 0
+    save_file(tensors, tmp_path / "odd.safetensors", metadata={"modelspec.title": "Dream"})
+    convert(tmp_path / "odd.safetensors", "--inspect")
+    told = capsys.readouterr().out
+    assert "Stable Diffusion XL" in told and "float32" in told and "modelspec.title: Dream" in told
+    assert f"{sum(array.size for array in tensors.values()):,} parameters" in told
+    assert f"odd: 1 not finite ({name})" in told
+    assert "odd: 1 all zeros (first_stage_model.quant_conv.weight)" in told
+    convert(model, "--inspect")
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "pipeline: StableDiffusionXLPipeline"
+    assert told[1] == "scheduler: EulerDiscreteScheduler, predicts epsilon"
+    assert [line.split(":")[0] for line in told[2:]] == ["unet", "vae", "text_encoder", "text_encoder_2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    {
+        "nowhere.safetensors OUT": "nowhere.safetensors is neither a file nor a folder",
+        "MODEL OUT --ema": "is a folder, which has its own configurations; leave out --ema",
+        "MODEL OUT --lora x.safetensors:much": "--lora is x.safetensors:much; give FILE or FILE:WEIGHT",
+        "MODEL OUT --max-shard-size 5": "--max-shard-size is 5; give a whole number of KB, MB",
+        "MODEL OUT.safetensors --format flax": "--format is flax; name a folder",
+        "MODEL OUT --format single": "--format is single; name a file that ends in .safetensors",
+        "MODEL OUT --vae MODEL/unet": "of its vae|is .* and holds no VAE|lacks the tensor",
+    }.items(),
+)
+def test_wrong_flags_are_refused_in_a_sentence(model, tmp_path, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    given = [flag.replace("MODEL", str(model)).replace("OUT", str(tmp_path / "out")) for flag in flags.split()]
+    assert re.search(told, refused(*given))
+    assert not list(tmp_path.iterdir())
+
+
+PAINT = ["--devices", "2", "--image-size", "64", "--num-inference-steps", "2", "--prompt", "a red circle"]
+
+
+@pytest.fixture
+def paint(tmp_path, monkeypatch):
+    """Paints by the command line, with a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*flags: object) -> np.ndarray:
+        generate.main([*PAINT, *map(str, flags), "--output", str(tmp_path / "picture.png")])
+        with Image.open(tmp_path / "picture.png") as picture:
+            return np.asarray(picture, np.float32) / 255
+
+    return run
+
+
+def test_generate_takes_a_single_file_and_converts_it_once(model, single, paint, tmp_path, monkeypatch):
+    wanted = paint("--model", model)
+    assert not (tmp_path / "cache" / "distrijax" / "converted").exists()
+    assert psnr(paint("--model", single, "--config", model), wanted) > 50
+    (made,) = (path for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir() if path.is_dir())
+    assert same(made, model)
+    moved = shutil.copy(single, tmp_path / "elsewhere.safetensors")
+    monkeypatch.setattr("distrijax.convert.cache.write_folder", None)  # what is there is taken
+    assert psnr(paint("--model", moved, "--config", model), wanted) > 50
+
+
+def test_generate_merges_what_it_is_given_and_says_so_in_the_picture(model, paint, tmp_path):
+    unet = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = (
+        np.ones((1, unet[f"{layer}.weight"].shape[1]), np.float32),
+        np.ones((unet[f"{layer}.weight"].shape[0], 1), np.float32),
+    )
+    save_file({f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}, tmp_path / "style.safetensors")
+    plain, styled = paint("--model", model), paint("--model", model, "--lora", f"{tmp_path / 'style.safetensors'}:0.5")
+    assert psnr(plain, styled) < 60
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert "style.safetensors" in picture.text["loras"]
+    unet[f"{layer}.weight"] = unet[f"{layer}.weight"] + 0.5
+    save_file(unet, tmp_path / "unet.safetensors")
+    assert psnr(paint("--model", model, "--unet", tmp_path / "unet.safetensors"), styled) > 50
+    assert os.listdir(tmp_path / "cache" / "distrijax")

@@ -1,0 +1,248 @@
+"""Files that other libraries wrote are read to the same tensors, and what is written here they read back."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import flax.serialization
+import ml_dtypes
+import msgpack
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from tensor_files import Arrays, arrays, of_torch, small, torch_bytes, torch_state, written
+
+from distrijax.config import DistriError
+from distrijax.convert import flax_files
+from distrijax.convert.files import open_tensors
+from distrijax.convert.flax_files import write_flax
+from distrijax.convert.safetensors_files import read_metadata, write_safetensors
+from distrijax.convert.tensors import Tensor, of_array
+from distrijax.convert.torch_files import LEGACY
+
+NAMED = torch_state()
+
+
+def check_same(path: Path, expected: Arrays) -> None:
+    """Names, types, shapes and bytes, those of the types without an order of numbers (8 bit) among them."""
+    tensors = open_tensors(path)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        array = tensor.read()
+        assert (
+            (tensor.shape, tensor.dtype) == (array.shape, array.dtype) == (expected[name].shape, expected[name].dtype)
+        )
+        assert array.tobytes() == expected[name].tobytes(), name
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DistriError) as caught:
+        open_tensors(path)
+    return str(caught.value)
+
+
+def test_safetensors_of_the_library(tmp_path):
+    check_same(written(tmp_path, safetensors.numpy.save(arrays())), arrays())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_way_in_which_torch_saves_a_tensor(tmp_path, legacy):
+    path = written(tmp_path, torch_bytes(NAMED, legacy=legacy))
+    check_same(path, {name: of_torch(tensor) for name, tensor in NAMED.items()})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_every_protocol(tmp_path, protocol):
+    state = {"a": NAMED["base"], "b": NAMED["turned"]}
+    path = written(tmp_path, torch_bytes(state, protocol=protocol))
+    check_same(path, {name: of_torch(tensor) for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_state_dict_of_a_trainer_without_what_is_no_tensor(tmp_path, legacy):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "epoch": 3,
+        "pytorch-lightning_version": "1.4",
+        "callbacks": {torch.nn.Linear: {"best": None, "seen": {1, 2}, "path": Path("a")}},
+        "optimizer_states": [optimizer.state_dict()],
+        "rng": np.random.default_rng(0).bytes(8),
+        "mean": np.float64(0.5),
+        "state_dict": module.state_dict(),
+    }
+    path = written(tmp_path, torch_bytes(checkpoint, legacy=legacy))
+    check_same(path, {name: of_torch(tensor) for name, tensor in module.state_dict().items()})
+
+
+def test_tensors_of_dictionaries_in_dictionaries_are_named_by_both(tmp_path):
+    vector = torch.arange(8.0).reshape(2, 4)
+    path = written(tmp_path, torch_bytes({"ema": {"unet": {"w": vector}, 3: vector[0]}, "rest": [vector]}))
+    check_same(path, {"ema.unet.w": of_torch(vector), "ema.3": of_torch(vector[0])})
+
+
+@pytest.mark.parametrize("wrap", [dict, torch.nn.ParameterDict], ids=["A1111", "textual_inversion"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_vectors_of_an_embedding(tmp_path, legacy, wrap):
+    vectors = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    embedding = {
+        "string_to_token": {"*": 265},
+        "string_to_param": wrap({"*": vectors}),
+        "name": "cat",
+        "step": 500,
+        "sd_checkpoint": None,
+    }
+    path = written(tmp_path, torch_bytes(embedding, legacy=legacy))
+    check_same(path, {"string_to_param.*": of_torch(vectors)})
+
+
+def nested(named: Arrays) -> dict:
+    tree: dict = {}
+    for name, array in named.items():
+        *above, last = name.split(".")
+        inner = tree
+        for key in above:
+            inner = inner.setdefault(key, {})
+        inner[last] = array
+    return tree
+
+
+def test_flax_of_the_library(tmp_path):
+    tree = nested(arrays()) | {"step": 3, "name": "cat"}
+    check_same(written(tmp_path, flax.serialization.msgpack_serialize(tree)), arrays())
+
+
+def test_flax_scalars_of_numpy_are_tensors(tmp_path):
+    check_same(written(tmp_path, flax.serialization.msgpack_serialize({"a": np.float32(2)})), {"a": np.array(2, "f4")})
+
+
+@pytest.mark.parametrize("limit", [8, 40, 64])
+def test_flax_arrays_in_pieces(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", limit)
+    content = flax.serialization.msgpack_serialize(nested(arrays()))
+    assert content.count(b"__msgpack_chunked_array__") >= 4
+    check_same(written(tmp_path, content), arrays())
+
+
+def test_safetensors_written_are_those_of_the_library(tmp_path):
+    path = tmp_path / "written"
+    tensors = {name: of_array(array) for name, array in reversed(arrays().items())}
+    write_safetensors(tensors, path, {"format": "np"})
+    assert path.read_bytes() == safetensors.numpy.save(arrays(), metadata={"format": "np"})
+    assert read_metadata(path) == {"format": "np"}
+    check_same(path, arrays())
+
+
+@pytest.mark.parametrize("limit", [8, 40, 2**30])
+def test_flax_written_is_that_of_the_library(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", limit)
+    monkeypatch.setattr(flax_files, "CHUNK", limit)
+    path = tmp_path / "written"
+    write_flax({name: of_array(array) for name, array in arrays().items()}, path)
+    ordered = nested(dict(sorted(arrays().items())))
+    assert path.read_bytes() == flax.serialization.msgpack_serialize(ordered)
+    check_same(path, arrays())
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 300])
+def test_flax_written_with_maps_and_names_of_every_length(tmp_path, count):
+    held = {"n" * (index + 1): np.full(index, index, np.int16) for index in range(count)}
+    path = tmp_path / "written"
+    write_flax({name: of_array(array) for name, array in held.items()}, path)
+    assert path.read_bytes() == flax.serialization.msgpack_serialize(held)
+    check_same(path, held)
+
+
+def test_writers_refuse_what_a_format_lacks(tmp_path):
+    complex_ = {"a": of_array(np.zeros(2, np.complex128))}
+    with pytest.raises(DistriError, match="a is complex128"):
+        write_safetensors(complex_, tmp_path / "file")
+    with pytest.raises(DistriError, match="a is complex128"):
+        write_flax(complex_, tmp_path / "file")
+    with pytest.raises(DistriError, match=r"a\.b begins with the name of another"):
+        write_flax(dict.fromkeys(("a", "a.b"), of_array(np.zeros(2))), tmp_path / "file")
+    with pytest.raises(DistriError, match=r"a was read as float64 \[2\] and announced as float64 \[3\]"):
+        write_safetensors({"a": Tensor((3,), np.dtype("f8"), lambda: np.zeros(2))}, tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", small().values(), ids=small())
+def test_tensors_are_read_when_they_are_asked_for(tmp_path, content):
+    path = written(tmp_path, content)
+    tensors = open_tensors(path)
+    path.write_bytes(content[: len(content) // 8])
+    assert {tensor.shape for tensor in tensors.values()} >= {(3, 4)}
+    with pytest.raises(DistriError, match="became shorter while it was read"):
+        [tensor.read() for tensor in tensors.values()]
+    path.unlink()
+    with pytest.raises(DistriError, match="can't be read"):
+        next(iter(tensors.values())).read()
+
+
+@pytest.mark.parametrize("content", small().values(), ids=small())
+def test_arrays_that_were_read_are_the_readers_own(tmp_path, content):
+    tensor = open_tensors(written(tmp_path, content))["a.weight"]
+    first = tensor.read()
+    expected = first.copy()
+    first[:] = 7
+    np.testing.assert_array_equal(tensor.read(), expected)
+
+
+FOREIGN = {
+    "empty": (b"", "is empty"),
+    "web page": (b"\n<!DOCTYPE html><html></html>", "a web page"),
+    "JSON": (b'{"weight_map": {}}', "a text, perhaps JSON"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(600), "a GGUF file"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive"),
+    "tar": (bytes(257) + b"ustar\x0000" + bytes(300), "a tar archive"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50), "a picture"),
+    "ONNX": (b"\x08\x07\x12\x07pytorch", "an ONNX model"),
+    "pickle": (b"\x80\x04}\x94.", "a pickle, but none that torch.save wrote"),
+    "cut safetensors": (small()["safetensors"][:100], "a safetensors file that is cut off"),
+    "noise": (bytes(range(200, 256)) * 4, "of a kind that is not known"),
+    "no tensors": (torch_bytes({"epoch": 3}), "holds no tensors"),
+    "no dictionary": (torch_bytes([1]), "holds no named tensors"),
+    "other msgpack": (msgpack.packb({"a": [1, 2]}), "holds no tensors"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN.values(), ids=FOREIGN)
+def test_what_is_no_file_of_tensors_is_named(tmp_path, case):
+    content, what = case
+    text = refusal(written(tmp_path, content))
+    assert what in text and "file.weights" in text
+    assert "; give" in text or "; fetch it again" in text
+
+
+def test_archives_that_are_not_weights_are_named(tmp_path):
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    assert "not one of weights that torch.save wrote" in refusal(tmp_path / "arrays.npz")
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    assert "not one of weights that torch.save wrote" in refusal(tmp_path / "script.pt")
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    assert re.search(r"is a folder; give the file", refusal(tmp_path))
+    assert re.search(r"can't be read \(No such file", refusal(tmp_path / "none"))
+    assert re.search(r"can't be read \(embedded null byte", refusal(tmp_path / "no\0ne"))
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in refusal(tmp_path / "pipe")
+
+
+def test_torch_file_without_zip_begins_as_the_reader_thinks():
+    assert small()["legacy"].startswith(LEGACY)
+
+
+def test_types_of_other_machines_are_written_little_endian(tmp_path):
+    path = tmp_path / "written"
+    write_safetensors({"a": of_array(np.arange(3, dtype=">f4"))}, path)
+    check_same(path, {"a": np.arange(3, dtype="<f4")})
+    write_safetensors({"a": of_array(np.arange(3).astype(ml_dtypes.bfloat16)[::-1])}, path)
+    check_same(path, {"a": np.array([2, 1, 0], ml_dtypes.bfloat16)})

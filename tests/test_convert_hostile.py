@@ -1,0 +1,404 @@
+"""Files that were made to harm, and real files with damage: one sentence, nothing executed, little memory taken."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import flax.serialization
+import msgpack
+import numpy as np
+import pytest
+import torch
+from tensor_files import small, torch_bytes, written
+
+from distrijax.config import DistriError
+from distrijax.convert.files import open_tensors
+from distrijax.convert.safetensors_files import read_metadata
+
+SPARE = 3 << 20
+"""Bytes that a reader may take beside twice the file: imports, buffers, the messages."""
+
+
+def read_all(path: Path) -> int:
+    """Reads the tensors one by one; how many."""
+    tensors = open_tensors(path)
+    for tensor in tensors.values():
+        array = tensor.read()
+        assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
+    return len(tensors)
+
+
+def refusal(path: Path, within: float = 5.0, spare: int = SPARE) -> str:
+    """The sentence for a file that is not read. Fails where that takes long, or memory beyond twice the file."""
+    start = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(DistriError) as caught:
+            read_all(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - start < within
+    assert peak < 2 * path.stat().st_size + spare
+    text = str(caught.value)
+    assert text.isprintable() and len(text) < 600 and text.count("; ") == 1 and str(path) in text
+    return text
+
+
+class Harm:
+    """What pickle makes of it is a call."""
+
+    def __init__(self, function, *arguments):
+        self.made_of = function, arguments
+
+    def __reduce__(self):
+        return self.made_of
+
+
+def zipped(pickled: bytes, *, method: int = zipfile.ZIP_STORED, **entries: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in {"data.pkl": pickled, "version": b"3\n", **entries}.items():
+            archive.writestr(f"archive/{name}", content)
+    return file.getvalue()
+
+
+def legacy(pickled: bytes, keys: object = (), rest: bytes = b"") -> bytes:
+    head = small()["legacy"]
+    state = torch_bytes({}, legacy=True)
+    assert head[:13] == state[:13]
+    before = state[: state.rindex(b"\x80\x02}q\x00.")]
+    return before + pickled + pickle.dumps(list(keys), 2) + rest
+
+
+def pickled(content: object, protocol: int = 2) -> bytes:
+    return pickle.dumps(content, protocol)
+
+
+def described(
+    shape: bytes = b"K\x03\x85", strides: bytes = b"K\x01\x85", count: bytes = b"K\x03", start=b"K\0"
+) -> bytes:
+    """The pickle of {"a": a tensor}, its numbers as given. They are instructions, by default 3 elements."""
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpu" + count + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + start + shape + strides + b"\x89}tR"
+    return b"\x80\x02}X\1\0\0\0a" + tensor + b"s."
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+STORED = {"data/0": struct.pack("<3f", 1, 2, 3)}
+
+CALLS = {
+    "os.system": Harm(os.system, "echo harm > harmed"),
+    "exec": Harm(exec, "open('harmed', 'w')"),
+    "getattr": Harm(getattr, os, "system"),
+    "open": Harm(open, "harmed", "w"),
+    "deep inside": {"state_dict": {"a": [({"b": Harm(os.mkdir, "harmed")},)]}},
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("content", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("form", [zipped, legacy])
+def test_nothing_in_a_pickle_is_called(tmp_path, monkeypatch, form, content, protocol):
+    monkeypatch.chdir(tmp_path)
+    text = refusal(written(tmp_path, form(pickled(content, protocol) if content is not CALLS["getattr"] else GETATTR)))
+    assert "don't trust it" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["file.weights"]
+
+
+GETATTR = b"\x80\x02c__builtin__\ngetattr\ncos\nX\6\0\0\0system\x86R."
+"""A module can't be pickled, so this is written by hand."""
+
+
+@pytest.mark.parametrize("name", [b"torch.hub\nload", b"numpy.testing._private.utils\nrunstring", b"torch\nload"])
+def test_functions_of_packages_that_checkpoints_name_are_not_called_either(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    content = b"\x80\x02}X\1\0\0\0ac" + name + b"\nX\6\0\0\0harmed\x85Rs."
+    assert "holds no tensors" in refusal(written(tmp_path, zipped(content)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file.weights"]
+
+
+def test_names_out_of_a_pickle_are_fit_to_be_printed(tmp_path):
+    text = refusal(written(tmp_path, zipped(b"\x80\x02c\x1b[2Jos\nsys\rtem\n.")))
+    assert "don't trust it" in text
+
+
+def test_reading_what_is_described_by_hand_works(tmp_path):
+    """The cases below differ from this in one thing each."""
+    assert read_all(written(tmp_path, zipped(described(), **STORED))) == 1
+    assert read_all(written(tmp_path, legacy(described(), ["0"], struct.pack("<q3f", 3, 1, 2, 3)))) == 1
+
+
+LIES = {
+    "huge shape": described(shape=number(2**47) + b"\x85"),
+    "huge product": described(shape=number(2**40) + number(2**40) + b"\x86", strides=b"K\1K\1\x86"),
+    "huge shape of nothing apart": described(shape=number(2**47) + b"\x85", strides=b"K\0\x85"),
+    "huge storage": described(count=number(2**47)),
+    "both": described(shape=number(2**40) + b"\x85", count=number(2**40)),
+    "endless number": described(count=b"\x8b\xff\xff\xff\x7f"),
+    "negative shape": described(shape=number(-3) + b"\x85"),
+    "negative stride": described(strides=number(-1) + b"\x85"),
+    "negative start": described(start=number(-1)),
+    "start beyond": described(start=b"K\1"),
+    "stride beyond": described(strides=b"K\2\x85"),
+    "strides of another rank": described(strides=b"K\1K\1\x86"),
+    "shape of texts": described(shape=b"X\1\0\0\0003\x85"),
+    "shape of truths": described(shape=b"\x88\x85"),
+    "no shape": described(shape=b"N"),
+    "fractions": described(shape=b"G\x40\x08\0\0\0\0\0\0\x85"),
+    "many dimensions": described(shape=b"(" + b"K\1" * 40 + b"t", strides=b"(" + b"K\1" * 40 + b"t"),
+}
+
+
+@pytest.mark.parametrize("content", LIES.values(), ids=LIES)
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_sizes_are_checked_before_memory_is_taken_for_a_tensor(tmp_path, form, content):
+    rest = struct.pack("<q3f", 3, 1, 2, 3)
+    file = zipped(content, **STORED) if form == "zip" else legacy(content, ["0"], rest)
+    assert "is not a whole torch file" in refusal(written(tmp_path, file))
+
+
+@pytest.mark.parametrize("count", [2, 4, 2**40, 2**61, 2**63 - 1])
+def test_storages_of_older_files_that_claim_another_size(tmp_path, count):
+    rest = struct.pack("<Q3f", count, 1, 2, 3)
+    refusal(written(tmp_path, legacy(described(), ["0"], rest)))
+    refusal(written(tmp_path, legacy(described(count=number(count)), ["0"], rest)))
+
+
+MACHINES = {
+    "a dictionary that holds itself": b"\x80\x02}q\0X\1\0\0\0ah\0s.",
+    "dictionaries that hold each other": b"\x80\x02}q\0X\1\0\0\0a}q\1X\1\0\0\0bh\0ss.",
+    "a state_dict that is its own": b"\x80\x02}q\0X\n\0\0\0state_dicth\0s.",
+    "a dictionary in many places": b"\x80\x02}q\0(" + b"".join(b"K%c}h\0s" % n for n in range(1, 9)) + b"u.",
+    "deep tuples": b"\x80\x02}X\1\0\0\0a" + b"N" + b"\x85" * 30_000 + b"s.",
+    "deep dictionaries": b"\x80\x02" + b"}X\1\0\0\0a" * 1000 + b"N" + b"s" * 1000 + b".",
+    "a key that is long": b"\x80\x02}\x8a\xff" + b"\x7f" * 255 + b"Ns.",
+    "text longer than the file": b"\x80\x02}X\xff\xff\xff\x7fa",
+    "bytes longer than the file": b"\x80\x04}\x8e" + struct.pack("<Q", 2**62) + b"a",
+    "array longer than the file": b"\x80\x05}\x96" + struct.pack("<Q", 2**62) + b"a",
+    "an empty stack": b"\x80\x02.",
+    "no mark": b"\x80\x02u.",
+    "no memo": b"\x80\x02h\7.",
+    "no end": b"\x80\x02}",
+    "half of a text": b"\x80\x02}X\7\0\0\0abc",
+    "no instruction": b"\x80\x02\xff.",
+    "an extension": b"\x80\x02\x82\1.",
+    "not UTF-8": b"\x80\x02}X\2\0\0\0\xff\xfeNs.",
+}
+
+
+@pytest.mark.parametrize("content", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("form", [zipped, legacy])
+def test_pickles_that_are_meant_to_confuse(tmp_path, form, content):
+    refusal(written(tmp_path, form(content)))
+
+
+def test_many_long_names_that_share_a_beginning_take_no_memory(tmp_path):
+    """A name of 64 KB before each of 10,000 tensors would be 640 MB."""
+    inner = b"".join(b"M" + struct.pack("<H", n) + b"h\1" for n in range(10_000))
+    tensor = described().removeprefix(b"\x80\x02}X\1\0\0\0a").removesuffix(b"s.")
+    prefix = b"X" + struct.pack("<I", 65536) + b"a" * 65536
+    text = refusal(
+        written(tmp_path, zipped(b"\x80\x02}" + tensor + b"q\1" + b"0" + prefix + b"}(" + inner + b"us.", **STORED))
+    )
+    assert "characters" in text
+
+
+def long(number: int) -> bytes:
+    return b"\x8a\x0a" + number.to_bytes(10, "little")
+
+
+TEXT = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)
+SLOW = {
+    "keys of one hash": b"}(" + b"".join(long(n * (2**61 - 1)) + b"N" for n in range(20_000)) + b"u.",
+    "memo of one hash": b"}" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(20_000)) + b".",
+    "a name again and again": TEXT.replace(b"aaaaaa", b"torch.", 1) + b"q\0" + b"h\0h\0\x930" * 50_000 + b"}.",
+    "a storage again and again": b"ctorch\nFloatStorage\nq\0ctorch._utils\n_rebuild_tensor_v2\nq\2"
+    + b"((h\0h\0X\1\0\0\0000NK\1" + b"N" * 200_000 + b"tQK\0K\1\x85K\1\x85tq\1" + b"h\2h\1R0" * 20_000 + b"}.",
+    "a beginning again and again": b"}(" + TEXT + b"}(" + b"".join(b"J%bN" % struct.pack("<i", n) for n in range(50_000)) + b"uu.",
+    "parameters again and again": b"ctorch.nn.modules.container\nParameterDict\nq\0)\x81q\1}X\x0b\0\0\0_parameters}("
+    + b"".join(b"J%bN" % struct.pack("<i", n) for n in range(50_000)) + b"usq\2" + b"h\1h\2b0" * 20_000 + b"}.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", SLOW.values(), ids=SLOW)
+def test_what_costs_the_file_little_costs_the_reader_little(tmp_path, content):
+    """The time would go with the square of the file's size, and be hours at the sizes allowed."""
+    refusal(written(tmp_path, zipped(b"\x80\x02" + content)), within=5, spare=20 * SPARE)
+
+
+def test_one_name_for_two_tensors(tmp_path):
+    tensor = torch.zeros(2)
+    assert "in it twice" in refusal(written(tmp_path, torch_bytes({"1": tensor, 1: tensor})))
+    assert "in it twice" in refusal(written(tmp_path, torch_bytes({"a.b": tensor, "a": {"b": tensor}})))
+    arrays = {"a": {"b": np.zeros(2)}, "a.b": np.zeros(2)}
+    assert "in it twice" in refusal(written(tmp_path, flax.serialization.msgpack_serialize(arrays)))
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    assert "surrogates" in refusal(written(tmp_path, torch_bytes({"\ud800": torch.zeros(2)})))
+
+
+def test_a_pickle_that_makes_much_of_each_byte_is_given_up(tmp_path):
+    content = b"\x80\x02" + b"}" * 1_500_000 + b"."
+    assert "more than 1000000 instructions" in refusal(written(tmp_path, zipped(content)), within=20, spare=100 << 20)
+
+
+def test_archives_that_are_packed_are_not_unpacked(tmp_path):
+    bomb = zipped(described(), method=zipfile.ZIP_DEFLATED, **{"data/0": bytes(50 << 20)})
+    assert len(bomb) < 100_000
+    assert "compressed" in refusal(written(tmp_path, bomb))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", described(shape=number(10 << 20) + b"\x85", count=number(10 << 20)))
+        archive.writestr("archive/data/0", bytes(40 << 20), zipfile.ZIP_DEFLATED)
+    assert "compressed" in refusal(written(tmp_path, file.getvalue()))
+
+
+def test_one_storage_for_more_tensors_than_the_file_could_hold(tmp_path):
+    storage = torch.zeros(1000)
+    state = {str(n): storage for n in range(500)}
+    assert "4 times as many" in refusal(written(tmp_path, torch_bytes(state)))
+
+
+def test_entries_of_an_archive_that_lie_elsewhere(tmp_path):
+    good = zipped(described(), **STORED)
+    entry = good.rindex(b"PK\1\2")
+    for field, value in ((42, 2**31), (42, 3), (20, 2**31), (24, 2**31), (28, 65535), (30, 65535), (32, 65535)):
+        bad = bytearray(good)
+        width = "<H" if field in (28, 30, 32) else "<I"
+        struct.pack_into(width, bad, entry + field, value)
+        refusal(written(tmp_path, bytes(bad)))
+    end = good.rindex(b"PK\5\6")
+    for field, value in ((12, 2**31), (12, 0), (16, 2**31), (16, 0), (12, 2**32 - 1)):
+        bad = bytearray(good)
+        struct.pack_into("<I", bad, end + field, value)
+        refusal(written(tmp_path, bytes(bad)))
+
+
+def test_an_archive_with_a_name_twice(tmp_path):
+    content = zipped(described(), **{"data.pk2": described()}).replace(b"data.pk2", b"data.pkl")
+    assert "in it twice" in refusal(written(tmp_path, content))
+
+
+def headed(header: object, data: bytes = bytes(12)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(shape=(3,), begin: int = 0, end: int = 12, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+HEADERS = {
+    "overlapping": headed({"a": entry(), "b": entry(begin=0)}),
+    "overlong": headed({"a": entry(end=2**40)}),
+    "gap": headed({"a": entry((2,), 4, 12)}),
+    "rest": headed({"a": entry((2,), 0, 8)}),
+    "backwards": headed({"a": entry((3,), 12, 0)}),
+    "negative": headed({"a": entry((3,), -12, 0)}),
+    "huge shape": headed({"a": entry((2**62, 2**62))}),
+    "huge shape of nothing": headed({"a": entry((0, 2**62), 0, 0)}, b""),
+    "another size": headed({"a": entry((4,))}),
+    "unknown type": headed({"a": entry(dtype="F13")}),
+    "type without an array's": headed({"a": entry((24,), dtype="F4")}),
+    "no entry": headed({"a": 3}),
+    "no type": headed({"a": {"shape": [3], "data_offsets": [0, 12]}}),
+    "list": headed([1, 2]),
+    "no JSON": headed(b"{nothing}"),
+    "deep": headed(b'{"a":' * 50_000),
+    "deep lists": headed(b'{"a":' + b"[" * 100_000),
+    "name twice": headed(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2)),
+    "field twice": headed(b'{"a":{"dtype":"F32","dtype":"F32","shape":[3],"data_offsets":[0,12]}}'),
+    "many texts": headed(b'{"__metadata__":{' + b",".join(b'"%d":""' % n for n in range(260_000)) + b"}}", b""),
+    "long name": headed({"a" * 1000: entry()}),
+    "many dimensions": headed({"a": entry((3, *(1,) * 70))}),
+    "header beyond the file": (2**40).to_bytes(8, "little") + b"{}",
+    "metadata of numbers": headed({"__metadata__": {"a": 1}, "a": entry()}),
+}
+
+
+@pytest.mark.parametrize("content", HEADERS.values(), ids=HEADERS)
+def test_safetensors_headers_that_lie(tmp_path, content):
+    path = written(tmp_path, content)
+    refusal(path)
+    with pytest.raises(DistriError):
+        read_metadata(path) and read_all(path)
+
+
+def test_a_header_longer_than_any_is_not_read(tmp_path):
+    path = tmp_path / "file.weights"
+    with path.open("wb") as file:
+        file.write((17 << 20).to_bytes(8, "little") + b"{")
+        file.truncate(20 << 20)
+    tracemalloc.start()
+    with pytest.raises(DistriError, match="its header would be"):
+        open_tensors(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def array(shape: list, kind: str = "float32", data: bytes = bytes(12)) -> msgpack.ExtType:
+    return msgpack.ExtType(1, msgpack.packb((shape, kind, data), use_bin_type=True))
+
+
+def chunked(shape: dict, chunks: dict) -> dict:
+    return {"a": {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks}}
+
+
+TREES = {
+    "huge shape": {"a": array([2**47])},
+    "huge product": {"a": array([2**40, 2**40])},
+    "negative shape": {"a": array([-3])},
+    "shape of texts": {"a": array(["3"])},
+    "another size": {"a": array([4])},
+    "unknown type": {"a": array([3], "float13")},
+    "objects": {"a": array([3], "object")},
+    "no shape": {"a": msgpack.ExtType(1, msgpack.packb(None))},
+    "nothing": {"a": msgpack.ExtType(1, b"")},
+    "text as data": {"a": msgpack.ExtType(1, msgpack.packb(([3], "float32", "a" * 12)))},
+    "array in an array": {"a": msgpack.ExtType(1, msgpack.packb(([3], "float32", array([3]))))},
+    "pieces of another size": chunked({"0": 2**40}, {"0": array([3])}),
+    "pieces of two types": chunked({"0": 6}, {"0": array([3]), "1": array([3], "int32")}),
+    "pieces not numbered": chunked({"0": 3}, {"1": array([3])}),
+    "no pieces": chunked({"0": 0}, {}),
+    "no pieces' shape": {"a": {"__msgpack_chunked_array__": True}},
+    "keys of numbers": {3: array([3])},
+}
+
+
+@pytest.mark.parametrize("content", TREES.values(), ids=TREES)
+def test_flax_files_that_lie(tmp_path, content):
+    refusal(written(tmp_path, msgpack.packb(content, use_bin_type=True)))
+
+
+PACKED = {
+    "deep maps": b"\x81\xa1a" * 10_000 + b"\xc0",
+    "deep lists": b"\x81\xa1a" + b"\x91" * 100_000,
+    "many maps": b"\xdf\xff\xff\xff\xff",
+    "many values": b"\x81\xa1a\xdd\xff\xff\xff\xff" + b"\0" * 400_000,
+    "long text": b"\x81\xdb\xff\xff\xff\xffa",
+    "long bytes": b"\x81\xa1a\xc6\xff\xff\xff\xffa",
+    "long extension": b"\x81\xa1a\xc9\xff\xff\xff\xff\1a",
+    "key twice": b"\x82\xa1a\xc0\xa1a\xc0",
+    "unused byte": b"\x81\xa1a\xc1",
+    "not UTF-8": b"\x81\xa1\xff\xc0",
+    "rest": msgpack.packb({"a": array([3])}) + b"\0",
+}
+
+
+@pytest.mark.parametrize("content", PACKED.values(), ids=PACKED)
+def test_msgpack_that_lies(tmp_path, content):
+    refusal(written(tmp_path, content), spare=10 * SPARE)

@@ -1,0 +1,199 @@
+"""Orbax checkpoints: the same bytes come back, a tensor at a time; what is not one is told in a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import weakref
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from adapters import checkpoint_of
+
+from distrijax.config import DistriError
+from distrijax.convert import orbax_files
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.files import open_tensors
+from distrijax.convert.flax_files import write_flax
+from distrijax.convert.flax_names import from_flax, to_flax
+from distrijax.convert.orbax_files import is_orbax, read_orbax, write_orbax
+from distrijax.convert.safetensors_files import DTYPES
+from distrijax.convert.tensors import Tensor, Tensors, of_array
+
+FAMILIES = ("xl", 1, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint, tiny_sd_checkpoints) -> dict[str | int, Checkpoint]:
+    folders = {"xl": tiny_checkpoint, **tiny_sd_checkpoints}
+    return {family: checkpoint_of(folder) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def written(checkpoints, tmp_path_factory):
+    """Stable Diffusion 1.x in orbax; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("orbax") / "sd1"
+    write_orbax(checkpoints[1], folder)
+    return folder
+
+
+def small(tensors: Tensors) -> Checkpoint:
+    return Checkpoint({}, {}, {"unet": tensors}, {})
+
+
+def check_same(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        array = found[name].read()
+        assert (array.shape, array.dtype) == (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+        assert array.tobytes() == tensor.read().tobytes(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_comes_back_with_all_that_it_had(checkpoints, family, tmp_path):
+    checkpoint = checkpoints[family]
+    few = {part: dict(list(tensors.items())[::20]) for part, tensors in checkpoint.tensors.items()}
+    write_orbax(Checkpoint(checkpoint.index, checkpoint.configs, few, checkpoint.files), tmp_path / "orbax")
+    assert is_orbax(tmp_path / "orbax")
+    found = read_orbax(tmp_path / "orbax")
+    assert (found.index, found.configs, found.files) == (checkpoint.index, checkpoint.configs, checkpoint.files)
+    assert found.tensors.keys() == few.keys()
+    for part, tensors in few.items():
+        check_same(found.tensors[part], tensors)
+
+
+def test_shapes_and_types_of_a_whole_pipeline_are_known(checkpoints, written):
+    found = read_orbax(written)
+    for part, tensors in checkpoints[1].tensors.items():
+        assert {name: (t.shape, t.dtype) for name, t in found.tensors[part].items()} == {
+            name: (t.shape, t.dtype) for name, t in tensors.items()
+        }
+
+
+def test_orbax_reads_a_model_as_its_own(checkpoints, written):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        held = checkpointer.restore(written / "vae")
+    tensors = checkpoints[1].tensors["vae"]
+    assert held.keys() == tensors.keys()
+    assert all(np.asarray(held[name]).tobytes() == tensor.read().tobytes() for name, tensor in tensors.items())
+
+
+def test_every_type_of_tensor_comes_back(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {f"t.{name}": of_array(rng.integers(0, 2, (2, 3)).astype(dtype)) for name, dtype in DTYPES.items()}
+    tensors["ids"] = of_array(np.array([[2**40, -1]]))
+    tensors["scalar"] = of_array(np.array(1.5, ml_dtypes.bfloat16))
+    tensors["transposed"] = of_array(rng.normal(size=(3, 4, 5, 2)).transpose(3, 2, 0, 1))
+    write_orbax(small(tensors), tmp_path / "orbax")
+    check_same(read_orbax(tmp_path / "orbax").tensors["unet"], tensors)
+
+
+def test_from_flax_through_orbax_to_flax_a_file_is_the_same(checkpoints, tmp_path):
+    write_flax(to_flax(checkpoints[1].tensors["text_encoder"], "text_encoder"), tmp_path / "first.msgpack")
+    tensors = from_flax(open_tensors(tmp_path / "first.msgpack"), "first.msgpack")
+    write_orbax(Checkpoint({}, {}, {"text_encoder": tensors}, {}), tmp_path / "orbax")
+    held = read_orbax(tmp_path / "orbax").tensors["text_encoder"]
+    write_flax(to_flax(held, "text_encoder"), tmp_path / "second.msgpack")
+    assert (tmp_path / "first.msgpack").read_bytes() == (tmp_path / "second.msgpack").read_bytes()
+
+
+def test_no_more_than_a_batch_is_in_memory_while_it_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(orbax_files, "BATCH", 3 * 400)
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def read() -> np.ndarray:
+        nonlocal most
+        array = np.full(100, len(alive), np.float32)
+        alive.append(weakref.ref(array))
+        most = max(most, sum(each() is not None for each in alive))
+        return array
+
+    tensors = {f"{n:02}": Tensor((100,), np.dtype(np.float32), read) for n in range(20)}
+    write_orbax(small(tensors), tmp_path / "orbax")
+    assert len(alive) == 20
+    assert 3 <= most <= 6  # the last batch goes when the next is whole
+    found = read_orbax(tmp_path / "orbax").tensors["unet"]
+    assert [found[f"{n:02}"].read()[0] for n in range(20)] == list(range(20))
+
+
+def test_nothing_is_read_before_it_is_asked_for(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "orbax")
+    tensors = read_orbax(folder).tensors["vae"]
+    name = "decoder.conv_in.weight"
+    assert tensors[name].read().shape == (32, 4, 3, 3)
+    shutil.rmtree(folder / "vae")
+    assert tensors[name].shape == (32, 4, 3, 3)
+    with pytest.raises(DistriError, match="vae is not what was written as an orbax checkpoint .* write it again"):
+        tensors[name].read()
+
+
+def test_data_that_is_cut_off_is_told(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "orbax")
+    tensors = read_orbax(folder).tensors["text_encoder"]
+    for data in (folder / "text_encoder").rglob("d/*"):
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(DistriError, match="text_encoder is not what was written"):
+        tensors["text_model.embeddings.token_embedding.weight"].read()
+
+
+def test_a_folder_that_is_not_one_or_not_whole_is_refused(written, tmp_path):
+    assert not is_orbax(tmp_path)
+    with pytest.raises(DistriError, match="has no pipeline.json, .* write it again"):
+        read_orbax(tmp_path)
+    with pytest.raises(DistriError, match="is not a folder"):
+        read_orbax(tmp_path / "absent")
+    folder = shutil.copytree(written, tmp_path / "orbax")
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(DistriError, match="unet is not what was written as an orbax checkpoint"):
+        read_orbax(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"files": {"../../escaped": {"text": ""}}}, "escaped is no path in a folder"),
+        ({"files": {"/etc/escaped": {"text": ""}}}, "is no path in a folder"),
+        ({"models": {"..": True}}, "is no path in a folder"),
+        ({"models": {"a/b": True}}, "a model's name is a path"),
+        ({"models": ["unet"]}, "models is no object"),
+        ({"configs": {"unet": 3}}, "a config is no object"),
+        ({"files": {"tokenizer/vocab.json": "{}"}}, "neither text nor base64"),
+        ({"files": {"tokenizer/vocab.json": {"base64": "?"}}}, "base64|padding|Non-"),
+    ],
+)
+def test_a_description_of_unknown_intent_is_refused(tmp_path, change, message):
+    described = {"index": {}, "configs": {}, "models": {}, "files": {}} | change
+    (tmp_path / "pipeline.json").write_text(json.dumps(described))
+    with pytest.raises(DistriError, match=f"pipeline.json is not what was written .*({message})"):
+        read_orbax(tmp_path)
+
+
+def test_files_that_are_no_text_come_back(tmp_path):
+    files = {"tokenizer/spiece.model": bytes(range(256)), "tokenizer/vocab.json": '{"é": "\r\n"}'.encode()}
+    write_orbax(Checkpoint({}, {}, {"safety_checker": {}}, files), tmp_path / "orbax")
+    found = read_orbax(tmp_path / "orbax")
+    assert (found.files, found.tensors) == (files, {"safety_checker": {}})
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(DistriError, match="is there and not an empty folder; choose another one"):
+        write_orbax(small({}), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_tensor_without_elements_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DistriError, match=r"unet\.v_pred has no elements"):
+        write_orbax(small({"v_pred": of_array(np.zeros(0, np.float32))}), tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists()
+
+
+def test_without_orbax_it_is_told_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    for use in (lambda: write_orbax(small({}), tmp_path / "orbax"), lambda: read_orbax(tmp_path)):
+        with pytest.raises(DistriError, match=r"pip install 'distrijax\[train\]'"):
+            use()
