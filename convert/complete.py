@@ -23,9 +23,9 @@ def check_complete(checkpoint: Checkpoint, what: str) -> None:
     """
     problems: dict[str, list[str]] = {}
     for part, tensors in checkpoint.tensors.items():
-        if (module := _module(checkpoint, part)) is None:
+        wanted = needed(checkpoint, part)
+        if wanted is None:
             continue
-        wanted = _shapes(module)
         held = {current_name(name): tensor.shape for name, tensor in tensors.items()}
         found = {name: shape for name, shape in held.items() if name not in IGNORED}
         for kind, names in {
@@ -38,8 +38,14 @@ def check_complete(checkpoint: Checkpoint, what: str) -> None:
     raise_for(problems, what)
 
 
+def needed(checkpoint: Checkpoint, part: str) -> dict[str, Shape] | None:
+    """Names and shapes that a part's config asks for, with PyTorch's names and layouts; None for what paints no picture."""
+    module = _module(checkpoint, part)
+    return None if module is None else _shapes(module)
+
+
 def _module(checkpoint: Checkpoint, part: str) -> nnx.Module | None:
-    """A model of shapes; None for a part that no picture needs, such as a safety checker."""
+    """A model of shapes."""
     config = checkpoint.configs.get(part, {})
     if part == "unet":
         return abstract(partial(UNet, UNetConfig.from_dict(config)))
@@ -52,7 +58,6 @@ def _module(checkpoint: Checkpoint, part: str) -> nnx.Module | None:
 
 
 def _shapes(module: nnx.Module) -> dict[str, Shape]:
-    """Of a module's parameters, with PyTorch's names and layouts."""
     return {
         checkpoint_name(path): to_pytorch(path[-1], np.broadcast_to(np.int8(0), leaf.shape)).shape
         for path, leaf in nnx.to_flat_state(nnx.split(module)[1])

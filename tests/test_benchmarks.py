@@ -14,12 +14,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import convert_file
 import latency
 import scaling
 import shard
 from test_unet import BASE
 
-from distrijax import DistriConfig, load_scheduler, plan_mesh
+from distrijax import DistriConfig, DistriError, load_scheduler, plan_mesh
+from distrijax.convert.original import from_original, to_original
 from distrijax.overlap import Program
 from distrijax.plan import step_of
 from distrijax.unet import UNetConfig
@@ -134,3 +136,19 @@ def test_scaling_needs_two_cores(monkeypatch):
     monkeypatch.setattr(scaling.os, "sched_getaffinity", lambda process: {3})
     with pytest.raises(SystemExit, match="^error: this process may use 1 cores; give it 2"):
         scaling.main([])
+
+
+def test_the_file_to_convert_has_what_stable_diffusion_has():
+    checkpoint = convert_file.random_checkpoint("SD1")
+    again = from_original(to_original(checkpoint), "file")
+    assert again.configs == checkpoint.configs
+    assert {part: len(held) for part, held in again.tensors.items()} == {"unet": 686, "vae": 248, "text_encoder": 196}
+    assert again.tensors["unet"]["conv_in.weight"].read().std() == pytest.approx(1, abs=0.05)
+
+
+def test_the_memory_of_a_process_is_told_and_its_failure_too():
+    told = convert_file.run([sys.executable, "-c", "import time; a = bytearray(b'x' * 300_000_000); time.sleep(0.5)"])
+    assert told["seconds"] > 0.5
+    assert 0.3 < told["own_gb"] <= told["peak_gb"] < 0.7
+    with pytest.raises(DistriError, match="failed: ValueError: why"):
+        convert_file.run([sys.executable, "-c", "raise ValueError('why')"])

@@ -1,0 +1,151 @@
+"""How fast, and in how little memory, does a single file of Stable Diffusion XL become a folder, beside torch diffusers?
+
+    python benchmarks/convert_file.py --repeats 3
+
+A file in the original layout, with the names and shapes of Stable Diffusion XL (random weights, float16, 6.9 GB; --family for a
+smaller one), is written to --folder, which needs room for two and a half of it, and removed at the end. Each repeat runs
+`python -m distrijax.convert` and diffusers' from_single_file with save_pretrained, each in a process of its own, and compares them.
+Time is of the whole process, imports included. Memory is the most that the process held, the pages of mapped files among it; beside
+it what was its own alone (of Linux, asked every 20 ms). The file is in the disk's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import numpy as np
+from command_line import Parser, check_positive, json_lines, plain_errors
+
+from distrijax import DistriError
+from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.complete import needed
+from distrijax.convert.original import FAMILIES, to_original
+from distrijax.convert.safetensors_files import write_safetensors
+from distrijax.convert.tensors import Shape, Tensor
+
+NAMES = {"xl": "SDXL", "1": "SD1", "2": "SD2"}
+
+THEIRS = """
+import sys, torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+file, config, folder, pipeline = sys.argv[1:]
+pipe = globals()[pipeline].from_single_file(file, config=config, local_files_only=True, torch_dtype=torch.float16)
+pipe.save_pretrained(folder)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--family", choices=tuple(NAMES), default="xl", help="of Stable Diffusion (default: %(default)s)")
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="to work in (default: %(default)s)")
+    add("--repeats", type=int, default=3, help="of both in turn (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE", help="lines of JSON are added to it, besides being printed")
+    with plain_errors():
+        benchmark(parser.parse_args(argv))
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Writes the file, runs both in turn, and tells how they compare; raises DistriError where there is no room."""
+    check_positive(arguments, "repeats")
+    tell = json_lines(arguments.output)
+    checkpoint = random_checkpoint(NAMES[arguments.family])
+    size = sum(tensor.nbytes for held in checkpoint.tensors.values() for tensor in held.values())
+    free = shutil.disk_usage(arguments.folder).free
+    if free < 2.5 * size:
+        raise DistriError(
+            f"{arguments.folder} has {free / 1e9:.3g} GB free and {2.5 * size / 1e9:.3g} are needed; use --folder"
+        )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        file, config = folder / "model.safetensors", folder / "config"
+        write_safetensors(to_original(checkpoint), file)
+        ours = [sys.executable, "-m", "distrijax.convert", str(file)]
+        run([*ours, str(config)])  # for the configurations, which diffusers would fetch from the hub
+        for weights in config.glob("*/*.safetensors"):
+            weights.unlink()
+        pipeline = checkpoint.index["_class_name"]
+        ways = {
+            "distrijax": [*ours, str(folder / "out")],
+            "diffusers": [sys.executable, "-c", THEIRS, str(file), str(config), str(folder / "out"), pipeline],
+        }
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for _ in range(arguments.repeats):
+            for way, command in ways.items():
+                runs[way].append(run(command))
+                shutil.rmtree(folder / "out")
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "gigabytes": round(size / 1e9, 2)}
+    for way, each in runs.items():
+        tell({"way": way, **{key: statistics.median(one[key] for one in each) for key in each[0]}, **machine})
+    ratios = {
+        key: statistics.median(one[key] / other[key] for one, other in zip(*runs.values(), strict=True))
+        for key in runs["distrijax"][0]
+    }
+    tell({"way": "distrijax / diffusers", **{key: round(value, 3) for key, value in ratios.items()}})
+
+
+def random_checkpoint(kind: str) -> Checkpoint:
+    """A model of full size, whose tensors are made when they are read."""
+    family = next(family for family in FAMILIES.values() if family.kind.name == kind)
+    parts = ["unet", "vae", *(text.part for text in family.texts)]
+    prediction = family.scheduler["prediction_type"]
+    configs = {part: family.base(part, prediction) for part in [*parts, "scheduler"]}
+    empty = Checkpoint(family.index, configs, {}, {})
+    tensors = {part: {name: random(shape) for name, shape in needed(empty, part).items()} for part in parts}
+    return Checkpoint(family.index, configs, tensors, {})
+
+
+def random(shape: Shape) -> Tensor:
+    """Small normal numbers of half precision."""
+
+    def read() -> np.ndarray:
+        return np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
+
+    return Tensor(shape, np.dtype(np.float16), read)
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """Seconds and gigabytes of a process; raises DistriError where it fails."""
+    start, own = time.perf_counter(), 0.0
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
+            own = max(own, anonymous(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines() or ["no word"]
+            raise DistriError(f"{command[1:3]} failed: {lines[-1]}; run it alone to see more")
+    return {"seconds": round(seconds, 2), "peak_gb": round(usage.ru_maxrss / 1e6, 3), "own_gb": round(own, 3)}
+
+
+def anonymous(pid: int) -> float:
+    """Gigabytes that a process holds of its own; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) / 1e6 for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    main()
