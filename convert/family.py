@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from distrijax.config import DistriError
 from distrijax.convert.engine import Row, Table
 from distrijax.convert.kinds import Kind
 from distrijax.convert.original_text import TRANSFORMERS, layers_of, open_clip_table
@@ -17,6 +18,9 @@ from distrijax.convert.tensors import Tensors
 Config = dict[str, Any]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+
+NUMBERED = 100
+"""Blocks or layers of a model that are numbered; the largest text encoder has 32. Every name is tried with each."""
 
 DIFFUSION = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod
@@ -196,13 +200,19 @@ class OriginalFamily:
     def table_of_theirs(self, names: Tensors, config: Mapping[str, Config], what: str) -> Table:
         """The rows that fit a file with these names."""
         layers = {text: layers_of(without(names, text.theirs)) for text in self.texts}
+        levels = levels_of(without(names, VAE))
+        if max(levels, *layers.values()) > NUMBERED:
+            raise DistriError(
+                f"{what} has {levels} blocks in its VAE and {', '.join(map(str, layers.values()))} layers in its text encoders, "
+                f"and none may have more than {NUMBERED}; give a file of a known model"
+            )
         kept = {
             text: config.get(text.part, {}).get("num_hidden_layers", text.config["num_hidden_layers"])
             for text in self.texts
         }
         return self.table(
             UNetLayout.of_theirs(without(names, UNET), what),
-            levels_of(without(names, VAE)),
+            levels,
             {text.part: (layers[text], kept[text]) for text in self.texts},
         )
 

@@ -246,7 +246,8 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:
 
 def _write_array(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, data: memoryview) -> None:
     """An array, packed in an extension, in the fewest bytes that msgpack has for it."""
-    inner = b"\x93" + bytes([0x90 | len(shape)]) + b"".join(map(_int, shape)) + _text(dtype.name)
+    axes = bytes([0x90 | len(shape)]) if len(shape) < 16 else struct.pack(">BH", 0xDC, len(shape))
+    inner = b"\x93" + axes + b"".join(map(_int, shape)) + _text(dtype.name)
     inner += _sized(len(data), 0xC4)
     size = len(inner) + len(data)
     fixed = {1: 0xD4, 2: 0xD5, 4: 0xD6, 8: 0xD7, 16: 0xD8}.get(size)

@@ -167,7 +167,7 @@ def _prediction(tensors: Tensors, family: OriginalFamily, given: Config, asked: 
     if "v_pred" in tensors:
         return Prediction.V_PREDICTION.value
     step = tensors.get("global_step")
-    if family is SD2 and step is not None and step.size == 1 and int(step.read().reshape(())) == EPSILON_STEP:
+    if family is SD2 and step is not None and step.size == 1 and step.read().item() == EPSILON_STEP:
         return Prediction.EPSILON.value
     return family.scheduler["prediction_type"]
 

@@ -60,7 +60,7 @@ class UNetLayout:
     def of_theirs(cls, names: Iterable[str], what: str) -> Self:
         """Of names that start with `input_blocks.` and so on; raises DistriError for blocks of unequal size."""
         names = set(names)
-        numbers = {int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,3})\.", name, re.ASCII))}
+        numbers = {int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,2})\.", name, re.ASCII))}
         ends = sorted(n for n in numbers if f"input_blocks.{n}.0.op.weight" in names)
         blocks = len(ends) + 1
         period = len(numbers) // blocks  # conv_in stands where the last block lacks a downsampler

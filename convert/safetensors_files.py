@@ -53,6 +53,8 @@ RANKS = ("U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I
 HEADER = 16 << 20
 """Bytes of a header: those of a whole SDXL are 0.3 MB, and the training data that LoRAs tell of, a few."""
 
+METADATA = "__metadata__"
+
 TEXTS = 10 * TENSORS
 """Strings of a header, roughly: its quotes. A tensor has five."""
 
@@ -80,12 +82,14 @@ def _parsed(source: Source) -> tuple[Tensors, dict[str, str]]:
         text = source.read(8, length)
         if text.count(b'"') - text.count(b'\\"') > TEXTS:
             raise ValueError(f"its header holds more than {TEXTS // 2} texts")
+        if text.count(b",") > 2 * TEXTS:
+            raise ValueError(f"its header holds more than {2 * TEXTS} values")
         try:
             with safe_open(source.path, framework="np"):
                 header = json.loads(text, object_pairs_hook=_unique)
         except (SafetensorError, OSError) as error:
             raise source.broken("safetensors file", reason(error)) from None
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop(METADATA, None) or {}
         found: Tensors = {}
         for name in sorted(header):
             add(found, name, _tensor(source, 8 + length, header[name]))
@@ -117,7 +121,9 @@ def write_safetensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] 
     safetensors doesn't have. Use `appearing` around it for a file that appears whole.
     """
     ordered = sorted(tensors.items(), key=lambda item: (RANKS.index(dtype_name(*item)), item[0]))
-    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    if METADATA in tensors:
+        raise DistriError(f"a tensor is named {METADATA}, which safetensors keeps for itself; rename it")
+    header: dict[str, object] = {METADATA: dict(metadata or {"format": "pt"})}
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.nbytes

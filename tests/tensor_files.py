@@ -1,15 +1,21 @@
-"""Files of tensors as other libraries write them, small; the tests of the readers share them with the fuzzer."""
+"""Small files of tensors as other libraries write them, and what is asked of their readers; the fuzzer uses them, too."""
 
 from __future__ import annotations
 
 import io
+import time
+import tracemalloc
 from pathlib import Path
 
 import flax.serialization
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 import torch
+
+from distrijax.config import DistriError
+from distrijax.convert.files import open_tensors
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,7 +51,11 @@ def arrays() -> Arrays:
     held["kind.bool"] = random.integers(0, 2, (7,)).astype(bool)
     held["scalar"] = np.array(1.5, np.float32)
     held["empty"] = np.zeros((0, 4), np.float16)
-    return held | {"länge.日本": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1)}
+    held["of many axes"] = np.arange(2, dtype=np.int32).reshape(*[1] * 16, 2)
+    return held | {
+        "länge.日本": np.arange(6, dtype=np.float32).reshape(1, 2, 3, 1),
+        'a "\\\n\1\x7f': np.zeros(3, np.int8),
+    }
 
 
 def torch_state() -> dict[str, torch.Tensor]:
@@ -64,12 +74,18 @@ def small() -> dict[str, bytes]:
     """A small file of each format, by format."""
     held = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "a.bias": np.arange(3, dtype=np.float16)}
     weight = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-    state = {"state_dict": {"a.weight": weight, "a.turned": weight.T, "a.bias": weight[0].half()}, "epoch": 3}
+    halves = {"0": np.arange(6, dtype=np.float32), "1": np.arange(6, 12, dtype=np.float32)}
+    pieces = {"__msgpack_chunked_array__": True, "shape": {"0": 3, "1": 4}, "chunks": halves}
+    turned = {"a.turned": weight.T, "a.bytes": weight.to(torch.float8_e5m2).T}
+    state = {"a.weight": weight, "a.bias": weight[0].half(), "a.parameter": torch.nn.Parameter(weight[1]), **turned}
+    state = {"state_dict": state, "epoch": 3}
     return {
         "safetensors": safetensors.numpy.save(held, metadata={"format": "pt"}),
         "zip": torch_bytes(state),
         "legacy": torch_bytes(state, legacy=True),
-        "flax": flax.serialization.msgpack_serialize({"a": {name[2:]: array for name, array in held.items()}}),
+        "flax": flax.serialization.msgpack_serialize(
+            {"a": {"weight": pieces, "bias": held["a.bias"]}, "b": held["a.weight"]}
+        ),
     }
 
 
@@ -78,3 +94,33 @@ def written(folder: Path, content: bytes) -> Path:
     path = folder / "file.weights"
     path.write_bytes(content)
     return path
+
+
+SPARE = 3 << 20
+"""Bytes that a reader may take beside twice the file: imports, buffers, the messages."""
+
+
+def read_all(path: Path) -> int:
+    """Reads the tensors one by one; how many."""
+    tensors = open_tensors(path)
+    for tensor in tensors.values():
+        array = tensor.read()
+        assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
+    return len(tensors)
+
+
+def refusal(path: Path, within: float = 5.0, spare: int = SPARE) -> str:
+    """The sentence for a file that is not read. Fails where that takes long, or memory beyond twice the file."""
+    start = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(DistriError) as caught:
+            read_all(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - start < within
+    assert peak < 2 * path.stat().st_size + spare
+    text = str(caught.value)
+    assert text.isprintable() and len(text) < 600 and text.count("; ") == 1 and str(path) in text
+    return text

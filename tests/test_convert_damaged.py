@@ -23,7 +23,7 @@ from distrijax.weights import read_json, read_tensors, weight_files
 SPARE = 1 << 20
 """Bytes that a reader may take beside twice the file."""
 
-EACH = 600
+EACH = 300
 """Damaged files of each kind."""
 
 

@@ -166,6 +166,8 @@ def test_writers_refuse_what_a_format_lacks(tmp_path):
         write_flax(complex_, tmp_path / "file")
     with pytest.raises(DistriError, match=r"a\.b begins with the name of another"):
         write_flax(dict.fromkeys(("a", "a.b"), of_array(np.zeros(2))), tmp_path / "file")
+    with pytest.raises(DistriError, match="a tensor is named __metadata__"):
+        write_safetensors({"__metadata__": of_array(np.zeros(2))}, tmp_path / "file")
     with pytest.raises(DistriError, match=r"a was read as float64 \[2\] and announced as float64 \[3\]"):
         write_safetensors({"a": Tensor((3,), np.dtype("f8"), lambda: np.zeros(2))}, tmp_path / "file")
 
