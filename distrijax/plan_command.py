@@ -80,6 +80,8 @@ def _tell(arguments: argparse.Namespace) -> None:
     if arguments.timeline:
         _draw(arguments.timeline, step, events, arguments)
     print(f"mesh     {step.mesh} of {step.gpu.name}, {arguments.dtype}")
+    stages = ", ".join(f"{stage} {taken:.3g} s" for stage, taken in step.compiling.items())
+    print(f"compiled {sum(step.compiling.values()):.3g} s: {stages}")
     print(
         f"memory   {_memory(step.memory)} of {megabytes(step.gpu.memory)} on each device in a step: {_kinds(step.memory)}"
     )

@@ -111,7 +111,8 @@ class Programs:
         self, function: Callable, static: Hashable, shapes: tuple, donate: tuple[int, ...]
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
-        program = compiled(lower(function, static, *shapes, donate=donate), self.ours, self.options)
+        lowered = trace(function, static, *shapes, donate=donate).lower()
+        program = compiled(lowered, self.ours, self.options)
         self.seconds += time.perf_counter() - start
         return program
 
@@ -120,12 +121,12 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def lower(
+def trace(
     function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
-) -> jax.stages.Lowered:
-    """`function(static, params, *arguments)`, of arrays or shapes, for XLA. donate: which of `arguments` it may overwrite."""
+) -> jax.stages.Traced:
+    """`function(static, params, *arguments)`, of arrays or shapes. donate: which of `arguments` it may overwrite."""
     jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
-    return jitted.lower(static, params, *arguments)
+    return jitted.trace(static, params, *arguments)
 
 
 def compiled(lowered: jax.stages.Lowered, ours: Mapping[str, Any], options: Mapping[str, Any]) -> jax.stages.Compiled:

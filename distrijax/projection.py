@@ -14,7 +14,9 @@ as the original's authors measured (2.8 s, arXiv 2402.19481); the others are com
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from distrijax.mesh import MeshPlan, plan_mesh
 from distrijax.overlap import Instruction, Program, Transfer, array_bytes
 from distrijax.placement import Form, Model, placed
 from distrijax.plan import step_of
-from distrijax.programs import compiled, lower, options_for
+from distrijax.programs import compiled, options_for, trace
 from distrijax.schedulers import Scheduler
 from distrijax.shapes import Step
 from distrijax.targets import GPUS, Gpu, compile_only_devices
@@ -65,13 +67,15 @@ class CompiledStep:
     """One displaced step (or stateless, where no step is displaced), compiled for some GPU.
 
     memory: bytes on each device: weights, stale state, other arguments, gathered (the most that is alive at once of what
-    gathers brought), and work (the rest of what the program needs). flops: of the products, of one device.
+    gathers brought), and work (the rest of what the program needs). flops: of the products, of one device. compiling: seconds
+    of each stage of it, here; tracing is also of the step before, whose results this one takes.
     """
 
     gpu: Gpu
     mesh: MeshPlan
     program: Program
     memory: dict[str, int]
+    compiling: dict[str, float]
 
     @property
     def flops(self) -> int:
@@ -104,7 +108,8 @@ def compile_step(
     gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: for XLA, before the pipeline's.
     Raises DistriError for what cannot be shared out, and where the compiler for these GPUs is not installed.
     """
-    mesh = plan_mesh(config, devices, branches=unet.branches)
+    mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(gpu, devices)
+    start = time.perf_counter()
     step = step_of(
         config,
         unet,
@@ -114,12 +119,14 @@ def compile_step(
         images=images,
         guided=guided,
         dtype=dtype,
-        devices=compile_only_devices(gpu, devices),
+        devices=targets,
     )
-    executable = _compiled(step.function, step.loop, step.placed(), step.donate, config, options)
+    outlined = time.perf_counter() - start
+    executable, compiling = _compiled(step.function, step.loop, step.placed(), step.donate, config, options)
+    compiling["tracing"] += outlined
     program = Program(executable.as_text())
     temporaries = executable.memory_analysis().temp_size_in_bytes
-    return CompiledStep(GPUS[gpu], mesh, program, _memory(step, program, temporaries))
+    return CompiledStep(GPUS[gpu], mesh, program, _memory(step, program, temporaries), compiling)
 
 
 def compile_decoder(
@@ -143,7 +150,7 @@ def compile_decoder(
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
     latents = placed(mesh, layout.latents, latents)
-    executable = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {})
+    executable, _ = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {})
     analysis = executable.memory_analysis()
     return {
         "weights": _on_device(model.params),
@@ -154,12 +161,20 @@ def compile_decoder(
 
 def _compiled(
     function: Callable, static: Any, arguments: tuple, donate: tuple[int, ...], config: DistriConfig, options: Any
-) -> jax.stages.Compiled:
-    """donate: which of the arguments after the parameters."""
+) -> tuple[jax.stages.Compiled, dict[str, float]]:
+    """The program, and seconds of each stage. donate: which of the arguments after the parameters."""
     ours = options_for("gpu", shard_weights=config.shard_weights)
+    times = [time.perf_counter()]
     with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        return compiled(lower(function, static, *arguments, donate=donate), ours, options or {})
+        traced = trace(function, static, *arguments, donate=donate)
+        times.append(time.perf_counter())
+        lowered = traced.lower()
+        times.append(time.perf_counter())
+        executable = compiled(lowered, ours, options or {})
+        times.append(time.perf_counter())
+    stages = (end - start for start, end in itertools.pairwise(times))
+    return executable, dict(zip(("tracing", "lowering", "XLA"), stages, strict=True))
 
 
 def _on_device(part: Any) -> int:

@@ -85,7 +85,7 @@ def test_operations_and_bytes_of_kernels():
 def test_projected_times_follow_the_model():
     """Everything takes its bytes; the gather is over before the second product, and the sum keeps everything waiting."""
     gpu = dataclasses.replace(GPUS["a100-sxm-80gb"], flops=1e30, bandwidth=1e30, link=1e30)
-    events = CompiledStep(gpu, None, Program(HLO), {}).events()
+    events = CompiledStep(gpu, None, Program(HLO), {}, {}).events()
     transfers = [event for event in events if event.transfer]
     assert [event.name for event in transfers] == ["all-gather", "all-reduce", "all-to-all"]
     assert [event.end - event.start for event in transfers] == pytest.approx([15e-6] * 3)
@@ -225,8 +225,11 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
     hlo, picture = tmp_path / "step.hlo", tmp_path / "timeline.png"
     files = ["--hlo", str(hlo), "--timeline", str(picture)]
     plan_command.main(["--model", str(DEFAULT_MODEL), "--devices", "4", "--image-size", "256", "512", *files])
-    mesh, memory, decoding, work, received, *hidden, step_time, baseline = capsys.readouterr().out.splitlines()
+    mesh, compiling, memory, decoding, work, received, *hidden, step_time, baseline = (
+        capsys.readouterr().out.splitlines()
+    )
     assert mesh == "mesh     data 1 x cfg 2 x patch 2 of NVIDIA A100-SXM4-80GB, bfloat16"
+    assert re.fullmatch(r"compiled \S+ s: tracing \S+ s, lowering \S+ s, XLA \S+ s", compiling)
     assert memory.startswith("memory   ") and " of 85.1 GB on each device in a step: weights 8.34 MB" in memory
     assert "while the picture is decoded: weights of the UNet 8.34 MB" in decoding
     assert work.startswith("work     ") and received.startswith("received ")
