@@ -132,7 +132,7 @@ def compile_schedule(
     latent: tuple[int, int],
     options: dict[str, Any] | None = None,
 ) -> Program:
-    """That step for TPUs that need not be there: its schedule alone, for their compiler does not tell what memory it takes.
+    """That step for TPUs that need not be there: its schedule alone, for what a step takes is projected for GPUs only.
 
     tpu: a name out of `distrijax.targets.TPUS`. The other arguments, and what is raised, are as `compile_step`'s.
     """

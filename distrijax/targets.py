@@ -1,6 +1,6 @@
 """GPUs and TPUs that a program can be compiled for where there are none: what XLA must know of them, and what GPUs can do at best.
 
-Nothing is told of what TPUs can do: without one their compiler does not tell how much memory a program takes.
+What TPUs can do is not here: no time is projected for them.
 """
 
 from __future__ import annotations
