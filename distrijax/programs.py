@@ -40,8 +40,9 @@ be hidden; with one collective at a time, those that wait their turn begin too l
 what is small is combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
 
 On TPUs the first four say what libtpu does by itself, so that another default does not take it away: permutes travel beside the
-computing, and kernels of products carry gathers. Without the last two they carry one gather at a time, and of those that come
-to wait together all but one are synchronous, keys and values among them.
+computing, and kernels of products carry gathers. Without the last two they carry one gather at a time, and keys and values whose
+turn does not come in time are gathered synchronously; with the last alone, more of them. Every gather under way is held in full
+beside the others: hence not more than four.
 """
 
 SHARDED: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8}}
