@@ -40,7 +40,7 @@ from distrijax.denoise import Layout
 from distrijax.loading import DTYPES, find_folder, read_configs
 from distrijax.mesh import PATCH, MeshPlan, check_sizes
 from distrijax.plan import step_of
-from distrijax.programs import compiled, lower, options_for
+from distrijax.programs import compiled, options_for, trace
 from distrijax.shapes import Step
 from distrijax.unet import SDXL_BASE
 
@@ -128,7 +128,7 @@ def compile_part(step: Step) -> tuple[jax.stages.Compiled, tuple]:
     loop = dataclasses.replace(step.loop, layout=layout)
     arguments = part_of(step, NamedSharding(alone, P()))
     with stand_ins(step.loop.layout.mesh.shape[PATCH]):
-        lowered = lower(step.function, loop, *arguments)
+        lowered = trace(step.function, loop, *arguments).lower()
     return compiled(lowered, options_for(jax.devices()[0].platform), {}), arguments
 
 

@@ -243,6 +243,7 @@ class Displaced(Synchronous):
     ):
         super().__init__(axis, bands, strategy or Strategy(type(self)))
         self.stale, self.pace = stale, pace
+        self._moments: dict[str, Float[Array, "n b g 2"]] | None = None
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
@@ -263,7 +264,7 @@ class Displaced(Synchronous):
         own = self._publish(MOMENTS, name, self._own(x, size))
         stale = self._previous(name)
         (own_mean, own_variance), (old_mean, old_variance) = _split(own), _split(stale)
-        stale_mean, stale_variance = _split(_pooled(lax.all_gather(stale, self.axis), self._shares(x)))
+        stale_mean, stale_variance = _split(_pooled(self._everyone(name), self._shares(x)))
         change, a = own_mean - old_mean, self.correction(x)
         # E[x^2] - mean^2 of the corrected moments with the squares multiplied out, so that nothing large cancels
         shift = 2 * (old_mean - stale_mean) + (1 - a) * change
@@ -299,6 +300,19 @@ class Displaced(Synchronous):
     def _previous(self, name: str) -> Array:
         self._check(name)
         return self._read(name)
+
+    def _everyone(self, name: str) -> Float[Array, "n b g 2"]:
+        """All patches' stale moments of a layer.
+
+        Those of all layers travel together: each is next to nothing, and TPUs do not begin many gathers at a time.
+        """
+        if self._moments is None:
+            parts = {each: leaf for each, leaf in self.stale.items() if _is_moments(each, leaf)}
+            ends = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
+            together = lax.all_gather(jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()]), self.axis)
+            gathered = zip(parts.items(), jnp.split(together, ends, axis=1), strict=True)
+            self._moments = {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in gathered}
+        return self._moments[name]
 
     def _check(self, name: str) -> None:
         stale, fresh = self._read(name), self.fresh[name]
@@ -473,6 +487,11 @@ def _after(x: Array, read: Array) -> Array:
 
 def _split(moments: Array) -> tuple[Array, Array]:
     return moments[..., 0], moments[..., 1]
+
+
+def _is_moments(name: str, leaf: Array) -> bool:
+    """Whether a stale value is moments, and no running mean of them; others have another shape or dtype (`Stale`)."""
+    return leaf.ndim == 3 and leaf.shape[-1] == 2 and leaf.dtype == jnp.float32 and not name.endswith((MEAN, ENDS))
 
 
 def _own_moments(

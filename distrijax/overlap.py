@@ -2,6 +2,9 @@
 
 XLA prints the instructions of a scheduled program in the order in which they are issued. A collective is hidden where it has
 a start and a done, and products (of matrices, convolutions, attentions) are issued between the two.
+
+On TPUs it may instead be carried by kernels of products, each of which moves a part of it beside its own work: XLA writes it
+into each of their fusions, and marks what belongs together by a chain. Such a collective is hidden behind these products alone.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 
@@ -23,7 +27,9 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_CONVOLUTION = re.compile(r"dim_labels=\w+_(\w+)->(\w+)")
+_CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_CHAIN = re.compile(r"chain_id=\"(\d+)\"")
 _ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
 
 
@@ -58,7 +64,7 @@ class Transfer:
 
     kind: one of `COLLECTIVES`. arrays: that it yields on a device. received: bytes that come in from other devices, those of
     a ring for an all-reduce. start, done: its places in the schedule, the same where it is synchronous. behind: names of the
-    products issued between the two.
+    products issued between the two, or of those whose kernels carry it.
     """
 
     kind: str
@@ -97,6 +103,7 @@ class Program:
         """The collectives of the step, by their ends."""
         places = {instruction.name: place for place, instruction in enumerate(self.step)}
         result = []
+        chains: dict[str, list[tuple[int, Instruction]]] = {}
         for place, instruction in enumerate(self.step):
             if instruction.opcode in COLLECTIVES:
                 result.append(self._transfer(instruction, place, place))
@@ -104,7 +111,12 @@ class Program:
                 start = places[instruction.operands[0]]
                 if (collective := self._started(self.step[start])) is not None:
                     result.append(self._transfer(collective, start, place))
-        return result
+            elif instruction.opcode == "fusion":
+                for collective in self._within(instruction):
+                    chain = _CHAIN.search(collective.rest)
+                    chains.setdefault(chain.group(1) if chain else collective.name, []).append((place, collective))
+        result += map(self._carried, chains.values())
+        return sorted(result, key=lambda transfer: transfer.done)
 
     def flops(self, instruction: Instruction) -> int:
         """Floating-point operations of the products in an instruction; 0 where there is none."""
@@ -119,7 +131,21 @@ class Program:
             inner = math.prod(operands[0][int(axis)] for axis in contracted.split(",") if axis)
             return 2 * math.prod(_sizes(instruction.arrays[0])) * inner
         if found := _CONVOLUTION.search(instruction.rest):
-            kernel, _ = found.groups()
+            image, kernel, output = found.groups()
+            if instruction.opcode == "convolution":
+                windows = _windows(instruction.rest, sum(label.isdigit() for label in kernel))
+                sizes = [
+                    dict(zip(labels, of, strict=True))
+                    for labels, of in (
+                        (image, operands[0]),
+                        (kernel, operands[1]),
+                        (output, _sizes(instruction.arrays[0])),
+                    )
+                ]
+                spatial = (
+                    _products(window, *(each[str(axis)] for each in sizes)) for axis, window in enumerate(windows)
+                )
+                return 2 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * math.prod(spatial)
             per_output = math.prod(size for size, label in zip(operands[1], kernel, strict=True) if label != "o")
             return 2 * math.prod(_sizes(instruction.arrays[0])) * per_output
         if instruction.opcode == "custom-call" and _ATTENTION.search(instruction.rest):
@@ -141,9 +167,25 @@ class Program:
         inner = [each for name in start.called for each in self.computations.get(name, ())]
         return next((each for each in inner if each.opcode in COLLECTIVES), None)
 
-    def _transfer(self, collective: Instruction, start: int, done: int) -> Transfer:
+    def _within(self, fusion: Instruction) -> list[Instruction]:
+        """The collectives in a fusion and in those that it is made of."""
+        inner = [each for name in fusion.called for each in self.computations.get(name, ())]
+        deeper = [found for each in inner if each.opcode == "fusion" for found in self._within(each)]
+        return [each for each in inner if each.opcode in COLLECTIVES] + deeper
+
+    def _carried(self, chain: list[tuple[int, Instruction]]) -> Transfer:
+        """The collective that fusions begin, carry and end; chain: the place of each, and what it has of the collective."""
+        (start, collective), (done, _) = chain[0], chain[-1]
+        behind = tuple(self.step[place].name for place, _ in chain if self.flops(self.step[place]))
+        transfer = self._transfer(collective, start, done, collective.arrays)
+        return dataclasses.replace(transfer, behind=behind)
+
+    def _transfer(
+        self, collective: Instruction, start: int, done: int, arrays: Iterable[str] | None = None
+    ) -> Transfer:
+        """arrays: that it yields, where they are not those of the instruction at `done`."""
         kind = collective.opcode.removesuffix("-start")
-        arrays = tuple(self.step[done].arrays)
+        arrays = tuple(self.step[done].arrays if arrays is None else arrays)
         n = _group(collective)
         part = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0}.get(
             kind, (n - 1) / n
@@ -161,6 +203,25 @@ def array_bytes(array: str) -> int:
 
 def _sizes(array: str) -> list[int]:
     return [int(size) for size in array[array.index("[") + 1 : -1].split(",") if size]
+
+
+def _windows(rest: str, axes: int) -> list[dict[str, str]]:
+    """For each spatial axis of a convolution what its window says, for example size 3, stride 2, pad 1_1."""
+    found = _WINDOW.search(rest)
+    keys = (part.split("=") for part in found.group(1).split()) if found else ()
+    columns = {key: values.split("x") for key, values in keys}
+    return [{key: values[axis] for key, values in columns.items()} for axis in range(axes)]
+
+
+def _products(window: dict[str, str], image: int, kernel: int, output: int) -> int:
+    """Pairs of an output and a tap of the kernel, on one axis, that meet a pixel of the image: not padding, nor a hole between.
+
+    XLA for TPUs writes the axes of a batch as spatial ones of which each output meets its own pixel alone.
+    """
+    stride, hole, apart = (int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(window.get("pad", "0_0").split("_")[0])
+    places = (place * stride + tap * apart - before for place in range(output) for tap in range(kernel))
+    return sum(place % hole == 0 and 0 <= place < image * hole for place in places)
 
 
 def _group(collective: Instruction) -> int:

@@ -24,12 +24,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000,
         "xla_gpu_collective_permute_combine_threshold_bytes": 1_000_000,
     },
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_enable_async_collective_permute": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_async_collective_fusion_fuse_multiple_collectives": True,
+        "xla_max_concurrent_async_all_gathers": 4,
+    },
 }
 """XLA's options for each of JAX's platforms.
 
 Without the latency-hiding scheduler nothing travels while a GPU computes; by its model of Hopper's links what is small need not
 be hidden; with one collective at a time, those that wait their turn begin too late, and with many, more is held at once. Only
 what is small is combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
+
+On TPUs the first four say what libtpu does by itself, so that another default does not take it away: permutes travel beside the
+computing, and kernels of products carry gathers. Without the last two they carry one gather at a time, and keys and values whose
+turn does not come in time are gathered synchronously; with the last alone, more of them. Every gather under way is held in full
+beside the others: hence not more than four.
 """
 
 SHARDED: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8}}

@@ -129,6 +129,28 @@ def compile_step(
     return CompiledStep(GPUS[gpu], mesh, program, _memory(step, program, temporaries), compiling)
 
 
+def compile_schedule(
+    config: DistriConfig,
+    unet: UNetConfig,
+    scheduler: Scheduler,
+    tpu: str,
+    *,
+    devices: int,
+    latent: tuple[int, int],
+    options: dict[str, Any] | None = None,
+) -> Program:
+    """That step for TPUs that need not be there: its schedule alone, for what a step takes is projected for GPUs only.
+
+    tpu: a name out of `distrijax.targets.TPUS`. The other arguments, and what is raised, are as `compile_step`'s.
+    """
+    tpus = compile_only_devices(tpu, devices)
+    step = step_of(
+        config, unet, scheduler, plan_mesh(config, devices, branches=unet.branches), latent=latent, devices=tpus
+    )
+    executable, _ = _compiled(step.function, step.loop, step.placed(), step.donate, config, options, "tpu")
+    return Program(executable.as_text())
+
+
 def compile_decoder(
     config: DistriConfig,
     vae: VAEConfig,
@@ -160,12 +182,18 @@ def compile_decoder(
 
 
 def _compiled(
-    function: Callable, static: Any, arguments: tuple, donate: tuple[int, ...], config: DistriConfig, options: Any
+    function: Callable,
+    static: Any,
+    arguments: tuple,
+    donate: tuple[int, ...],
+    config: DistriConfig,
+    options: Any,
+    platform: str = "gpu",
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
     """The program, and seconds of each stage. donate: which of the arguments after the parameters."""
-    ours = options_for("gpu", shard_weights=config.shard_weights)
+    ours = options_for(platform, shard_weights=config.shard_weights)
     times = [time.perf_counter()]
-    with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without a GPU
+    with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without the device
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
         traced = trace(function, static, *arguments, donate=donate)
         times.append(time.perf_counter())

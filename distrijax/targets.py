@@ -1,4 +1,7 @@
-"""GPUs that a program can be compiled for where there is none: what XLA must know of them, and what they can do at best."""
+"""GPUs and TPUs that a program can be compiled for where there are none: what XLA must know of them, and what GPUs can do at best.
+
+What TPUs can do is not here: no time is projected for them.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,18 @@ GPUS = {
 }
 
 
+TPUS = {"tpu-v5e": "v5e"}
+"""Models of TPU, as libtpu calls them."""
+
+SLICES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+"""How so many chips of a TPU are linked, by the slices that Google lends."""
+
+
+def tpu_compiler_is_installed() -> bool:
+    """Whether libtpu is there, which has the compiler for TPUs."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def compiler_is_installed() -> bool:
     """Whether JAX's plugin for CUDA is there, which has the compiler; it is not imported, for that would look for CUDA."""
     try:
@@ -95,32 +110,51 @@ def compiler_is_installed() -> bool:
         return False
 
 
-def compile_only_devices(gpu: str, count: int) -> list[jax.Device]:
+def compile_only_devices(target: str, count: int) -> list[jax.Device]:
     """Devices to build a mesh from, and to compile for; nothing can be run on them.
 
-    Raises DistriError for an unknown GPU, and where JAX's plugin for CUDA is not installed.
+    target: a name out of `GPUS` or `TPUS`. Raises DistriError for another, for a number of TPUs that no slice has, and where
+    the compiler is not installed: JAX's plugin for CUDA, or libtpu.
     """
+    return _tpus(target, count) if target in TPUS else _gpus(target, count)
+
+
+def _gpus(gpu: str, count: int) -> list[jax.Device]:
     if gpu not in GPUS:
         raise DistriError(f"gpu is {gpu!r}; use one of: {', '.join(GPUS)}")
     if not compiler_is_installed():
         raise DistriError(f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install the extra `plan`")
-    with _without_a_gpu():
+    # the plugin looks for CUDA's libraries when it is loaded; to compile, it needs none of them
+    with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=gpu, target_config=GPUS[gpu].as_text(), topology=f"1x1x{count}"
         )
     return topology.devices
 
 
+def _tpus(tpu: str, count: int) -> list[jax.Device]:
+    if count not in SLICES:
+        raise DistriError(f"no slice of {tpu} has {count} chips; use one of: {', '.join(map(str, SLICES))}")
+    if not tpu_compiler_is_installed():
+        raise DistriError(f"compiling for {tpu} needs libtpu; install the extra `tpu`")
+    # when it is loaded libtpu asks Google's cloud what machine this is, and lets one process at a time have the chips: here
+    # there are none
+    here = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=f"v5litepod-{count}", TPU_WORKER_HOSTNAMES="localhost")
+    with _environment(**here, ALLOW_MULTIPLE_LIBTPU_LOAD="1"):
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{TPUS[tpu]}:{SLICES[count]}")
+    return topology.devices
+
+
 @contextlib.contextmanager
-def _without_a_gpu() -> Iterator[None]:
-    """The plugin looks for CUDA's libraries when it is loaded; to compile, it needs none of them."""
-    name = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets variables of the environment for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

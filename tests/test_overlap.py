@@ -1,4 +1,7 @@
-"""What hides what: the reading of HLO in closed form, and the displaced step compiled for GPUs that are not here (extra `plan`)."""
+"""What hides what: the reading of HLO in closed form, and the displaced step compiled for GPUs and TPUs that are not here.
+
+The former need the extra `plan`, the latter libtpu, which the extra `tpu` brings.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, 
 from distrijax.overlap import Program, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
-from distrijax.projection import CompiledStep, compile_decoder, compile_step, seconds, waiting
-from distrijax.targets import GPUS, compile_only_devices, compiler_is_installed
+from distrijax.projection import CompiledStep, compile_decoder, compile_schedule, compile_step, seconds, waiting
+from distrijax.targets import GPUS, compile_only_devices, compiler_is_installed, tpu_compiler_is_installed
 from distrijax.unet import SDXL_BASE
 from distrijax.vae import SDXL_VAE
 
@@ -54,6 +57,57 @@ ENTRY %main (x: bf16[8,32], y: bf16[32,16], z: f32[4,4]) -> (bf16[8,16], f32[4,4
 }
 """.replace("CONVOLUTION", CONVOLUTION)
 
+GATHER = 'all-gather(%own), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="4"}'
+
+CHAIN = """
+HloModule jit_step, is_scheduled=true
+
+%begin (own: bf16[2,32]) -> (bf16[2,32], bf16[16,32]) {
+  %own = bf16[2,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %gather.1 = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} GATHER
+  ROOT %call = (bf16[2,32]{1,0}, bf16[16,32]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry (own: bf16[2,32], a: bf16[8,32], b: bf16[32,16]) -> bf16[8,16] {
+  %own.2 = bf16[2,32]{1,0} parameter(0)
+  %a = bf16[8,32]{1,0} parameter(1)
+  %b = bf16[32,16]{1,0} parameter(2)
+  %gather.2 = bf16[16,32]{1,0} GATHER
+  ROOT %convolution.1 = bf16[8,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%plain (a: bf16[8,32], b: bf16[32,16]) -> bf16[8,16] {
+  %a.2 = bf16[8,32]{1,0} parameter(0)
+  %b.2 = bf16[32,16]{1,0} parameter(1)
+  ROOT %convolution.2 = bf16[8,16]{1,0} convolution(%a.2, %b.2), dim_labels=bf_io->bf
+}
+
+%end (own: bf16[2,32]) -> bf16[16,32] {
+  %own.3 = bf16[2,32]{1,0} parameter(0)
+  %gather.3 = bf16[16,32]{1,0} GATHER
+  ROOT %call.2 = bf16[16,32]{1,0} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[2,32], y: bf16[8,32], z: bf16[32,16], s: f32[4,4]) -> bf16[8,16] {
+  %x = bf16[2,32]{1,0} parameter(0)
+  %y = bf16[8,32]{1,0} parameter(1)
+  %z = bf16[32,16]{1,0} parameter(2)
+  %s = f32[4,4]{1,0} parameter(3)
+  %many = bf16[4,5,3]{2,1,0} bitcast(%y)
+  %kernels = bf16[5,6,3]{2,1,0} bitcast(%z)
+  %row = bf16[2,8,1]{2,1,0} bitcast(%y)
+  %taps = bf16[3,1,7]{2,1,0} bitcast(%z)
+  %start = (bf16[2,32]{1,0}, bf16[16,32]{1,0}) fusion(%x), kind=kCustom, calls=%begin
+  %first = bf16[8,16]{1,0} fusion(%x, %y, %z), kind=kOutput, calls=%carry
+  %between = bf16[8,16]{1,0} fusion(%y, %z), kind=kOutput, calls=%plain
+  %second = bf16[8,16]{1,0} fusion(%x, %y, %z), kind=kOutput, calls=%carry
+  %done = bf16[16,32]{1,0} fusion(%x), kind=kCustom, calls=%end
+  %sum = f32[4,4]{1,0} all-reduce(%s), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %batch = bf16[4,6,3]{2,1,0} convolution(%many, %kernels), window={size=3 stride=2 lhs_dilate=3}, dim_labels=bf0_io0->bf0
+  ROOT %padded = bf16[2,8,7]{2,1,0} convolution(%row, %taps), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f
+}
+""".replace("GATHER", GATHER)
+
 
 def test_transfers_are_read_from_the_schedule():
     gather, total, exchange = sorted(Program(HLO).transfers, key=lambda transfer: transfer.start)
@@ -67,6 +121,22 @@ def test_transfers_are_read_from_the_schedule():
 def test_groups_may_be_written_as_axes_of_a_mesh():
     hlo = HLO.replace("replica_groups=[1,8]<=[8]", "replica_groups=mesh['data'=1,'patch'=4,'cfg'=2] {'patch','cfg'}")
     assert Program(hlo).transfers == Program(HLO).transfers
+
+
+def test_a_gather_that_kernels_carry_is_hidden_behind_their_products():
+    """As XLA writes it for TPUs: a start, two kernels of products with a part of it, one between that has none, and a done."""
+    carried, alone = Program(CHAIN).transfers
+    assert (carried.kind, carried.received, carried.asynchronous) == ("all-gather", 7 * 2 * 32 * 2, True)
+    assert carried.behind == ("first", "second")
+    assert (alone.kind, alone.received, alone.asynchronous, alone.behind) == ("all-reduce", 64, False, ())
+
+
+def test_convolutions_count_neither_padding_nor_holes():
+    """A batch of three products of 4x5 and 5x6, as XLA writes it for TPUs; and a border of zeros that costs nothing."""
+    program = Program(CHAIN)
+    batch, padded = (next(each for each in program.step if each.name == name) for name in ("batch", "padded"))
+    assert program.flops(batch) == 3 * 2 * 4 * 5 * 6
+    assert program.flops(padded) == 2 * 2 * 7 * (3 * 8 - 2)
 
 
 def test_operations_and_bytes_of_kernels():
@@ -103,6 +173,17 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(targets, "compiler_is_installed", lambda: False)
     with pytest.raises(DistriError, match="needs JAX's CUDA plugin and cuDNN; install the extra `plan`"):
         compile_only_devices("a100-sxm-80gb", 8)
+
+
+def test_a_slice_of_tpus_that_is_not_lent_is_refused():
+    with pytest.raises(DistriError, match="no slice of tpu-v5e has 6 chips; use one of: 4, 8, 16, 32, 64"):
+        compile_only_devices("tpu-v5e", 6)
+
+
+def test_a_compiler_for_tpus_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(targets, "tpu_compiler_is_installed", lambda: False)
+    with pytest.raises(DistriError, match="compiling for tpu-v5e needs libtpu; install the extra `tpu`"):
+        compile_only_devices("tpu-v5e", 8)
 
 
 # Compiled for GPUs ------------------------------------------------------------------------------------------------------
@@ -238,6 +319,52 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
     assert Program(hlo.read_text()).transfers
     with Image.open(picture) as image:
         assert image.width > 1000
+
+
+# Compiled for TPUs ------------------------------------------------------------------------------------------------------
+
+tpu_compiler = pytest.mark.skipif(not tpu_compiler_is_installed(), reason="needs libtpu, of the extra `tpu`")
+NARROW = dataclasses.replace(
+    SHALLOW,
+    block_out_channels=(128, 256, 512),
+    attention_head_dim=(2, 4, 8),
+    cross_attention_dim=256,
+    layers_per_block=1,
+)
+"""Every kind of block and exchange; libtpu takes ten times as long as the compiler for GPUs."""
+FLAT = dataclasses.replace(
+    NARROW,
+    block_out_channels=(64, 128),
+    attention_head_dim=(1, 2),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
+
+
+def exposed_on_tpus(unet, side: int, split_batch: bool, **options) -> list:
+    """Transfers of a displaced step on eight TPU v5e that are not asynchronous, or that no product hides."""
+    config, latent = DistriConfig(split_batch=split_batch), (side // 8, side // 8)
+    program = compile_schedule(config, unet, DDIM, "tpu-v5e", devices=8, latent=latent, options=options)
+    planned = plan(config, unet, DDIM, devices=8, latent=latent)
+    assert sum(transfer.received for transfer in program.transfers) == sum(planned.received.values())
+    return [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.behind)]
+
+
+@tpu_compiler
+@pytest.mark.parametrize(("unet", "side", "split_batch"), [(NARROW, 512, False), (FLAT, 256, True)])
+def test_every_transfer_of_a_displaced_step_is_hidden_on_tpus(unet, side, split_batch):
+    """But for the named exceptions, of which the fresh rows may be hidden, too."""
+    exposed = exposed_on_tpus(unet, side, split_batch)
+    assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(side, split_batch)
+
+
+@tpu_compiler
+def test_a_user_may_override_the_options_for_tpus():
+    """Without what lets kernels carry gathers, all of these are exposed: what the test above looks for can be missed."""
+    exposed = exposed_on_tpus(FLAT, 256, False, xla_tpu_enable_async_collective_fusion=False)
+    gathers = [transfer for transfer in exposed if transfer.kind == "all-gather"]
+    assert len(gathers) == 1 + 4  # moments; keys and values of four layers
+    assert OPTIONS["tpu"]["xla_tpu_enable_async_collective_fusion"]
 
 
 @pytest.mark.parametrize(
