@@ -6,7 +6,7 @@ A file in the original layout, with the names and shapes of Stable Diffusion XL 
 smaller one), is written to --folder, which needs room for two and a half of it, and removed at the end. Each repeat runs
 `python -m distrijax.convert` and diffusers' from_single_file with save_pretrained, each in a process of its own, and compares them.
 Time is of the whole process, imports included. Memory is the most that the process held, the pages of mapped files among it; beside
-it what was its own alone (of Linux, asked every 20 ms). The file is in the disk's cache.
+it what was its own alone (as Linux tells it, asked every 20 ms). The file is in the disk's cache.
 """
 
 from __future__ import annotations
@@ -120,14 +120,16 @@ def random(shape: Shape) -> Tensor:
 
 def run(command: list[str]) -> dict[str, Any]:
     """Seconds and gigabytes of a process; raises DistriError where it fails."""
-    start, own = time.perf_counter(), 0.0
+    start = time.perf_counter()
+    peak = own = 0.0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         while True:
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            held = memory(process.pid)  # not wait4's ru_maxrss, in which the parent has its part
+            ended, status = os.waitpid(process.pid, os.WNOHANG)
             if ended:
                 break
-            own = max(own, anonymous(process.pid))
+            peak, own = max(peak, held.get("VmHWM", 0.0)), max(own, held.get("RssAnon", 0.0))
             time.sleep(0.02)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -135,16 +137,16 @@ def run(command: list[str]) -> dict[str, Any]:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines() or ["no word"]
             raise DistriError(f"{command[1:3]} failed: {lines[-1]}; run it alone to see more")
-    return {"seconds": round(seconds, 2), "peak_gb": round(usage.ru_maxrss / 1e6, 3), "own_gb": round(own, 3)}
+    return {"seconds": round(seconds, 2), "peak_gb": round(peak, 3), "own_gb": round(own, 3)}
 
 
-def anonymous(pid: int) -> float:
-    """Gigabytes that a process holds of its own; 0 where the system does not tell."""
+def memory(pid: int) -> dict[str, float]:
+    """Gigabytes that a process holds, by the kernel's names; empty where the system does not tell."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) / 1e6 for line in lines if line.startswith("RssAnon"))
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e9 for line in lines if line.endswith(" kB")}
 
 
 if __name__ == "__main__":
