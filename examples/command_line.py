@@ -33,18 +33,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
-    def pairs(self, flag: str, given: Sequence[str]) -> dict[str, str]:
-        """Names and values out of what a flag got as NAME=VALUE, several times."""
-        for option in given:
-            if "=" not in option:
-                self.error(f"{flag} is {option}; give NAME=VALUE")
-        return dict(option.split("=", 1) for option in given)
+    def add_values(self, flag: str, help: str) -> None:
+        """A flag that takes NAME=VALUE, several times, and gives a dictionary: numbers, true, false and null as such, or text."""
+        help += "; may be given several times"
+        self.add_argument(flag, action=_Values, default={}, metavar="NAME=VALUE", help=help)
 
     def size(self, numbers: Sequence[int] | None) -> tuple[int, int] | None:
         """Height and width out of what --image-size got."""
         if numbers and len(numbers) > 2:
             self.error(f"--image-size takes H or H W, not {len(numbers)} numbers")
         return (numbers[0], numbers[-1]) if numbers else None
+
+
+class _Values(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        name, equals, value = values.partition("=")
+        if not equals:
+            parser.error(f"{option_string} is {values}; give NAME=VALUE")
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

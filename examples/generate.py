@@ -82,13 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-inference-steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, default=5.0, help="how closely to follow the prompt (default: %(default)s)")
     add("--scheduler", choices=tuple(SCHEDULERS), help="(default: the checkpoint's)")
-    add(
-        "--scheduler-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="instead of the checkpoint's, such as timestep_spacing=trailing; may be given several times",
-    )
+    parser.add_values("--scheduler-option", "instead of the checkpoint's, such as timestep_spacing=trailing")
     add("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
     add("--sync-steps", type=int, nargs="+", default=(), metavar="STEP", help="further exact steps; -1 is the last")
@@ -108,13 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="Stable Diffusion 1.x, 2.x or XL: a folder, a single file or a hub id (default: embedded)")
     add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
-    add(
-        "--compiler-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of XLA, instead of this project's choice; may be given several times",
-    )
+    parser.add_values("--compiler-option", "of XLA, instead of this project's choice")
     add_flags(parser)
     add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
@@ -122,18 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.image_size = parser.size(arguments.image_size)
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
-    for name in ("compiler_option", "scheduler_option"):
-        options = parser.pairs("--" + name.replace("_", "-"), getattr(arguments, name))
-        setattr(arguments, name, {name: from_json(value) for name, value in options.items()})
     return arguments
-
-
-def from_json(text: str) -> Any:
-    """A number, true, false or null; other text is itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def generate(arguments: argparse.Namespace) -> None:
