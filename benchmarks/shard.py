@@ -3,10 +3,10 @@
     python benchmarks/shard.py --image-size 1024 --parts 1 2 4 8             # SDXL's UNet, random weights
     python benchmarks/shard.py --model FOLDER --image-size 256
 
-Runs the displaced step of one device out of n on a single device. Its collectives are replaced by local stand-ins that yield
-arrays of the same shapes: a gather copies the own part n times, a permute gives back what it got. So these are no pictures and
-no times of n devices: nothing travels, and nobody waits. What remains is what n devices could gain at best, t(1) / t(n). A line
-of JSON for each n.
+Runs displaced steps of one device out of n on a single device, each on what the one before left. Its collectives are replaced
+by local stand-ins that yield arrays of the same shapes: a gather copies the own part n times, a permute gives back what it got.
+So these are no pictures and no times of n devices: nothing travels, and nobody waits. What remains is what n devices could gain
+at best, t(1) / t(n). A line of JSON for each n. All programs are compiled first, several at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from command_line import Parser, check_positive, device_kind, find_dtype, keep_compiled_programs, plain_errors
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriConfig, SyncMode, denoise, exchange, load_scheduler, plan_mesh
@@ -63,8 +65,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split-batch", action="store_true", help="each half of the devices has one branch of the guidance")
     add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
-    add("--warmup-times", type=int, default=3, help="steps before any is timed (default: %(default)s)")
-    add("--test-times", type=int, default=20, help="timed steps, of which the median counts (default: %(default)s)")
+    parser.add_values("--compiler-option", "of XLA, instead of this project's choice")
+    add(
+        "--steps", type=int, default=5, help="that are timed together, one begun after the other (default: %(default)s)"
+    )
+    add("--warmup-times", type=int, default=2, help="such runs before any is timed (default: %(default)s)")
+    add("--test-times", type=int, default=10, help="timed runs, of which the median counts (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
     return arguments
@@ -80,16 +86,17 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.model:
         unet = read_configs(find_folder(arguments.model, variant=None, revision=None, token=None)).unet
     dtype = find_dtype(arguments.dtype)
+    config = DistriConfig(sync_mode=arguments.sync_mode, split_batch=arguments.split_batch)
+    latent = (height // VAE_SCALE, width // VAE_SCALE)
+    meshes = [plan_mesh(config, positive(parts, "--parts"), branches=unet.branches) for parts in arguments.parts]
+    settings = {"latent": latent, "dtype": dtype, "platform": jax.devices()[0].platform}
+    steps = [step_of(config, unet, scheduler, mesh, **settings) for mesh in meshes]
+    with ThreadPoolExecutor(4) as workers:
+        compiling = [workers.submit(timed, compile_part(step, arguments.compiler_option)) for step in steps]
+        programs = [each.result() for each in compiling]
     whole = None
-    for parts in arguments.parts:
-        config = DistriConfig(sync_mode=arguments.sync_mode, split_batch=arguments.split_batch)
-        mesh = plan_mesh(config, positive(parts, "--parts"), branches=unet.branches)
-        latent = (height // VAE_SCALE, width // VAE_SCALE)
-        seconds, compiling = time_step(
-            step_of(config, unet, scheduler, mesh, latent=latent, dtype=dtype),
-            arguments.warmup_times,
-            arguments.test_times,
-        )
+    for parts, mesh, step, (program, compile_s) in zip(arguments.parts, meshes, steps, programs, strict=True):
+        seconds = time_steps(program, step, arguments)
         whole = whole or seconds
         row = {
             "part_of": parts,
@@ -99,8 +106,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
             "image_size": [height, width],
             "sync_mode": config.sync_mode.value,
             "dtype": dtype.name,
+            "compiler_options": arguments.compiler_option,
             "jax": jax.__version__,
-            "compile_s": round(compiling, 2),
+            "compile_s": round(compile_s, 2),
             "step_s": round(seconds, 6),
             f"of_{arguments.parts[0]}": round(whole / seconds, 3),
             "collectives": "local stand-ins",
@@ -108,28 +116,38 @@ def benchmark(arguments: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
-def time_step(step: Step, warm_up: int, times: int) -> tuple[float, float]:
-    """Median seconds of one device's part of a step, and the seconds of compiling it."""
+def timed(compiling: Callable[[], Any]) -> tuple[Any, float]:
+    """What it gives, and the seconds it took."""
     start = time.perf_counter()
-    program, arguments = compile_part(step)
-    compiling = time.perf_counter() - start
+    return compiling(), time.perf_counter() - start
+
+
+def time_steps(program: jax.stages.Compiled, step: Step, arguments: argparse.Namespace) -> float:
+    """Median seconds of one device's part of a step."""
+    params, inputs, *carry, constants = filled(part_of(step))
     seconds = []
-    for _ in range(warm_up + times):
+    for _ in range(arguments.warmup_times + arguments.test_times):
         start = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warm_up:]), compiling
+        for _ in range(arguments.steps):
+            result = program(params, inputs, *carry, constants)
+            carry = result if step.stale else [result]
+        jax.block_until_ready(carry)
+        seconds.append((time.perf_counter() - start) / arguments.steps)
+    return statistics.median(seconds[arguments.warmup_times :])
 
 
-def compile_part(step: Step) -> tuple[jax.stages.Compiled, tuple]:
-    """One device's part of a step, without collectives, and what it takes."""
-    alone = MeshPlan(1, 1, 1).build(jax.devices()[:1])
-    layout = OnePart(**{**vars(step.loop.layout), "mesh": alone}, parts=step.loop.layout.patches)
+def compile_part(step: Step, options: Mapping[str, Any]) -> Callable[[], jax.stages.Compiled]:
+    """What compiles one device's part of a step, without collectives, with a user's options; it is traced by then."""
+    layout = OnePart(**{**vars(step.loop.layout), "mesh": alone()}, parts=step.loop.layout.patches)
     loop = dataclasses.replace(step.loop, layout=layout)
-    arguments = part_of(step, NamedSharding(alone, P()))
     with stand_ins(step.loop.layout.mesh.shape[PATCH]):
-        lowered = trace(step.function, loop, *arguments).lower()
-    return compiled(lowered, options_for(jax.devices()[0].platform), {}), arguments
+        lowered = trace(step.function, loop, *part_of(step), donate=step.donate).lower()
+    return partial(compiled, lowered, options_for(jax.devices()[0].platform), options)
+
+
+def alone() -> Mesh:
+    """The mesh of one device."""
+    return MeshPlan(1, 1, 1).build(jax.devices()[:1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,26 +161,36 @@ class OnePart(Layout):
         return self.parts
 
 
-def part_of(step: Step, place: NamedSharding) -> tuple:
-    """Arguments of a step as one device has them: its part of every array, of random values."""
+def part_of(step: Step) -> tuple:
+    """What one device's part of a step takes: shapes, and the constants of the step."""
     layout = step.loop.layout
     specs = denoise.specs_of(step.loop, stale=bool(step.stale))
-    random = np.random.default_rng(0)
+    here = NamedSharding(alone(), P())
 
-    def value(leaf: Any, spec: P) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(jax.random.split(jax.random.key(0), leaf.shape[0]), place)
-        if isinstance(leaf, np.ndarray):  # the constants of the step
-            return jax.device_put(leaf, place)
+    def part(leaf: Any, spec: P) -> Any:
+        if isinstance(leaf, np.ndarray):  # a constant
+            return leaf
         shape = NamedSharding(layout.mesh, spec).shard_shape(leaf.shape)
-        drawn = 0.02 * random.standard_normal(shape, np.float32)
-        return jax.device_put(jnp.abs(drawn).astype(leaf.dtype), place)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=here)
 
-    def values(spec: P, part: Any) -> Any:
-        return jax.tree.map(lambda leaf: value(leaf, spec), part)
+    def parts(spec: P, leaves: Any) -> Any:
+        return jax.tree.map(lambda leaf: part(leaf, spec), leaves)
 
-    arguments = (step.params, *step.arguments)
-    return jax.tree.map(values, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))
+    return jax.tree.map(parts, specs, (step.params, *step.arguments), is_leaf=lambda spec: isinstance(spec, P))
+
+
+def filled(shapes: Any) -> Any:
+    """Small random numbers; the same ones again and again, for drawing those of a large model would take long."""
+    drawn = np.abs(0.02 * np.random.default_rng(0).standard_normal(999_983, np.float32))
+
+    def fill(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.split(jax.random.key(0), leaf.shape[0]), leaf.sharding)
+        if isinstance(leaf, np.ndarray):
+            return jax.device_put(leaf, NamedSharding(alone(), P()))
+        return jax.device_put(np.resize(drawn.astype(leaf.dtype), leaf.shape), leaf.sharding)
+
+    return jax.tree.map(fill, shapes)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Is one UNet call on one CPU device as fast as torch diffusers'?
+"""Is one UNet call on one device as fast as torch diffusers'?
 
     python benchmarks/unet_vs_torch.py                                   # the embedded default model, 256x256
     python benchmarks/unet_vs_torch.py --model FOLDER --image-size 512
-    python benchmarks/unet_vs_torch.py --config sdxl-reduced             # SDXL's widths, few transformer layers, random
+    python benchmarks/unet_vs_torch.py --config sdxl-reduced --compile   # SDXL's widths, few transformer layers, random
+    python benchmarks/unet_vs_torch.py --config sdxl --image-size 1024 --compile --channels-last      # on a GPU
 
-Both UNets have the same float32 weights and the same input. They take turns in one process that is bound to as many
-cores as either may use, and each turn begins when the other's threads are asleep; the answer is the median of the
-ratios of neighbouring turns. What depends on the prompt alone is computed here before the denoising loop, in diffusers
-in every call; it is not counted in our turns, and its time is printed beside them. Needs the extra `test`.
+All UNets have the same weights and the same input. They take turns in one process that, on a CPU, is bound to as many cores
+as either may use, and each turn begins when the other's threads are asleep; the answer is the median of the ratios of
+neighbouring turns. What depends on the prompt alone is computed here before the denoising loop, in diffusers in every call;
+it is not counted in our turns, and its time is printed beside them. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the same GPU
 
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 
 from distrijax import DEFAULT_MODEL
 from distrijax.exchange import WholeImage
-from distrijax.unet import UNet, UNetConfig
+from distrijax.mesh import MeshPlan
+from distrijax.placement import Form, Model
+from distrijax.programs import options_for
+from distrijax.unet import UNetConfig, abstract_unet
 from distrijax.weights import load_module, read_json
 
 SDXL_REDUCED = {
@@ -45,9 +51,12 @@ SDXL_REDUCED = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SDXL = {**SDXL_REDUCED, "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10)}
+CONFIGS = {"sdxl": SDXL, "sdxl-reduced": SDXL_REDUCED}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = 77
 VAE_SCALE = 8
-WARM_UP = 2
+WARM_UP = 3
 PAUSE = 0.05  # seconds; OpenMP's idle threads spin for a while before they sleep
 
 
@@ -55,53 +64,84 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a folder in the diffusers layout")
-    source.add_argument("--config", choices=["sdxl-reduced"], help="random weights instead of a model")
+    source.add_argument("--config", choices=tuple(CONFIGS), help="random weights instead of a model")
     parser.add_argument("--image-size", type=int, nargs="+", default=[256], metavar="PIXELS", help="height [width]")
     parser.add_argument("--batch", type=int, default=2, help="UNet batch; 2 is one image with guidance")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for either")
-    parser.add_argument("--pairs", type=int, default=20, help="how many turns each")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on GPUs, float32 on CPUs)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for either, on CPUs")
+    parser.add_argument("--pairs", type=int, default=20, help="how many turns each (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=1, help="of a turn, one after the other (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, too, besides eager torch")
+    parser.add_argument("--compile-mode", default="default", help="torch.compile's (default: %(default)s)")
     parser.add_argument("--channels-last", action="store_true", help="give torch its other memory layout")
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    torch.set_num_threads(args.threads)
-    jax.config.update("jax_platforms", "cpu")
+    device = jax.devices()[0]
+    on_gpu = device.platform == "gpu" and torch.cuda.is_available()
+    if not on_gpu:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        torch.set_num_threads(args.threads)
+        jax.config.update("jax_platforms", "cpu")
+    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    where = torch.device("cuda" if on_gpu else "cpu")
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
     with tempfile.TemporaryDirectory() as scratch:
         if args.config:
             torch.manual_seed(0)
-            diffusers.UNet2DConditionModel(**SDXL_REDUCED).save_pretrained(Path(scratch, "unet"))
+            with where:
+                made = diffusers.UNet2DConditionModel(**CONFIGS[args.config]).to(DTYPES[dtype])
+            made.save_pretrained(Path(scratch, "unet"))
             args.model = Path(scratch)
-        theirs = diffusers.UNet2DConditionModel.from_pretrained(args.model / "unet").eval()
-        ours = load_unet(args.model / "unet")
+            del made
+        theirs = diffusers.UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=DTYPES[dtype])
+        theirs = theirs.eval().to(where, memory_format=layout)
+        ours = load_unet(args.model / "unet", jnp.dtype(dtype), device)
     inputs = random_inputs(ours.config, args)
-    condition, our_call = jax_calls(ours, inputs)
-    their_call = torch_call(theirs, inputs, torch.channels_last if args.channels_last else torch.contiguous_format)
+    condition, our_call = jax_calls(ours, inputs, device)
+    their_call = torch_call(theirs, inputs, layout)
+    calls = {"distrijax": our_call, "diffusers, eager": their_call}
+    if args.compile:
+        calls["diffusers, compiled"] = torch_call(torch.compile(theirs, mode=args.compile_mode), inputs, layout)
 
-    for _ in range(WARM_UP):
-        condition()
-        got, expected = our_call(), their_call()
-    pairs = [(seconds(our_call), seconds(their_call)) for _ in range(args.pairs)]
-    quarter, median, three_quarters = statistics.quantiles([a / b for a, b in pairs], n=4)
-    error = np.abs(np.asarray(got) - expected.permute(0, 2, 3, 1).numpy()).max() / expected.abs().max()
+    first, outputs = {}, {}
+    condition()
+    for name, call in calls.items():
+        first[name] = seconds(call)
+        for _ in range(WARM_UP):
+            outputs[name] = call()
+    turns = {name: [] for name in calls}
+    for _ in range(args.pairs):
+        for name, call in calls.items():
+            turns[name].append(seconds(call, args.calls))
+    got, expected = np.asarray(outputs["distrijax"], np.float32), outputs["diffusers, eager"].permute(0, 2, 3, 1)
+    error = np.abs(got - expected.float().cpu().numpy()).max() / expected.abs().max().item()
     print(
         f"{args.config or args.model}: {sum(p.numel() for p in theirs.parameters()) / 1e6:.1f} M parameters, sample "
-        f"{list(inputs['sample'].shape)}, float32, threads: {args.threads}, pairs: {args.pairs}\n"
-        f"jax {jax.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}\n"
-        f"distrijax: {milliseconds(a for a, _ in pairs)}, and once for each prompt {1e3 * seconds(condition):.1f} ms\n"
-        f"diffusers: {milliseconds(b for _, b in pairs)}{', channels last' if args.channels_last else ''}\n"
-        f"largest difference of the outputs: {error:.1e} of the largest value\n"
-        f"ratio distrijax / diffusers: {median:.3f} (middle half: {quarter:.3f} to {three_quarters:.3f})"
+        f"{list(inputs['sample'].shape)}, {dtype}, {device.device_kind}, pairs: {args.pairs} of {args.calls}"
+        f"{'' if on_gpu else f', threads: {args.threads}'}\n"
+        f"jax {jax.__version__}, torch {torch.__version__}{', channels last' * args.channels_last}, diffusers "
+        f"{diffusers.__version__}{f', torch.compile {args.compile_mode}' * args.compile}\n"
+        f"distrijax, once for each prompt: {1e3 * seconds(condition):.1f} ms\n"
+        f"largest difference of the outputs: {error:.1e} of the largest value"
     )
+    for name, times in turns.items():
+        told = f"{name}: {1e3 * statistics.median(times):.2f} ms a call (median); first call {first[name]:.1f} s"
+        if name != "distrijax":
+            ratios = [a / b for a, b in zip(turns["distrijax"], times, strict=True)]
+            quarter, median, three_quarters = statistics.quantiles(ratios, n=4)
+            told += f"; distrijax / it: {median:.3f} (middle half: {quarter:.3f} to {three_quarters:.3f})"
+        print(told)
 
 
-def load_unet(folder: Path) -> UNet:
+def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
+    """As the pipeline has it on one device."""
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
-    return load_module(
-        abstract_unet(config), folder, variant=None, dtype=jnp.float32, place=lambda path, value: jax.device_put(value)
-    )
+    form, mesh = Form.of(abstract_unet(config), platform=device.platform), MeshPlan(1, 1, 1).build([device])
+    module = load_module(form.abstract(), folder, variant=None, dtype=dtype, place=form.place_on(mesh))
+    return Model.of(config, form, mesh, dtype)._replace(params=tuple(jax.tree.leaves(module)))
 
 
 def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -118,28 +158,25 @@ def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.
     return inputs | {"time_ids": np.float32([sizes] * args.batch), "timestep": np.float32(500)}
 
 
-def jax_calls(unet: UNet, inputs: dict[str, np.ndarray]) -> tuple[Callable, Callable]:
-    """What is done once for each prompt, and one call."""
-    graph, params = nnx.split(unet)
-    arrays = jax.device_put(inputs)
+def jax_calls(unet: Model, inputs: dict[str, np.ndarray], device: jax.Device) -> tuple[Callable, Callable]:
+    """What is done once for each prompt, and one call that does not wait for its end."""
+    arrays = {name: jax.device_put(value, device) for name, value in inputs.items()}
+    arrays |= {name: arrays[name].astype(unet.dtype) for name in ("sample", "encoder_hidden_states", "text_embeds")}
     prompt = [arrays[name] for name in ("encoder_hidden_states", "text_embeds", "time_ids")]
-    prepare = jax.jit(lambda params, *prompt: nnx.merge(graph, params).condition(*prompt))
-    call = jax.jit(lambda params, *sample: nnx.merge(graph, params)(*sample, WholeImage()))
-    sample = (arrays["sample"], arrays["timestep"], prepare(params, *prompt))
-    return (
-        lambda: jax.block_until_ready(prepare(params, *prompt)),
-        lambda: jax.block_until_ready(call(params, *sample)),
-    )
+    jit = partial(jax.jit, compiler_options=options_for(device.platform))
+    prepare = jit(lambda params, *prompt: unet.form.module(params).condition(*prompt))
+    call = jit(lambda params, *sample: unet.form.module(params)(*sample, WholeImage()))
+    sample = (arrays["sample"], arrays["timestep"], prepare(unet.params, *prompt))
+    return lambda: prepare(unet.params, *prompt), lambda: call(unet.params, *sample)
 
 
-def torch_call(
-    unet: diffusers.UNet2DConditionModel, inputs: dict[str, np.ndarray], layout: torch.memory_format
-) -> Callable:
-    """One call of diffusers' UNet."""
-    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+def torch_call(unet: torch.nn.Module, inputs: dict[str, np.ndarray], layout: torch.memory_format) -> Callable:
+    """One call of diffusers' UNet, which on a GPU does not wait for its end."""
+    held = next(unet.parameters())
+    tensors = {name: torch.tensor(value, device=held.device) for name, value in inputs.items()}
+    tensors |= {name: tensors[name].to(held.dtype) for name in ("sample", "encoder_hidden_states", "text_embeds")}
     sample = tensors["sample"].permute(0, 3, 1, 2).contiguous(memory_format=layout)
     added = {name: tensors[name] for name in ("text_embeds", "time_ids")}
-    unet = unet.to(memory_format=layout)
 
     @torch.inference_mode()
     def call():
@@ -148,15 +185,19 @@ def torch_call(
     return call
 
 
-def seconds(call: Callable) -> float:
+def seconds(call: Callable, times: int = 1) -> float:
+    """Of one call out of so many, to the end of the last."""
     time.sleep(PAUSE)
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(times):
+        result = call()
+    jax.block_until_ready(result) if not isinstance(result, torch.Tensor) else _wait()
+    return (time.perf_counter() - start) / times
 
 
-def milliseconds(times) -> str:
-    return f"{1e3 * statistics.median(times):.1f} ms per call (median)"
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

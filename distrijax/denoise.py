@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int32, Key, UInt32
 
 from distrijax.config import DistriConfig, Parallelism, SplitScheme
 from distrijax.exchange import (
@@ -187,6 +187,16 @@ class Steps(NamedTuple):
 def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
     """`Inputs.weights`: uncond + scale * (text - uncond), as weights of the two branches (arXiv 2207.12598)."""
     return [[1.0 - scale, 0.0], [scale, 1.0]] if guided else [[1.0, 1.0]]
+
+
+def image_keys(seeds: UInt32[Array, "b 3"]) -> Key[Array, "b"]:
+    """Random keys from the low and the high half of a seed (`jax.random.key` alone reads the low one), and one of its streams."""
+
+    def image_key(low, high, stream):
+        key = jax.random.key(low)
+        return jax.random.fold_in(jnp.where(high > 0, jax.random.fold_in(key, high), key), stream)
+
+    return jax.vmap(image_key)(*seeds.T)
 
 
 def band_noise(

@@ -64,8 +64,8 @@ class Exchange(Protocol):
     """The questions of a layer, and `exact`, with which a model asks them for values that must not be old.
 
     channels, whole_sum: of layers whose input channels may be divided among devices: this device's `count` of the channels,
-    and the sum of everyone's products with their part of the weights. context: keys and values of the prompt, side by side,
-    of this device's part of their channels, for as many as the model has in all; every device has made its part.
+    and the sum of everyone's products with their part of the weights. context: keys or values of the prompt, of this device's
+    part of their channels, for as many as the model has in all; every device has made its part.
     """
 
     def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]: ...
@@ -78,7 +78,7 @@ class Exchange(Protocol):
 
     def whole_sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]: ...
 
-    def context(self, kv: Float[Array, "... c2"], channels: int) -> Float[Array, "... C2"]: ...
+    def context(self, part: Float[Array, "... c"], channels: int) -> Float[Array, "... C"]: ...
 
     def exact(self) -> Exchange: ...
 
@@ -103,8 +103,8 @@ class WholeImage:
     def whole_sum(self, x):
         return x
 
-    def context(self, kv, channels):
-        return kv
+    def context(self, part, channels):
+        return part
 
     def exact(self) -> Exchange:
         return self
@@ -160,10 +160,9 @@ class Synchronous(WholeImage):
         own = self._publish(MOMENTS, name, self._own(x, size))
         return _pooled(lax.all_gather(own, self.axis), self._shares(x))
 
-    def context(self, kv, channels):
-        parts = kv.reshape(*kv.shape[:-1], 2, -1)
-        everyone = lax.all_gather(parts, (PATCH, CFG), axis=kv.ndim, tiled=True, to="invarying")
-        return everyone[..., :channels].reshape(*kv.shape[:-1], -1)
+    def context(self, part, channels):
+        everyone = lax.all_gather(part, (PATCH, CFG), axis=part.ndim - 1, tiled=True, to="invarying")
+        return everyone[..., :channels]
 
     def exact(self) -> Exchange:
         return Synchronous(self.axis, self.bands)
@@ -497,22 +496,25 @@ def _is_moments(name: str, leaf: Array) -> bool:
 def _own_moments(
     x: Float[Array, "b h w c"], size: int, inside: Bool[Array, "h"] | None = None
 ) -> Float[Array, "b g 2"]:
-    """Mean and variance of groups of `size` channels over a band's rows, or those of them that are `inside` the image."""
+    """Mean and variance of groups of `size` channels over a band's rows, or those of them that are `inside` the image.
+
+    From each channel's sum, and that of the squares of its distances from its first pixel: both can be taken in one pass, and
+    nothing large cancels. Pixels first and channels last, along contiguous memory.
+    """
     x = x.astype(jnp.float32)
+    first, pixels, counted = x[:, 0, 0], float(x.shape[1] * x.shape[2]), None
     if inside is not None:
-        counted = inside[None, :, None, None]
+        first, counted = jnp.where(inside[0], first, 0.0), inside[None, :, None, None]
         pixels = jnp.maximum(jnp.sum(inside), 1).astype(jnp.float32) * x.shape[2]
+    sums = (jnp.sum(each, (1, 2), where=counted) for each in (x, jnp.square(x - first[:, None, None])))
+    mean, mean_square = (each / pixels for each in sums)
 
-    def group_mean(values):  # pixels first and channels last: both reductions run along contiguous memory
-        if inside is None:
-            means = jnp.mean(values, (1, 2))
-        else:
-            means = jnp.sum(jnp.where(counted, values, 0.0), (1, 2)) / pixels
-        return jnp.mean(means.reshape(x.shape[0], -1, size), -1)
-
-    mean = group_mean(x)
-    variance = group_mean(jnp.square(x - jnp.repeat(mean, size, axis=1)[:, None, None]))
-    return jnp.stack([mean, variance], -1)
+    # of the group's channels in the same way, from the mean of the first of them
+    means = mean.reshape(x.shape[0], -1, size)
+    variances = (mean_square - jnp.square(mean - first)).reshape(means.shape)
+    far = means - means[..., :1]
+    mean_far, mean_square = jnp.mean(far, -1), jnp.mean(variances + jnp.square(far), -1)
+    return jnp.stack([means[..., 0] + mean_far, jnp.maximum(mean_square - jnp.square(mean_far), 0.0)], -1)
 
 
 def _pooled(moments: Float[Array, "n b g 2"], shares: Float[np.ndarray, "n"]) -> Float[Array, "b g 2"]:

@@ -163,6 +163,9 @@ class Embedding(nnx.Module):
         return self.embedding.get_value()[ids]
 
 
+KeysValues = tuple[Array, Array]
+
+
 class Attention(nnx.Module):
     """Multi-head attention of diffusers: `to_q`, `to_k`, `to_v`, `to_out.0`.
 
@@ -179,17 +182,18 @@ class Attention(nnx.Module):
         self.to_v = Linear(context or channels, channels, **source)
         self.to_out = nnx.List([Linear(channels, channels, cut=Cut(Side.INPUT, self.head), rngs=rngs)])
 
-    def project_context(self, context: Float[Array, "... c"]) -> Float[Array, "... c2"]:
-        """Keys and values side by side."""
-        return jnp.concatenate([self.to_k(context), self.to_v(context)], -1)
+    def project_context(self, context: Float[Array, "... c"]) -> KeysValues:
+        """Keys and values, [..., channels] each."""
+        return self.to_k(context), self.to_v(context)
 
     def __call__(
-        self, x: Float[Array, "b ... c"], exchange: Exchange, kv: Float[Array, "b t c2"] | None = None
+        self, x: Float[Array, "b ... c"], exchange: Exchange, kv: KeysValues | None = None
     ) -> Float[Array, "b ... c"]:
         query = self.to_q(x)
         if kv is None:
-            kv = exchange.tokens(self.path, self.project_context(x))
-        key, value = jnp.split(kv, 2, -1)
+            everyone = exchange.tokens(self.path, jnp.concatenate(self.project_context(x), -1))
+            kv = jnp.split(everyone, 2, -1)
+        key, value = kv
         heads = [t.reshape(t.shape[0], -1, t.shape[-1] // self.head, self.head) for t in (query, key, value)]
         return self.to_out[0](attend(*heads).reshape(query.shape), exchange)
 

@@ -138,14 +138,20 @@ def find_family(folder: Path) -> Family:
 
 
 def read_configs(
-    folder: Path, scheduler: str | None = None, scheduler_options: Mapping[str, Any] | None = None
+    folder: Path,
+    scheduler: str | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
+    *,
+    needed: Family | None = None,
 ) -> Configs:
     """The configurations of a pipeline's folder; raises DistriError where one is absent, wrong or not supported.
 
     scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class.
-    scheduler_options: what takes the place of its options.
+    scheduler_options: what takes the place of its options. needed: the family that the pipeline must be of.
     """
     family = find_family(folder)
+    if needed not in (None, family):
+        raise DistriError(f"{folder} holds a {family.name} pipeline, not {needed.name}; load it with {family.pipeline}")
     absent = [part for part in family.parts if not (folder / part).is_dir()]
     if absent:
         raise DistriError(f"{folder} lacks {', '.join(absent)}; a whole {family.name} pipeline is needed")
@@ -173,7 +179,6 @@ def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int,
 
 def outline_components(
     folder: Path,
-    family: Family,
     configs: Configs,
     *,
     dtype: jnp.dtype,
@@ -183,16 +188,17 @@ def outline_components(
 ) -> Components:
     """All parts of a pipeline's folder but the weights, of which only shapes are there. A wrong configuration costs no loading.
 
-    family: the one that is needed. configs: the folder's. mesh, parallelism, shard_weights: where the parameters will go. The
+    configs: the folder's. mesh, parallelism, shard_weights: where the parameters will go. The
     VAE is float32 where half precision would overflow (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in
     every pipeline).
     """
-    _check_family(folder, configs.family, family)
+    family = configs.family
     tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
     _check_together(folder, tokenizers, configs)
 
     def model(build: Callable, config: ModelConfig, dtype: jnp.dtype, parallelism=Parallelism.PATCH) -> Model:
-        form = Form.of(abstract(partial(build, config)), parallelism, shard=shard_weights)
+        platform = mesh.devices.flat[0].platform
+        form = Form.of(abstract(partial(build, config)), parallelism, shard=shard_weights, platform=platform)
         return Model.of(config, form, mesh, dtype)
 
     def text_encoder(name: str, config: CLIPTextConfig) -> Model:
@@ -226,11 +232,6 @@ def read_components(
         unet=read("unet", outline.unet),
         vae=read("vae", outline.vae),
     )
-
-
-def _check_family(folder: Path, found: Family, needed: Family) -> None:
-    if found is not needed:
-        raise DistriError(f"{folder} holds a {found.name} pipeline, not {needed.name}; load it with {found.pipeline}")
 
 
 def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs: Configs) -> None:

@@ -30,6 +30,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CHAIN = re.compile(r"chain_id=\"(\d+)\"")
+_CUBLAS = re.compile(r"custom_call_target=\"__cublas.*?\"lhs_contracting_dimensions\":\[([^\]]*)\]")
 _ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
 
 
@@ -126,9 +127,9 @@ class Program:
         operands = [
             _sizes(self._by_name[name].arrays[0]) for name in instruction.operands if self._by_name[name].arrays
         ]
-        if instruction.opcode == "dot":
-            contracted = _CONTRACTED.search(instruction.rest).group(1)
-            inner = math.prod(operands[0][int(axis)] for axis in contracted.split(",") if axis)
+        if contracted := (_CONTRACTED if instruction.opcode == "dot" else _CUBLAS).search(instruction.rest):
+            axes = contracted.group(1).replace('"', "")
+            inner = math.prod(operands[0][int(axis)] for axis in axes.split(",") if axis)
             return 2 * math.prod(_sizes(instruction.arrays[0])) * inner
         if found := _CONVOLUTION.search(instruction.rest):
             image, kernel, output = found.groups()
@@ -158,7 +159,9 @@ class Program:
         if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done")):
             return 0
         read = [array for name in instruction.operands for array in self._by_name[name].arrays]
-        return sum(map(array_bytes, [*instruction.arrays, *read]))
+        # what follows the result of a library's kernel is its scratch memory
+        written = instruction.arrays[:1] if instruction.opcode == "custom-call" else instruction.arrays
+        return sum(map(array_bytes, [*written, *read]))
 
     def _started(self, start: Instruction) -> Instruction | None:
         """The collective that an asynchronous start begins: itself, or what it wraps; None where it begins something else."""

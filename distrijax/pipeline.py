@@ -171,12 +171,11 @@ class Pipeline:
             )
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
-        configs = read_configs(folder, scheduler, scheduler_options)
+        configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
         mesh = plan_mesh(config, count, branches=configs.unet.branches).build(pick_devices(devices, count))
         connect(mesh)
         components = outline_components(
             folder,
-            cls.family,
             configs,
             dtype=dtype,
             mesh=mesh,
@@ -230,6 +229,9 @@ class Pipeline:
             self.programs.prepare(step.function, loop, *step.placed(), donate=step.donate)
         self._prompts.prepare(prompts, clip_skip=clip_skip)
         self.programs.prepare(denoise.condition, loop, self._unet.params, *prompt_of(loop, unet, images))
+        seeds = jax.ShapeDtypeStruct((images, 3), np.uint32, sharding=loop.layout.sharding(P(DATA)))
+        sigma = jax.ShapeDtypeStruct((), np.float32, sharding=self._everywhere)
+        self.programs.prepare(_begin, (loop, unet.in_channels), (), seeds, sigma, None)
         latents = latents_of(loop, unet, images)
         self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
 
@@ -253,16 +255,15 @@ class Pipeline:
         layout = loop.layout
         images = len(branches[-1][0]) * call.num_images_per_prompt
         check_images(images, self.mesh.shape[DATA])
-        keys = put(_image_keys(call.seed, images), layout.sharding(P(DATA)))
+        seeds = put(_image_seeds(call.seed, images), layout.sharding(P(DATA)))
         channels = self.unet_config.in_channels
         noise = None
         if call.latents is not None:
             noise = _to_canvas(layout, _given_latents(call.latents, (images, channels, *layout.latent)))
         embeddings = self._prompts.encode(branches, clip_skip=call.clip_skip or 0)
+        sigma = put(np.float32(init_noise_sigma), self._everywhere)
+        keys, state = self.programs(_begin, (loop, channels), (), seeds, sigma, noise)
         inputs = self._inputs(loop, embeddings, time_ids, call, keys)
-        if noise is None:
-            noise = self.programs(_draw_latents, (layout, channels), (), keys)
-        state = self.scheduler.init(noise, np.float32(init_noise_sigma))
         state = self._denoise(loop, inputs, state, Steps.of(steps), call.chunk_size, call.callback_on_step_end)
         if call.output_type == "latent":
             return PipelineOutput(self._visible(layout, state.latents))
@@ -307,7 +308,7 @@ class Pipeline:
         sharding = loop.layout.sharding(denoise.ALL_BRANCHES)
 
         def joined(*parts):
-            return jax.device_put(jnp.stack([jnp.repeat(part, repeats, 0) for part in parts]), sharding)
+            return put(np.stack([part.repeat(repeats, 0) for part in parts]), sharding)
 
         tokens, pooled = jax.tree.map(joined, *branches)
         ids = None
@@ -428,8 +429,8 @@ def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]
         start = end
 
 
-def _image_keys(seed: int | Sequence[int], images: int) -> jax.Array:
-    """A random key for each image: streams of one seed, or the first stream of each image's own seed."""
+def _image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
+    """What `denoise.image_keys` takes: for each image a stream of one seed, or the first stream of its own seed."""
     several = isinstance(seed, list | tuple | range | np.ndarray)
     seeds, streams = (list(seed), [0] * images) if several else ([seed] * images, range(images))
     if len(seeds) != images:
@@ -437,14 +438,8 @@ def _image_keys(seed: int | Sequence[int], images: int) -> jax.Array:
     for value in seeds:
         if not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
             raise DistriError(f"seed is {value!r}; give a whole number from 0 to 2**63 - 1")
-    return jnp.stack([jax.random.fold_in(_key(int(s)), i) for s, i in zip(seeds, streams, strict=True)])
-
-
-def _key(seed: int) -> jax.Array:
-    """A random key of all 63 bits of a seed; `jax.random.key` alone reads 32 of them."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    key = jax.random.key(np.uint32(low))
-    return jax.random.fold_in(key, np.uint32(high)) if high else key
+    parts = [(int(s) & 0xFFFFFFFF, int(s) >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
+    return np.array(parts, np.uint32)
 
 
 def _given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray:
@@ -467,9 +462,15 @@ def _to_canvas(layout: Layout, latents: np.ndarray) -> jax.Array:
     return put(padded, layout.sharding(layout.latents))
 
 
-def _draw_latents(static, params, keys):
-    layout, channels = static
-    return denoise.draw_latents(layout, channels, keys)
+def _begin(static, params, seeds, sigma, noise):
+    """The images' random keys, and the state before the first step, from a caller's noise or from that of the keys."""
+    loop, channels = static
+    layout = loop.layout
+    keys = denoise.image_keys(seeds)
+    if noise is None:
+        noise = denoise.draw_latents(layout, channels, keys)
+    state = loop.scheduler.init(noise, sigma)
+    return jax.lax.with_sharding_constraint((keys, state), (layout.sharding(P(DATA)), layout.sharding(layout.latents)))
 
 
 def _without_padding(static, params, latents):

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -93,6 +94,28 @@ class Shared:
         return joined(value)[: math.prod(self.whole)].reshape(self.whole)
 
 
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """A convolution's kernel as OHWI instead of HWIO, which cuDNN reads: from the other it would be made in every step.
+
+    part: of the turned parameter. To XLA turning back is a matter of the layout, and moves nothing.
+    """
+
+    part: Whole | Shared
+
+    def spec(self) -> P:
+        return self.part.spec()
+
+    def shape(self, shape, sizes):
+        return self.part.shape((shape[-1], *shape[:-1]), sizes)
+
+    def lay_out(self, value, sizes):
+        return self.part.lay_out(np.moveaxis(value, -1, 0), sizes)
+
+    def restored(self, value):
+        return jnp.moveaxis(self.part.restored(value), 0, -1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Form:
     """A model without its parameters: its structure, and each parameter's path, shape and part, in the order of the leaves."""
@@ -103,8 +126,18 @@ class Form:
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, module: nnx.Module, parallelism: Parallelism = Parallelism.PATCH, *, shard: bool = False) -> Form:
-        """The form of a module of values or of shapes. shard: whether large parameters are shared out."""
+    def of(
+        cls,
+        module: nnx.Module,
+        parallelism: Parallelism = Parallelism.PATCH,
+        *,
+        shard: bool = False,
+        platform: str = "cpu",
+    ) -> Form:
+        """The form of a module of values or of shapes.
+
+        shard: whether large parameters are shared out. platform: JAX's name for the devices', which read kernels in their way.
+        """
         divided = pieces(module)
         if parallelism is not Parallelism.TENSOR:
             once = {path: piece for path, piece in divided.items() if piece.cut.once}
@@ -113,7 +146,10 @@ class Form:
         def part(path: ParamPath, shape: Shape) -> Part:
             if path in divided:
                 return divided[path]
-            return Shared(shape) if shard and math.prod(shape) >= LEAST else Whole()
+            turn = platform == "gpu" and len(shape) == 4
+            laid = (shape[-1], *shape[:-1]) if turn else shape
+            part = Shared(laid) if shard and math.prod(shape) >= LEAST else Whole()
+            return Turned(part) if turn else part
 
         leaves = [(path, tuple(leaf.shape)) for path, leaf in nnx.to_flat_state(nnx.state(module))]
         paths, shapes = zip(*leaves, strict=True)

@@ -113,17 +113,20 @@ def step_of(
     guided: bool = True,
     dtype: Any = jnp.bfloat16,
     devices: Sequence[jax.Device] | None = None,
+    platform: str | None = None,
 ) -> Step:
     """The step that most of a run's steps are: displaced, or stateless where no step is.
 
-    guided: whether the guidance scale is above 1. devices: to compile it for; None where it is only traced.
+    guided: whether the guidance scale is above 1. devices: to compile it for; None where it is only traced. platform: of
+    devices like which parameters lie (default: theirs, or a CPU's).
     """
     check_images(images, mesh.data)
     levels = len(unet.block_out_channels)
     where = mesh.abstract() if devices is None else mesh.build(devices)
     guided = guided and unet.branches == 2
     layout = denoise.layout_of(config, where, guided=guided, latent=latent, levels=levels)
-    form = Form.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights)
+    platform = platform or (devices[0].platform if devices else "cpu")
+    form = Form.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights, platform=platform)
     return steps_of(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]
 
 

@@ -161,4 +161,5 @@ def put(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSha
 
 def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """The whole of an array on the host, in every process; all of them have to ask for it."""
-    return np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+    here = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array) if here else multihost_utils.process_allgather(array, tiled=True)

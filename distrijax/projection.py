@@ -168,7 +168,7 @@ def compile_decoder(
     """
     mesh = plan_mesh(config, devices, branches=branches).build(compile_only_devices(gpu, devices))
     layout = denoise.layout_of(config, mesh, guided=True, latent=latent, levels=1)
-    form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights)
+    form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform="gpu")
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
     latents = placed(mesh, layout.latents, latents)

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from distrijax.config import DistriError
 from distrijax.placement import Model
-from distrijax.processes import put
+from distrijax.processes import fetch, put
 from distrijax.programs import Programs
 from distrijax.tokenizer import CLIPTokenizer
 
@@ -29,10 +28,13 @@ Texts = tuple[list[str], ...]
 
 
 class Embeddings(NamedTuple):
-    """What the UNet reads of prompts: each token's embedding from all encoders, and the last one's pooled one, if any."""
+    """What the UNet reads of prompts: each token's embedding from all encoders, and the last one's pooled one, if any.
 
-    tokens: Float[Array, "b t e"]
-    pooled: Float[Array, "b p"] | None
+    On the host: on an accelerator every operation between programs would be one more to compile.
+    """
+
+    tokens: Float[np.ndarray, "b t e"]
+    pooled: Float[np.ndarray, "b p"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ class PromptEncoder:
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
             ids = put(tokenizer(prompts), self.everywhere)
             outputs.append(self.programs(_encode, self._static(encoder, clip_skip), encoder.params, ids))
-        tokens, pooled = zip(*outputs, strict=True)
-        return Embeddings(jnp.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
+        tokens, pooled = zip(*((fetch(part) for part in output) for output in outputs), strict=True)
+        return Embeddings(np.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
 
     def prepare(self, count: int, *, clip_skip: int = 0) -> None:
         """Begins to compile for so many prompts."""
@@ -70,7 +72,7 @@ class PromptEncoder:
         return encoder.form, self.everywhere.mesh, clip_skip
 
     def given(self, tokens: Any, pooled: Any, name: str, dtype: Any) -> Embeddings | None:
-        """Embeddings that a caller passes in, checked and placed; None when there are none.
+        """Embeddings that a caller passes in, checked, in `dtype`; None when there are none.
 
         pooled: None where the model reads none. name: "" or "negative_", before the arguments' names in errors.
         """
@@ -91,8 +93,8 @@ class PromptEncoder:
             got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))
             forms = (f"[{', '.join(map(str, form))}]" for form in needed.values())
             raise DistriError(f"{' and '.join(got)}; give {' and '.join(forms)}")
-        placed = [put(value.astype(dtype), self.everywhere) for value in values]
-        return Embeddings(placed[0], placed[1] if self.pooled else None)
+        tokens, *pooled = (value.astype(dtype) for value in values)
+        return Embeddings(tokens, *pooled) if self.pooled else Embeddings(tokens, None)
 
     def read(
         self,
@@ -137,7 +139,7 @@ class PromptEncoder:
         text = embed(text, clip_skip)
         if not others:
             return (text,)
-        negative = jax.tree.map(jnp.zeros_like, text) if others[0] is None else embed(others[0])
+        negative = jax.tree.map(np.zeros_like, text) if others[0] is None else embed(others[0])
         _check_alike(negative, text)
         return negative, text
 

@@ -22,6 +22,7 @@ from distrijax.layers import (
     Conv,
     Cut,
     GroupNorm,
+    KeysValues,
     LayerNorm,
     Linear,
     Side,
@@ -140,12 +141,12 @@ class UNetConfig(ModelConfig):
 class Conditioning(NamedTuple):
     """What the prompt, the sizes and the guidance scale say to the UNet, constant over the denoising steps.
 
-    context: keys and values of each cross-attention, by its path, [b, t, 2c].
+    context: keys and values of each cross-attention, by its path, [b, t, c] each.
     embedding: added to the time embedding, [b, 4 * channels], or None without `text_time`.
     guidance: added to the sinusoids of the timestep, [b, channels], or None for a model that is not told the scale.
     """
 
-    context: dict[str, Array]
+    context: dict[str, KeysValues]
     embedding: Array | None
     guidance: Array | None = None
 
@@ -216,7 +217,7 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, Array]
+        self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, KeysValues]
     ) -> Float[Array, "b h w c"]:
         x = x + self.attn1(self.norm1(x), exchange)
         x = x + self.attn2(self.norm2(x), exchange, context[self.attn2.path])
@@ -239,7 +240,7 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(channels, channels, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, Array]) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, KeysValues]) -> Array:
         # a linear layer and a 1x1 convolution are the same map
         inner = self.proj_in(self.norm(x, exchange))
         for block in self.transformer_blocks:
@@ -284,7 +285,7 @@ class Block(nnx.Module):
             nnx.List([Transformer2DModel(config, level, depth, rngs=rngs) for _ in channels]) if attention else None
         )
 
-    def layer(self, i: int, x: Array, exchange: Exchange, embedding: Array, context: dict[str, Array]) -> Array:
+    def layer(self, i: int, x: Array, exchange: Exchange, embedding: Array, context: dict[str, KeysValues]) -> Array:
         x = self.resnets[i](x, exchange, embedding)
         return x if self.attentions is None else self.attentions[i](x, exchange, context)
 
@@ -300,7 +301,7 @@ class DownBlock(Block):
         last = level == len(config.block_out_channels) - 1
         self.downsamplers = None if last else nnx.List([Downsample2D(out, rngs=rngs)])
 
-    def __call__(self, x: Array, exchange: Exchange, embedding: Array, context: dict[str, Array]) -> list[Array]:
+    def __call__(self, x: Array, exchange: Exchange, embedding: Array, context: dict[str, KeysValues]) -> list[Array]:
         skips = []
         for i in range(len(self.resnets)):
             x = self.layer(i, x, exchange, embedding, context)
@@ -325,7 +326,7 @@ class UpBlock(Block):
         self.upsamplers = None if level == 0 else nnx.List([Upsample2D(channels[level], rngs=rngs)])
 
     def __call__(
-        self, x: Array, skips: list[Array], exchange: Exchange, embedding: Array, context: dict[str, Array]
+        self, x: Array, skips: list[Array], exchange: Exchange, embedding: Array, context: dict[str, KeysValues]
     ) -> Array:
         for i in range(len(self.resnets)):
             x = self.layer(i, jnp.concatenate([x, skips.pop()], -1), exchange, embedding, context)
@@ -343,7 +344,7 @@ class MidBlock(nnx.Module):
         depth = config.transformer_depth(level)
         self.attentions = nnx.List([Transformer2DModel(config, level, depth, rngs=rngs)])
 
-    def __call__(self, x: Array, exchange: Exchange, embedding: Array, context: dict[str, Array]) -> Array:
+    def __call__(self, x: Array, exchange: Exchange, embedding: Array, context: dict[str, KeysValues]) -> Array:
         x = self.resnets[0](x, exchange, embedding)
         x = self.attentions[0](x, exchange, context)
         return self.resnets[1](x, exchange, embedding)
@@ -385,7 +386,9 @@ class UNet(nnx.Module):
         context = {}
         for attention in (block.attn2 for block in self._transformer_blocks()):
             kv = attention.project_context(encoder_hidden_states)
-            context[attention.path] = exchange.context(kv, attention.channels) if exchange is not None else kv
+            if exchange is not None:
+                kv = tuple(exchange.context(part, attention.channels) for part in kv)
+            context[attention.path] = kv
         embedding = None if self.add_embedding is None else self._added(text_embeds, time_ids)
         guidance = None
         if guidance_scale is not None:

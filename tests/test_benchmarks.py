@@ -80,9 +80,8 @@ def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic():
 
     def part(of: int) -> jax.stages.Compiled:
         size = {"latent": (64, 64), "dtype": jnp.float32}
-        return shard.compile_part(
-            step_of(config, UNetConfig.from_dict(BASE), scheduler, plan_mesh(config, of), **size)
-        )[0]
+        step = step_of(config, UNetConfig.from_dict(BASE), scheduler, plan_mesh(config, of), **size)
+        return shard.compile_part(step, {})()
 
     whole, quarter = part(1), part(4)
     assert sum(transfer.received for transfer in Program(quarter.as_text()).transfers) == 0
@@ -91,7 +90,7 @@ def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic():
 
 
 def test_shard_tells_a_line_for_each_part(tiny_checkpoint, capsys):
-    flags = "--image-size 64 --parts 1 2 --warmup-times 1 --test-times 1 --split-batch"
+    flags = "--image-size 64 --parts 1 2 --steps 2 --warmup-times 1 --test-times 1 --split-batch"
     shard.main(["--model", str(tiny_checkpoint), *flags.split()])
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert (one["part_of"], two["part_of"], two["mesh"]) == (1, 2, "data 1 x cfg 2 x patch 1")
@@ -147,8 +146,8 @@ def test_the_file_to_convert_has_what_stable_diffusion_has():
 
 
 def test_the_memory_of_a_process_is_told_and_its_failure_too():
-    told = convert_file.run([sys.executable, "-c", "import time; a = bytearray(b'x' * 300_000_000); time.sleep(0.5)"])
+    told = convert_file.run([sys.executable, "-c", "import time; a = b'x' * 300_000_000; time.sleep(0.5)"])
     assert told["seconds"] > 0.5
-    assert 0.3 < told["own_gb"] <= told["peak_gb"] < 0.7
+    assert 0.3 < told["own_gb"] <= told["peak_gb"] < 0.4
     with pytest.raises(DistriError, match="failed: ValueError: why"):
         convert_file.run([sys.executable, "-c", "raise ValueError('why')"])

@@ -57,6 +57,20 @@ ENTRY %main (x: bf16[8,32], y: bf16[32,16], z: f32[4,4]) -> (bf16[8,16], f32[4,4
 }
 """.replace("CONVOLUTION", CONVOLUTION)
 
+CUBLAS = (
+    'custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+    '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}'
+)
+
+PRODUCT = f"""
+ENTRY %main (x: bf16[8,32], y: bf16[32,16], b: bf16[16]) -> bf16[8,16] {{
+  %x = bf16[8,32]{{1,0}} parameter(0)
+  %y = bf16[32,16]{{1,0}} parameter(1)
+  %b = bf16[16]{{0}} parameter(2)
+  ROOT %product = (bf16[8,16]{{1,0}}, s8[4194304]{{0}}) custom-call(%x, %y, %b), {CUBLAS}
+}}
+"""
+
 GATHER = 'all-gather(%own), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="4"}'
 
 CHAIN = """
@@ -150,6 +164,13 @@ def test_operations_and_bytes_of_kernels():
     assert program.moved(by_name["one"]) == 2 * (8 * 32 + 32 * 16 + 8 * 16)
     assert program.moved(by_name["query"]) == program.moved(by_name["all-gather-start"]) == 0
     assert [array_bytes(array) for array in ("f32[]", "pred[3]", "bf16[2,5]", "s8[7]")] == [4, 3, 20, 7]
+
+
+def test_a_product_of_cublas_has_its_operations_and_its_scratch_memory_no_traffic():
+    program = Program(PRODUCT)
+    (product,) = (each for each in program.step if each.opcode == "custom-call")
+    assert program.flops(product) == 2 * 8 * 16 * 32
+    assert program.moved(product) == 2 * (8 * 32 + 32 * 16 + 16 + 8 * 16)
 
 
 def test_projected_times_follow_the_model():

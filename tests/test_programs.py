@@ -65,7 +65,7 @@ class Lowered:
 
 
 def test_a_users_options_come_before_the_platforms():
-    name, other = "xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_triton_gemm"
+    name, other = "xla_gpu_enable_latency_hiding_scheduler", "xla_gpu_enable_cublaslt"
     xla = Lowered({*OPTIONS["gpu"], other})
     assert compiled(xla, OPTIONS["gpu"], {}) == OPTIONS["gpu"]
     assert compiled(xla, OPTIONS["gpu"], {name: False, other: True}) == {**OPTIONS["gpu"], name: False, other: True}
