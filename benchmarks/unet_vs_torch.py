@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from distrijax import DEFAULT_MODEL
+from distrijax.convert.sdxl import SDXL
 from distrijax.exchange import WholeImage
 from distrijax.mesh import MeshPlan
 from distrijax.placement import Form, Model
@@ -38,21 +39,7 @@ from distrijax.programs import options_for
 from distrijax.unet import UNetConfig, abstract_unet
 from distrijax.weights import load_module, read_json
 
-SDXL_REDUCED = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SDXL = {**SDXL_REDUCED, "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10)}
-CONFIGS = {"sdxl": SDXL, "sdxl-reduced": SDXL_REDUCED}
+CONFIGS = {"sdxl": SDXL.unet, "sdxl-reduced": {**SDXL.unet, "layers_per_block": 1, "transformer_layers_per_block": 1}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = 77
 VAE_SCALE = 8
@@ -79,12 +66,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    device = jax.devices()[0]
-    on_gpu = device.platform == "gpu" and torch.cuda.is_available()
-    if not on_gpu:
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:  # before JAX makes its threads, which keep to the cores of whoever makes them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         torch.set_num_threads(args.threads)
         jax.config.update("jax_platforms", "cpu")
+    device = jax.devices()[0]
+    if on_gpu and device.platform != "gpu":
+        raise SystemExit("error: torch sees a GPU and JAX does not; install the extra `cuda12`, or hide it from torch")
     dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     where = torch.device("cuda" if on_gpu else "cpu")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -92,7 +81,7 @@ def main() -> None:
         if args.config:
             torch.manual_seed(0)
             with where:
-                made = diffusers.UNet2DConditionModel(**CONFIGS[args.config]).to(DTYPES[dtype])
+                made = diffusers.UNet2DConditionModel.from_config(CONFIGS[args.config]).to(DTYPES[dtype])
             made.save_pretrained(Path(scratch, "unet"))
             args.model = Path(scratch)
             del made

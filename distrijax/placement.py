@@ -107,13 +107,17 @@ class Turned:
         return self.part.spec()
 
     def shape(self, shape, sizes):
-        return self.part.shape((shape[-1], *shape[:-1]), sizes)
+        return self.part.shape(_turned(shape), sizes)
 
     def lay_out(self, value, sizes):
         return self.part.lay_out(np.moveaxis(value, -1, 0), sizes)
 
     def restored(self, value):
         return jnp.moveaxis(self.part.restored(value), 0, -1)
+
+
+def _turned(shape: Shape) -> Shape:
+    return (shape[-1], *shape[:-1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,8 +151,7 @@ class Form:
             if path in divided:
                 return divided[path]
             turn = platform == "gpu" and len(shape) == 4
-            laid = (shape[-1], *shape[:-1]) if turn else shape
-            part = Shared(laid) if shard and math.prod(shape) >= LEAST else Whole()
+            part = Shared(_turned(shape) if turn else shape) if shard and math.prod(shape) >= LEAST else Whole()
             return Turned(part) if turn else part
 
         leaves = [(path, tuple(leaf.shape)) for path, leaf in nnx.to_flat_state(nnx.state(module))]

@@ -34,7 +34,7 @@ class Embeddings(NamedTuple):
     """
 
     tokens: Float[np.ndarray, "b t e"]
-    pooled: Float[np.ndarray, "b p"] | None
+    pooled: Float[np.ndarray, "b p"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +93,7 @@ class PromptEncoder:
             got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))
             forms = (f"[{', '.join(map(str, form))}]" for form in needed.values())
             raise DistriError(f"{' and '.join(got)}; give {' and '.join(forms)}")
-        tokens, *pooled = (value.astype(dtype) for value in values)
-        return Embeddings(tokens, *pooled) if self.pooled else Embeddings(tokens, None)
+        return Embeddings(*(value.astype(dtype) for value in values))
 
     def read(
         self,
