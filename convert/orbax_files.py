@@ -4,27 +4,30 @@
     folder/unet/             one orbax checkpoint for each model: a tree of one level, from a tensor's name to its array
     folder/text_encoder/     ...
 
-A model is `orbax.checkpoint.PyTreeCheckpointer().restore(folder / "unet")` to others. Orbax is in the extra `train`.
+A model may also be what `StandardCheckpointer().save` or `PyTreeCheckpointer().save` made of dictionaries of arrays.
+One that is written here is `orbax.checkpoint.PyTreeCheckpointer().restore(folder / "unet")` to others. Orbax is in `train`.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.orbax_guard import METADATA, check_folder, check_unpacked
 from distrijax.convert.safetensors_files import DTYPES
-from distrijax.convert.source import checked_shape, reason
-from distrijax.convert.tensors import Tensor, Tensors
+from distrijax.convert.source import Source, add, checked_shape, reason
+from distrijax.convert.tensors import Shape, Tensor, Tensors
 from distrijax.weights import read_json, shown
 
 DESCRIPTION = "pipeline.json"
@@ -33,6 +36,14 @@ BATCH = 128 << 20
 """Bytes of tensors that are read at a time while a model is written; orbax takes about twice as many more."""
 
 TYPES = frozenset(DTYPES.values())
+
+EMPTY = ("None", "Dict", "List")
+KINDS = ("np.ndarray", "jax.Array", "scalar", *EMPTY)
+"""What orbax calls what a tree holds: arrays, and nothing."""
+
+DESCRIBED = 1 << 16
+CHUNK = 64
+"""Bytes of an array's description at most, and what a chunk costs at least."""
 
 
 def is_orbax(folder: Path) -> bool:
@@ -66,9 +77,9 @@ def write_orbax(checkpoint: Checkpoint, folder: Path) -> None:
 def read_orbax(folder: Path) -> Checkpoint:
     """The pipeline that `write_orbax` wrote; shapes and types are known, and each tensor is read when it is asked for.
 
-    Raises DistriError for a folder that is not one or not whole, and where orbax isn't installed.
+    Raises DistriError for a folder that is not one or not whole, and where tensorstore isn't installed, which comes with orbax.
     """
-    _orbax()
+    _tensorstore()
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise DistriError(f"{folder} is not a folder; give one that an orbax checkpoint was written to")
@@ -87,7 +98,7 @@ def read_orbax(folder: Path) -> Checkpoint:
         index, configs = _object(description, "index"), _object(description, "configs")
         if not all(isinstance(config, dict) for config in configs.values()):
             raise ValueError("a config is no object")
-    tensors = {part: _open_model(folder / part) if held else {} for part, held in models.items()}
+    tensors = {part: open_model(folder / part) if held else {} for part, held in models.items()}
     return Checkpoint(index, configs, tensors, files)
 
 
@@ -96,10 +107,20 @@ def _orbax() -> Any:
         import orbax.checkpoint as ocp
     except ImportError:
         raise DistriError(
-            "orbax-checkpoint is not installed, which orbax checkpoints are read and written with; "
+            "orbax-checkpoint is not installed, which orbax checkpoints are written with; "
             "install it: pip install 'distrijax[train]'"
         ) from None
     return ocp
+
+
+def _tensorstore() -> Any:
+    try:
+        import tensorstore
+    except ImportError:
+        raise DistriError(
+            "tensorstore is not installed, which orbax checkpoints are read with; install it: pip install 'distrijax[train]'"
+        ) from None
+    return tensorstore
 
 
 def _check_writable(checkpoint: Checkpoint, folder: Path) -> None:
@@ -149,38 +170,111 @@ def _batches(values: Iterable[Tensor]) -> Iterator[list[int]]:
         yield batch
 
 
-def _open_model(folder: Path) -> Tensors:
-    """The tensors of one model, by the metadata that orbax keeps of them."""
-    ocp = _orbax()
-    with _parsing(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        held = checkpointer.metadata(folder).item_metadata.tree
-        tensors = {}
-        for name, metadata in held.items():
-            shape, dtype = checked_shape(metadata.shape), np.dtype(metadata.dtype)
-            if dtype not in TYPES:
-                raise ValueError(f"it holds {dtype}, which can't be converted")
-            tensors[name] = Tensor(shape, dtype, partial(_read, folder, name))
+def open_model(folder: Path) -> Tensors:
+    """The tensors of one model that orbax wrote, dictionaries in dictionaries named by dots; each is read when it is asked for.
+
+    A folder is untrusted: `orbax_guard` looks at it first, and tensorstore opens one array at a time. Raises DistriError.
+    """
+    _tensorstore()
+    with _parsing(folder):
+        limit = check_folder(folder)
+        tensors: Tensors = {}
+        for name in _names(Source(folder / METADATA)):
+            array = Array.of(folder, name)
+            limit -= array.room
+            if limit < 0:
+                raise ValueError("its arrays would become much more than it has bytes")
+            add(tensors, name, Tensor(array.shape, array.dtype, partial(_read, folder, name, array)))
         return tensors
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
-    """One array of a model's checkpoint."""
-    ocp = _orbax()
-    restore = ocp.args.PyTreeRestore(
-        {name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
-    )
-    with _parsing(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, args=restore)[name]
+def _names(source: Source) -> Iterator[str]:
+    """The names of a model's arrays. Raises ValueError for a tree of something else."""
+    description = json.loads(source.read(0, source.size))
+    if description.get("use_ocdbt") is not True or description.get("use_zarr3"):
+        raise ValueError(
+            "its arrays lie in files of their own, or as zarr 3, where use_ocdbt=True and use_zarr3=False are wanted"
+        )
+    for entry in description["tree_metadata"].values():
+        kind = entry["value_metadata"]["value_type"]
+        if kind not in KINDS:
+            raise ValueError(f"it holds {shown(str(kind))}, and only arrays can be converted")
+        if kind not in EMPTY:
+            yield ".".join(step["key"] for step in entry["key_metadata"])
+
+
+class Array(NamedTuple):
+    """What is known of an array before it is read: its description by zarr."""
+
+    shape: Shape
+    dtype: np.dtype
+    chunks: Shape
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> Array:
+        text = _stored(folder, f"{name}/.zarray")
+        if len(text) > DESCRIBED:
+            raise ValueError(f"the description of an array has {len(text)} bytes")
+        found = json.loads(text)
+        expected = {"zarr_format": 2, "order": "C", "filters": None, "dimension_separator": ".", "fill_value": None}
+        if {key: found[key] for key in expected} != expected or found["compressor"]["id"] != "zstd":
+            raise ValueError("an array in it is laid out as orbax doesn't do it")
+        shape, chunks = checked_shape(found["shape"]), checked_shape(found["chunks"])
+        dtype = np.dtype(found["dtype"])
+        if dtype not in TYPES:
+            raise ValueError(f"it holds {dtype}, which can't be converted")
+        if len(chunks) != len(shape) or 0 in chunks:
+            raise ValueError("the chunks of an array are none")
+        return cls(shape, dtype, chunks)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunks) * self.dtype.itemsize
+
+    @property
+    def counts(self) -> Shape:
+        """Chunks along each axis."""
+        return tuple(-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
+
+    @property
+    def room(self) -> int:
+        """Bytes of all chunks, which reach beyond the array at its ends, and something for each."""
+        return math.prod(self.counts) * (self.chunk_bytes + CHUNK)
+
+
+def _read(folder: Path, name: str, array: Array) -> np.ndarray:
+    """One array of a model's checkpoint. A chunk that is missing is an error, where zarr would see zeros."""
+    with _parsing(folder):
+        for index in np.ndindex(array.counts):
+            chunk = _stored(folder, f"{name}/{'.'.join(map(str, index)) or 0}")
+            check_unpacked(chunk, array.chunk_bytes)
+        spec = {"driver": "zarr", "kvstore": _tree(folder) | {"path": f"{name}/"}, "fill_missing_data_reads": False}
+        opened = _tensorstore().open(spec, open=True, read=True).result()
+        if (opened.shape, opened.dtype.numpy_dtype) != (array.shape, array.dtype):
+            raise ValueError("it changed while it was read")
+        return np.asarray(opened.read().result())
+
+
+def _stored(folder: Path, key: str) -> bytes:
+    """A value of the tree. Raises ValueError where there is none."""
+    found = _tensorstore().KvStore.open(_tree(folder)).result().read(key).result()
+    if found.state != "value":
+        raise ValueError(f"{key!a} is missing")
+    return found.value
+
+
+def _tree(folder: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
 
 
 @contextmanager
 def _parsing(path: Path) -> Iterator[None]:
-    """Turns what orbax raises for files that are not its own into one sentence."""
+    """Turns what is raised for files that are not orbax's into one sentence."""
     try:
         yield
     except DistriError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DistriError(
             f"{path} is not what was written as an orbax checkpoint ({reason(error)}); write it again"
         ) from None

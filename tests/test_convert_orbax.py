@@ -194,6 +194,7 @@ def test_a_tensor_without_elements_is_refused_before_anything_is_written(tmp_pat
 
 def test_without_orbax_it_is_told_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
     for use in (lambda: write_orbax(small({}), tmp_path / "orbax"), lambda: read_orbax(tmp_path)):
         with pytest.raises(DistriError, match=r"pip install 'distrijax\[train\]'"):
             use()
