@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -58,6 +60,9 @@ DEPTH = 16
 """Of dictionaries in dictionaries; checkpoints have two or three."""
 
 
+Read = Callable[[int, Shape, np.dtype], np.ndarray]
+
+
 class Storage(NamedTuple):
     """A run of elements that tensors are cut out of."""
 
@@ -90,16 +95,16 @@ class View:
         """From its first element to its last, in elements."""
         return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
 
-    def tensor(self, source: Source, offset: int) -> Tensor:
-        """It, where its storage begins at `offset` of the file."""
+    def tensor(self, source: Source, offset: int, read: Read) -> Tensor:
+        """It, where its storage begins at `offset` of the file. read: what of the file is a given array."""
         if 0 in self.shape:
             return Tensor(self.shape, self.dtype, lambda: np.empty(self.shape, self.dtype))
         start, span = offset + self.start * self.dtype.itemsize, self.span
         if start + span * self.dtype.itemsize > source.size:
             raise ValueError(f"it ends at byte {source.size}, and a tensor goes on")
         if span == math.prod(self.shape) and self.strides == _row_major(self.shape, self.strides):
-            return source.tensor(start, self.shape, self.dtype)
-        return Tensor(self.shape, self.dtype, lambda: self._gathered(source.array(start, (span,), self.dtype)))
+            return Tensor(self.shape, self.dtype, lambda: read(start, self.shape, self.dtype))
+        return Tensor(self.shape, self.dtype, lambda: self._gathered(read(start, (span,), self.dtype)))
 
     def _gathered(self, elements: np.ndarray) -> np.ndarray:
         steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
@@ -130,6 +135,7 @@ def open_torch_zip(source: Source) -> Tensors:
         ) != b"little":
             raise ValueError("its bytes are in the order of another machine")
         where = zips.stored(entries, pickles[0])
+        zips.check(source, where)
         with source.open(where.offset) as file:
             content = read_pickle(file, where.size, _convert)
         return {name: _in_zip(view, source, entries, folder) for name, view in _flattened(content).items()}
@@ -139,7 +145,16 @@ def _in_zip(view: View, source: Source, entries: dict[str, zips.Entry], folder: 
     entry = zips.stored(entries, f"{folder}data/{view.storage.key}")
     if entry.size < view.storage.count * view.storage.dtype.itemsize:
         raise ValueError(f"its storage {view.storage.key} is cut off")
-    return view.tensor(source, entry.offset)
+    return view.tensor(source, entry.offset, partial(_checked, source, entry))
+
+
+def _checked(source: Source, entry: zips.Entry, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """A part of a storage; of all of it the CRC-32 can be told."""
+    array = source.array(offset, shape, dtype)
+    if array.nbytes == entry.size:
+        with _parsed(source):
+            entry.check(zlib.crc32(array.reshape(-1).view(np.uint8)))
+    return array
 
 
 def open_torch_legacy(source: Source) -> Tensors:
@@ -153,7 +168,7 @@ def open_torch_legacy(source: Source) -> Tensors:
         keys = read_pickle(file, source.size - file.tell())
         offsets = _legacy_offsets(source, file.tell(), keys, storages)
         views = _flattened(content).items()
-        return {name: view.tensor(source, offsets[view.storage.key]) for name, view in views}
+        return {name: view.tensor(source, offsets[view.storage.key], source.array) for name, view in views}
 
 
 def _legacy_offsets(source: Source, position: int, keys: Any, storages: dict[str, Storage]) -> dict[str, int]:

@@ -257,3 +257,29 @@ def test_entries_of_an_archive_that_lie_elsewhere(tmp_path):
 def test_an_archive_with_a_name_twice(tmp_path):
     content = zipped(described(), **{"data.pk2": described()}).replace(b"data.pk2", b"data.pkl")
     assert "in it twice" in refusal(written(tmp_path, content))
+
+
+@pytest.mark.parametrize("part", [b"a.weight", struct.pack("<f", 3.5)], ids=["pickle", "storage"])
+def test_bytes_that_changed_are_told_by_their_checksum(tmp_path, part):
+    good = torch_bytes({"a.weight": torch.arange(8).float() + 0.5})
+    assert good.count(part) == 1
+    assert "CRC-32" in refusal(written(tmp_path, good.replace(part, part[::-1])))
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        content = torch_bytes({"a.weight": torch.arange(8).float(), "a.bias": torch.zeros(3)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_all(written(tmp_path, content)) == 2
+    assert read_all(written(tmp_path, without_crc(zipped(described(), **STORED)))) == 1
+
+
+def without_crc(archive: bytes) -> bytes:
+    changed = bytearray(archive)
+    at = archive.find(b"PK\1\2")
+    while at >= 0:
+        changed[at + 16 : at + 20] = bytes(4)
+        at = archive.find(b"PK\1\2", at + 1)
+    return bytes(changed)
