@@ -1,6 +1,6 @@
 """How long does one picture take, on how many devices?
 
-    python benchmarks/latency.py --devices 1 2 4 8 --model FOLDER --image-size 1024 --output latency.jsonl --plot speed-up.png
+    python benchmarks/latency.py --devices 1 2 4 8 --model MODEL --image-size 1024 --output latency.jsonl --plot speed-up.png
 
 The protocol of DistriFusion's script: some calls to warm up, then timed ones, of which the slowest and the fastest are left
 out. Told apart: compiling; the denoising loop alone (the UNet and the scheduler, as in the paper); end to end, with text
@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import jax
 from command_line import (
     Parser,
+    add_model_flags,
     check_positive,
     device_kind,
     find_devices,
     find_dtype,
+    find_model,
     json_lines,
     keep_compiled_programs,
     plain_errors,
@@ -36,7 +38,8 @@ from command_line import (
 from generate import PROMPT
 from together import add_flags, ending_together, join
 
-from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
+from distrijax import SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
+from distrijax.convert.cache import Prepared
 from distrijax.loading import DTYPES
 from distrijax.processes import is_first
 
@@ -59,8 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[1],
         help="how many share a picture; several are compared (default: 1)",
     )
-    add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
-    add("--variant", help="of the weight files, for example fp16")
+    add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     add("--image-size", type=int, nargs="+", metavar=("H", "W"), help="pixels (default: the model's)")
     add("--num-inference-steps", type=int, default=50, help="(default: %(default)s)")
@@ -93,16 +95,17 @@ def benchmark(arguments: argparse.Namespace) -> None:
     tell = json_lines(arguments.output if is_first() else None)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
+    _, model = find_model(arguments)
     rows = []
     for devices in arguments.devices:
-        row = measure(arguments, devices)
+        row = measure(arguments, model, devices)
         rows.append(row)
         tell(row)
     if arguments.plot and is_first():
         draw(rows, arguments.plot)
 
 
-def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dict[str, Any]:
     """The figures of one number of devices."""
     config = DistriConfig(
         devices=devices,
@@ -113,9 +116,7 @@ def measure(arguments: argparse.Namespace, devices: int) -> dict[str, Any]:
         shard_weights=arguments.shard_weights,
     )
     dtype = find_dtype(arguments.dtype)
-    pipe = load_pipeline(
-        arguments.model or DEFAULT_MODEL, config, dtype=dtype, variant=arguments.variant, scheduler=arguments.scheduler
-    )
+    pipe = load_pipeline(model.folder, config, dtype=dtype, variant=model.variant, scheduler=arguments.scheduler)
     pipe.set_progress_bar_config(disable=True)
     height, width = arguments.image_size or pipe.default_size
     loops: list[float] = []

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: flags told wrong in one line, the devices, compiled programs kept, files written whole."""
+"""What the scripts of this folder share: flags told wrong in one line, the model, the devices, compiled and written files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has n
 import jax
 import jax.numpy as jnp
 
-from distrijax import DistriError, DistriWarning
+from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
 from distrijax.config import positive
-from distrijax.convert.cache import cache_folder
+from distrijax.convert.cache import Prepared, cache_folder, prepared
+from distrijax.convert.sources import Recipe, add_flags
 from distrijax.loading import resolve_dtype
 
 
@@ -43,6 +44,20 @@ class Parser(argparse.ArgumentParser):
         if numbers and len(numbers) > 2:
             self.error(f"--image-size takes H or H W, not {len(numbers)} numbers")
         return (numbers[0], numbers[-1]) if numbers else None
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model, and what is put on top of it."""
+    parser.add_argument(
+        "--model", help="Stable Diffusion 1.x, 2.x or XL: a folder, a single file or a hub id (default: embedded)"
+    )
+    add_flags(parser)
+
+
+def find_model(arguments: argparse.Namespace) -> tuple[Recipe, Prepared]:
+    """What those flags say, and the folder to load it from. Raises DistriError for what can't be had or converted."""
+    recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
+    return recipe, prepared(recipe, token=arguments.token, offline=arguments.offline)
 
 
 class _Values(argparse.Action):

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import jax
 from command_line import (
     Parser,
+    add_model_flags,
     check_positive,
     find_devices,
     find_dtype,
+    find_model,
     keep_compiled_programs,
     plain_errors,
     written_whole,
@@ -37,9 +39,9 @@ from fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
 from fidelity.results import Results
 from tqdm import tqdm
 
-from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
+from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
 from distrijax import plan as planning
-from distrijax.loading import DTYPES, Configs, default_size, find_folder, read_configs
+from distrijax.loading import DTYPES, Configs, default_size, read_configs
 from distrijax.pipeline import lay_out, to_pil
 
 SHOWN = 4  # prompts on the contact sheet
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     """What all settings have in common: the pipeline's arguments, the arguments of its calls, and the prompts."""
 
     model: Path
+    name: str
     configs: Configs
     loading: dict[str, Any]
     call: dict[str, Any]
@@ -69,8 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     for axis in AXES:
         add_axis(parser, axis)
-    add("--model", help="folder in the diffusers layout or hub id (default: the embedded model)")
-    add("--variant", help="of the weight files, for example fp16")
+    add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
     add("--num-inference-steps", type=int, default=50, help="denoising steps (default: %(default)s)")
@@ -112,7 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     grid = settings({field: value if isinstance(value, tuple | list) else (value,) for field, value in chosen.items()})
     for setting in grid:
         check(setting, job)
-    results = Results(arguments.output, common(arguments, job))
+    results = Results(arguments.output, common(job))
     fill(results, grid, job)
     show(results, arguments, len(prompts.texts))
 
@@ -145,7 +147,8 @@ def read_prompts(arguments: argparse.Namespace) -> Prompts:
 
 def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
     """What all settings share, read before anything is loaded."""
-    folder = find_folder(arguments.model or DEFAULT_MODEL, variant=arguments.variant, revision=None, token=None)
+    recipe, (folder, variant) = find_model(arguments)
+    name = "embedded" if recipe.plain and not arguments.model else str(folder.absolute())
     configs = read_configs(folder, arguments.scheduler)
     height, width = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     call = {
@@ -154,14 +157,19 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
     }
-    loading = {"variant": arguments.variant, "scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
-    return Job(folder, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts)))
+    loading = {"variant": variant, "scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
+    return Job(folder, name, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts)))
 
 
-def common(arguments: argparse.Namespace, job: Job) -> dict[str, Any]:
+def common(job: Job) -> dict[str, Any]:
     """What a folder of results was made with, for all its rows."""
-    model = str(job.model.absolute()) if arguments.model else "embedded"
-    return {"model": model, **job.loading, "dtype": job.loading["dtype"].name, **job.call, "prompts": job.prompts.texts}
+    return {
+        "model": job.name,
+        **job.loading,
+        "dtype": job.loading["dtype"].name,
+        **job.call,
+        "prompts": job.prompts.texts,
+    }
 
 
 def check(setting: Setting, job: Job) -> int:

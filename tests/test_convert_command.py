@@ -1,4 +1,4 @@
-"""`python -m distrijax.convert`, and generate.py with models that have to be converted."""
+"""`python -m distrijax.convert`, and the scripts with models that have to be converted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import evaluate
 import generate
+import jax
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,9 @@ from oracle import psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import latency
 
 from distrijax.convert.__main__ import main
 
@@ -270,3 +275,16 @@ def test_generate_merges_what_it_is_given_and_says_so_in_the_picture(model, pain
     save_file(unet, tmp_path / "unet.safetensors")
     assert psnr(paint("--model", model, "--unet", tmp_path / "unet.safetensors"), styled) > 50
     assert os.listdir(tmp_path / "cache" / "distrijax")
+
+
+def test_the_other_scripts_take_a_single_file_as_well(model, single, tmp_path, monkeypatch):
+    assert len(jax.devices()) == 8  # else the script would have as many as it asks for
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(latency, "keep_compiled_programs", lambda: None)
+    timed = []
+    monkeypatch.setattr(latency, "measure", lambda arguments, prepared, devices: timed.append(prepared.folder) or {})
+    flags = ["--model", str(single), "--config", str(model)]
+    latency.main([*flags, "--devices", "1", "2"])
+    job = evaluate.read_job(evaluate.parse(flags), evaluate.scene_prompts(1))
+    assert timed == [job.model] * 2 and same(job.model, model)
+    assert job.name == str(job.model)
