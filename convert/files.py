@@ -43,8 +43,8 @@ SHARE = 4
 
 
 def open_tensors(path: Path) -> Tensors:
-    """The tensors of a file, found and not read; none of it is executed, and no more memory is taken than it has bytes
-    (beside what describes them: as much as a file says, up to some 200 MB).
+    """The tensors of a file, found and not read; none of it is executed, and no more memory is taken than twice what it has bytes
+    and 32 MB (`Source.spend` is the account of what describes the tensors).
 
     path: safetensors, torch's zip archives and older files (a trainer's `state_dict` in them is found), Flax's msgpack (names
     joined by dots). Raises DistriError, which names what the file is where it is something else, for one that is not whole

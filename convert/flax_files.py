@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 
 from distrijax.config import DistriError
 from distrijax.convert.safetensors_files import DTYPES, little_endian_bytes
-from distrijax.convert.source import NAME, Source, add, checked_shape
+from distrijax.convert.source import NAME, Source, checked_shape
 from distrijax.convert.tensors import Tensor, Tensors
 
 ARRAY, SCALAR = 1, 3
@@ -31,6 +32,9 @@ DEPTH = 32
 VALUES = 300_000
 TEXT = 1 << 16
 """Bounds of what a file may make its reader hold: maps in maps, values in all, bytes of a name."""
+
+VALUE, KEY = 72, 72
+"""Bytes of memory that a value takes, and that its place in a map takes besides."""
 
 TYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 FLAX_TYPES = frozenset(TYPES) - {"float8_e8m0fnu"}
@@ -52,7 +56,7 @@ def is_flax(head: bytes) -> bool:
 def open_flax(source: Source) -> Tensors:
     """The tensors of a file, names joined by dots. Raises DistriError for one that is not whole or not Flax's."""
     with source.parsed_as("Flax file"), source.open() as file:
-        parser = _Parser(file, source.size)
+        parser = _Parser(file, source.spend, source.size)
         tree = parser.value(DEPTH)
         if parser.position != source.size:
             raise ValueError(f"{source.size - parser.position} bytes follow its end")
@@ -64,11 +68,12 @@ def open_flax(source: Source) -> Tensors:
 class _Parser:
     """Msgpack, with bytes and extensions left where they are. Raises ValueError for what is cut off or too much."""
 
-    def __init__(self, file: BinaryIO, size: int, position: int = 0):
-        self.file, self.size, self.position = file, size, position
+    def __init__(self, file: BinaryIO, spend: Callable[[int], None], size: int, position: int = 0):
+        self.file, self.spend, self.size, self.position = file, spend, size, position
         self.left = VALUES
 
     def value(self, depth: int) -> Any:
+        self.spend(VALUE)
         self.left -= 1
         if depth == 0 or self.left < 0:
             raise ValueError("it has too many values, or maps in maps")
@@ -98,7 +103,9 @@ class _Parser:
         return struct.unpack(f">{form}", self.take(struct.calcsize(form)))[0]
 
     def text(self, count: int) -> str:
-        return self.take(count).decode("utf-8")
+        text = self.take(count).decode("utf-8")
+        self.spend(sys.getsizeof(text))
+        return text
 
     def map(self, count: int, depth: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -106,6 +113,7 @@ class _Parser:
             key = self.value(depth - 1)
             if not isinstance(key, str) or key in found:
                 raise ValueError("a key is no text, or is there twice")
+            self.spend(KEY)
             found[key] = self.value(depth - 1)
         return found
 
@@ -115,6 +123,7 @@ class _Parser:
     def blob(self, code: int | None, count: int) -> Blob:
         if count > self.size - self.position:
             raise ValueError(f"it ends at byte {self.size}, and {self.position + count} were promised")
+        self.spend(VALUE)
         found = Blob(code, self.position, count)
         self.position += count
         self.file.seek(self.position)
@@ -147,14 +156,16 @@ def _collect(source: Source, value: Any, name: str, found: Tensors) -> None:
         return
     if not isinstance(value, dict) and not (isinstance(value, Blob) and value.code in (ARRAY, SCALAR)):
         return  # a step, a name: no tensor
-    add(found, name, _chunked(source, value) if isinstance(value, dict) else _array(source, value)[0])
+    source.add(found, name, _chunked(source, value) if isinstance(value, dict) else _array(source, value)[0])
 
 
 def _array(source: Source, blob: Blob) -> tuple[Tensor, int]:
     """An array, and the offset of its bytes."""
+    room = source.room
     with source.open(blob.offset) as file:
-        parser = _Parser(file, blob.offset + blob.size, blob.offset)
+        parser = _Parser(file, source.spend, blob.offset + blob.size, blob.offset)
         fields = parser.value(DEPTH)
+    source.room = room  # of what was parsed nothing is kept
     if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[2], Blob):
         raise ValueError("an array is not described as Flax does it")
     shape, name, data = checked_shape(fields[0]), fields[1], fields[2]

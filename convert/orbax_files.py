@@ -24,11 +24,12 @@ import numpy as np
 
 from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.orbax_guard import METADATA, check_folder, check_unpacked
+from distrijax.convert.json_cost import json_cost
+from distrijax.convert.orbax_guard import METADATA, SMALL, check_folder, check_unpacked
 from distrijax.convert.safetensors_files import DTYPES
-from distrijax.convert.source import Source, add, checked_shape, reason
+from distrijax.convert.source import Source, checked_shape, reason
 from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.weights import read_json, shown
+from distrijax.weights import shown
 
 DESCRIPTION = "pipeline.json"
 
@@ -87,8 +88,8 @@ def read_orbax(folder: Path) -> Checkpoint:
         raise DistriError(
             f"{folder} has no {DESCRIPTION}, so no pipeline was written to it, or not to the end; write it again"
         )
-    description = read_json(folder / DESCRIPTION)
     with _parsing(folder / DESCRIPTION):
+        description = _json(Source(folder / DESCRIPTION))
         models, packed = _object(description, "models"), _object(description, "files")
         for path in (*models, *packed):
             _check_inside(path)
@@ -179,18 +180,19 @@ def open_model(folder: Path) -> Tensors:
     with _parsing(folder):
         limit = check_folder(folder)
         tensors: Tensors = {}
-        for name in _names(Source(folder / METADATA)):
+        source = Source(folder / METADATA)
+        for name in _names(source):
             array = Array.of(folder, name)
             limit -= array.room
             if limit < 0:
                 raise ValueError("its arrays would become much more than it has bytes")
-            add(tensors, name, Tensor(array.shape, array.dtype, partial(_read, folder, name, array)))
+            source.add(tensors, name, Tensor(array.shape, array.dtype, partial(_read, folder, name, array)))
         return tensors
 
 
 def _names(source: Source) -> Iterator[str]:
     """The names of a model's arrays. Raises ValueError for a tree of something else."""
-    description = json.loads(source.read(0, source.size))
+    description = _json(source)
     if description.get("use_ocdbt") is not True or description.get("use_zarr3"):
         raise ValueError(
             "its arrays lie in files of their own, or as zarr 3, where use_ocdbt=True and use_zarr3=False are wanted"
@@ -201,6 +203,18 @@ def _names(source: Source) -> Iterator[str]:
             raise ValueError(f"it holds {shown(str(kind))}, and only arrays can be converted")
         if kind not in EMPTY:
             yield ".".join(step["key"] for step in entry["key_metadata"])
+
+
+def _json(source: Source) -> dict[str, Any]:
+    """An object of JSON, for which no more memory is taken than a file's reader may take."""
+    if source.size > SMALL:
+        raise ValueError(f"it has {source.size} bytes")
+    text = source.read(0, source.size)
+    source.spend(json_cost(text, source.room))
+    description = json.loads(text)
+    if not isinstance(description, dict):
+        raise ValueError("it is no object")
+    return description
 
 
 class Array(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickletools
+import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +21,26 @@ LENGTH = 16 << 20
 
 NUMBERS = 2**32
 """Numbers that are keys. Among larger ones there are many of one hash, with which dictionaries take forever."""
+
+LONG = 1 << 16
+"""Bytes of a text above which it is counted before it is read: it may take five times as many then."""
+
+LINE = 1 << 16
+"""Bytes of a line, of which the oldest pickles are made."""
+
+SLOT, ITEM, CALLED = 24, 100, 160
+"""Bytes of memory that a place on the stack takes (and in a copy of what is above a mark), an item of a dictionary, and what a call
+becomes."""
+
+COSTS = {
+    **dict.fromkeys("PUT BINPUT LONG_BINPUT MEMOIZE".split(), 90),
+    **dict.fromkeys("EMPTY_DICT EMPTY_LIST TUPLE TUPLE1 TUPLE2 TUPLE3 LIST DICT BINPERSID FLOAT BINFLOAT".split(), 64),
+    **dict.fromkeys("GLOBAL STACK_GLOBAL INST".split(), 160),
+}
+"""Bytes of memory that instructions take. None of it is counted as given back."""
+
+SHARED = range(-5, 257)
+"""Numbers of which Python has one each."""
 
 NAME = 1000
 """Characters of a function's name. It may be named again at the cost of a few bytes."""
@@ -80,16 +101,19 @@ class _Limited:
 
     file: BinaryIO
     left: int
+    spend: Callable[[int], None]
 
     def read(self, count: int) -> bytes:
         return self._counted(self.file.read(self._allowed(count)))
 
     def readline(self) -> bytes:
-        return self._counted(self.file.readline(self._allowed(self.left)))
+        return self._counted(self.file.readline(self._allowed(min(self.left, LINE))))
 
     def _allowed(self, count: int) -> int:
         if not 0 <= count <= self.left:
             raise ValueError(f"it is cut off, or longer than {LENGTH} bytes")
+        if count > LONG:
+            self.spend(5 * count)
         return count
 
     def _counted(self, data: bytes) -> bytes:
@@ -97,14 +121,17 @@ class _Limited:
         return data
 
 
-def read_pickle(file: BinaryIO, size: int, convert: Callable[[Call], Any] = lambda call: call) -> Any:
+def read_pickle(
+    file: BinaryIO, size: int, spend: Callable[[int], None], convert: Callable[[Call], Any] = lambda call: call
+) -> Any:
     """The value of the pickle that begins here; the file is left at its end.
 
-    size: bytes that there are at most. convert: what to make of a call. Raises Hostile, or ValueError (and what is not a pickle may
-    raise others of Python's `LookupError`, `TypeError`, `AttributeError`) for what is no whole pickle.
+    size: bytes that there are at most. spend: is told of memory that is taken, and raises where it is too much. convert: what to
+    make of a call. Raises Hostile, or ValueError (and what is not a pickle may raise others of Python's `LookupError`,
+    `TypeError`, `AttributeError`) for what is no whole pickle.
     """
-    machine = _Machine(convert)
-    for count, (instruction, argument, _) in enumerate(pickletools.genops(_Limited(file, min(size, LENGTH)))):
+    machine = _Machine(convert, spend)
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(_Limited(file, min(size, LENGTH), spend))):
         if count >= INSTRUCTIONS:
             raise ValueError(f"it has more than {INSTRUCTIONS} instructions")
         if instruction.name == "STOP":
@@ -116,13 +143,17 @@ def read_pickle(file: BinaryIO, size: int, convert: Callable[[Call], Any] = lamb
 class _Machine:
     """The stack and the memo. Dictionaries keep only what is named by strings and numbers."""
 
-    def __init__(self, convert: Callable[[Call], Any]):
-        self.convert = convert
+    def __init__(self, convert: Callable[[Call], Any], spend: Callable[[int], None]):
+        self.convert, self.spend = convert, spend
+        self.highest = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
     def step(self, instruction: str, argument: Any) -> None:
+        self.spend(COSTS.get(instruction, 0) + SLOT * max(0, len(self.stack) - self.highest))
+        self.highest = max(self.highest, len(self.stack))
         if instruction in _VALUES:
+            self.spend(0 if argument in SHARED else sys.getsizeof(argument))
             self.stack.append(argument)
         elif (action := _ACTIONS.get(instruction)) is not None:
             action(self, argument)
@@ -148,6 +179,7 @@ class _Machine:
         if not self.stack:
             raise ValueError("its stack has no mark")
         self.stack.pop()
+        self.spend(8 * len(values))
         return values[::-1]
 
     def top(self, kind: type) -> Any:
@@ -169,6 +201,7 @@ class _Machine:
     def items(self, values: list[Any]) -> dict:
         if len(values) % 2:
             raise ValueError("a key has no value")
+        self.spend(ITEM * len(values) // 2)
         return {key: value for key, value in zip(values[::2], values[1::2], strict=True) if _is_key(key)}
 
     def name(self, module: Any, name: Any) -> None:
@@ -196,6 +229,7 @@ class _Machine:
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
             self.push(UNKNOWN)
         else:
+            self.spend(CALLED)
             self.push({} if function == ORDERED else self.convert(Call(function, arguments)))
 
 

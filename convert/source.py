@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,13 @@ RANK = 32
 TENSORS = 100_000
 NAME = 500
 """Tensors of a file, and characters of the name of one: SDXL has 2,516, with names of up to 100. More take time and memory."""
+
+
+ROOM = 24 << 20
+"""Bytes that what describes a file's tensors may take in memory, beside as many as the file has."""
+
+TENSOR = 320
+"""Bytes of memory that a name and where its tensor lies take, roughly, beside the name's characters."""
 
 
 class Source:
@@ -39,6 +48,18 @@ class Source:
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise DistriError(f"{path} is {kind}; give the file that holds the tensors")
         self.size = status.st_size
+        self.room = ROOM + self.size
+
+    def spend(self, count: int) -> None:
+        """Takes memory from the one account that all readers of this file have. Raises ValueError where too little is left."""
+        self.room -= count
+        if self.room < 0:
+            raise ValueError("what describes its tensors would take much more memory than it has bytes")
+
+    def add(self, found: dict[str, Any], name: str, value: Any) -> None:
+        """As `add`, at the account's expense."""
+        self.spend(TENSOR + sys.getsizeof(name))
+        add(found, name, value)
 
     @contextmanager
     def open(self, offset: int = 0) -> Iterator[BinaryIO]:
@@ -81,7 +102,7 @@ class Source:
 
     def tensor(self, offset: int, shape: Shape, dtype: np.dtype) -> Tensor:
         """The tensor at a place of the file that the caller has checked."""
-        return Tensor(shape, dtype, lambda: self.array(offset, shape, dtype))
+        return Tensor(shape, dtype, partial(self.array, offset, shape, dtype))
 
     @contextmanager
     def parsed_as(self, kind: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ FLOATS = (np.dtype(np.float64), np.dtype(np.float32), *HALF, *(np.dtype(kind) fo
 """The floating-point types that checkpoints come in."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
     """A tensor of a file. shape, dtype: known without reading it. read: yields it, anew each time, in its own memory."""
 

@@ -21,7 +21,7 @@ import numpy as np
 from distrijax.config import DistriError
 from distrijax.convert import zips
 from distrijax.convert.pickles import UNKNOWN, Call, Hostile, Named, Persistent, read_pickle
-from distrijax.convert.source import NAME, Source, add, checked_shape, reason
+from distrijax.convert.source import NAME, Source, checked_shape, reason
 from distrijax.convert.tensors import Shape, Tensor, Tensors
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -71,7 +71,7 @@ class Storage(NamedTuple):
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class View:
     """A tensor as torch describes it: elements of a storage, from `start` on, `strides` apart."""
 
@@ -137,8 +137,8 @@ def open_torch_zip(source: Source) -> Tensors:
         where = zips.stored(entries, pickles[0])
         zips.check(source, where)
         with source.open(where.offset) as file:
-            content = read_pickle(file, where.size, _convert)
-        return {name: _in_zip(view, source, entries, folder) for name, view in _flattened(content).items()}
+            content = read_pickle(file, where.size, source.spend, _convert)
+        return {name: _in_zip(view, source, entries, folder) for name, view in _flattened(source, content).items()}
 
 
 def _in_zip(view: View, source: Source, entries: dict[str, zips.Entry], folder: str) -> Tensor:
@@ -160,14 +160,14 @@ def _checked(source: Source, entry: zips.Entry, offset: int, shape: Shape, dtype
 def open_torch_legacy(source: Source) -> Tensors:
     """The tensors of a file of torch before 1.6: pickles, then the storages, each behind the number of its elements."""
     with _parsed(source), source.open() as file:
-        _, version, system = (read_pickle(file, source.size - file.tell()) for _ in range(3))
+        _, version, system = (read_pickle(file, source.size - file.tell(), source.spend) for _ in range(3))
         if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ValueError("it is of another version, or its bytes are in the order of another machine")
         storages: dict[str, Storage] = {}
-        content = read_pickle(file, source.size - file.tell(), lambda call: _convert(call, storages))
-        keys = read_pickle(file, source.size - file.tell())
+        content = read_pickle(file, source.size - file.tell(), source.spend, lambda call: _convert(call, storages))
+        keys = read_pickle(file, source.size - file.tell(), source.spend)
         offsets = _legacy_offsets(source, file.tell(), keys, storages)
-        views = _flattened(content).items()
+        views = _flattened(source, content).items()
         return {name: view.tensor(source, offsets[view.storage.key], source.array) for name, view in views}
 
 
@@ -223,7 +223,7 @@ def _storage(description: Any) -> Storage:
     return Storage(key, STORAGES[kind.name], count)
 
 
-def _flattened(content: Any) -> dict[str, View]:
+def _flattened(source: Source, content: Any) -> dict[str, View]:
     """The tensors of dictionaries in dictionaries, names joined by dots; the inside of a `state_dict`, if there is one.
 
     What is no tensor (an epoch, a learning rate, a trainer's settings) goes unsaid.
@@ -236,11 +236,11 @@ def _flattened(content: Any) -> dict[str, View]:
     if not isinstance(content, dict):
         raise ValueError("it holds no named tensors")
     found: dict[str, View] = {}
-    _collect(content, "", found, set(), DEPTH)
+    _collect(source, content, "", found, set(), DEPTH)
     return found
 
 
-def _collect(content: dict, prefix: str, found: dict[str, View], seen: set[int], depth: int) -> None:
+def _collect(source: Source, content: dict, prefix: str, found: dict[str, View], seen: set[int], depth: int) -> None:
     """Raises ValueError for dictionaries that hold themselves, or that lie in more than one place."""
     if id(content) in seen or depth == 0:
         raise ValueError("a dictionary in it holds itself, or lies in several places")
@@ -249,9 +249,9 @@ def _collect(content: dict, prefix: str, found: dict[str, View], seen: set[int],
     seen.add(id(content))
     for key, value in content.items():
         if isinstance(value, dict):
-            _collect(value, f"{prefix}{key}.", found, seen, depth - 1)
+            _collect(source, value, f"{prefix}{key}.", found, seen, depth - 1)
         elif isinstance(value, View):
-            add(found, f"{prefix}{key}", value)
+            source.add(found, f"{prefix}{key}", value)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from distrijax.convert.source import Source, add
+from distrijax.convert.source import Source
 
 DIRECTORY = 16 << 20
 """Bytes of a directory: those of a whole SDXL with an optimiser are 0.6 MB."""
@@ -59,12 +59,13 @@ def entries(source: Source) -> dict[str, Entry]:
     start, size = _directory(source)
     if size > DIRECTORY:
         raise ValueError(f"its directory would be {size} bytes")
+    source.spend(size)
     directory = source.read(start, size)
     found: dict[str, Entry] = {}
     position = 0
     while directory[position : position + 4] == ENTRY:
         name, entry, position = _entry(source, directory, position)
-        add(found, name, entry)
+        source.add(found, name, entry)
     if position != size:
         raise ValueError("its directory is cut off")
     return found
