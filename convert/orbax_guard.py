@@ -51,6 +51,8 @@ ZSTD = b"\x28\xb5\x2f\xfd"
 
 def check_folder(folder: Path) -> int:
     """How many bytes a model's arrays may become. Raises ValueError for a folder that no library should open."""
+    if folder.is_symlink():
+        raise ValueError("it is a link")
     files = list(_files(folder))
     if METADATA not in (path.name for path in files) or not (folder / "manifest.ocdbt").is_file():
         raise ValueError(f"it has no {METADATA} or no manifest.ocdbt")

@@ -101,6 +101,11 @@ def test_folders_that_lie_are_refused(model, damage, message):
     assert message in refusal(model)
 
 
+def test_a_link_to_a_folder_is_not_followed(model, tmp_path):
+    (tmp_path / "linked").symlink_to(model)
+    assert "it is a link" in refusal(tmp_path / "linked")
+
+
 def test_a_description_too_long_is_not_read(model, monkeypatch):
     monkeypatch.setattr(orbax_guard, "SMALL", 100)
     assert "bytes" in refusal(model)

@@ -3,16 +3,18 @@
     PYTHONPATH=tests python tests/fuzz/fuzz_convert.py zip /tmp/corpus-zip -max_total_time=300 -rss_limit_mb=2048 -timeout=10
 
 The first argument is the format whose small real file is the seed: safetensors, zip, legacy, flax (bytes go to `open_tensors`
-and, where tensors come out, on to `from_original`), or `original` (bytes are changes to the names and shapes of a real model, which
-go to `from_original` and back by `to_original`). The second is the folder in which inputs that reach something new are kept. What
-follows goes to libFuzzer. Any exception but DistriError, more memory or a longer time than allowed is a finding: it is printed, and
-the input lies in `crash-*` of the working folder. To see one again, give the file in the folder's place.
+and, where tensors come out, on to `from_original`), `orbax` (bytes are changes to the files of a folder) or `original` (bytes are
+changes to the names and shapes of a real model, which go to `from_original` and back by `to_original`). The second is the folder
+in which inputs that reach something new are kept. What follows goes to libFuzzer. Any exception but DistriError, more memory or a
+longer time than allowed is a finding: it is printed, and the input lies in `crash-*` of the working folder. To see one again, give
+the file in the folder's place.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 import tempfile
 import tracemalloc
@@ -25,9 +27,12 @@ import atheris
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 with atheris.instrument_imports(include=["distrijax.convert", "pickletools", "json"]):
     import distrijax.convert.files
+    from distrijax.convert import orbax_guard
+    from distrijax.convert.orbax_files import open_model
     from distrijax.convert.original import from_original, to_original
 
 import numpy as np
+import orbax.checkpoint as ocp
 from original_layouts import Shapes, clip, open_clip, prefixed, unet, vae
 from tensor_files import small
 
@@ -35,7 +40,10 @@ from distrijax.config import DistriError
 from distrijax.convert.tensors import Tensor, Tensors
 
 SPARE = 4 << 20
-"""Bytes that may be taken beside twice the file."""
+"""Bytes that may be taken beside twice the file, or beside what an orbax folder's arrays may become."""
+
+CHANGES = 4
+"""To the files of a folder."""
 
 LENGTHS = (0, 1, 2, 3, 4, 5, 8, 9, 32, 64, 77, 128, 320, 768, 1024, 1280, 2048, 49408, 2**40)
 HEADS = {"unet": {"attention_head_dim": 8}}
@@ -59,6 +67,62 @@ def check_file(path: Path, content: bytes) -> None:
     taken = tracemalloc.get_traced_memory()[1] - before
     if taken > 2 * len(content) + SPARE:
         raise MemoryError(f"{taken} bytes were taken for a file of {len(content)}")
+
+
+class Folders:
+    """An orbax folder, and changes to its files out of a fuzzer's bytes."""
+
+    def __init__(self, folder: Path):
+        self.whole, self.path = folder / "whole", folder / "changed"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(self.whole, {"a": {"b": np.arange(600.0)}, "c": np.ones((2, 3), np.float16)})
+        self.files = sorted(path for path in self.whole.rglob("*") if path.is_file())
+
+    def check(self, content: bytes) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        shutil.copytree(self.whole, self.path)
+        data = atheris.FuzzedDataProvider(content)
+        for _ in range(data.ConsumeIntInRange(0, CHANGES)):
+            self.change(data)
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        try:
+            for tensor in open_model(self.path).values():
+                array = tensor.read()
+                if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
+                    raise AssertionError(f"announced {tensor.shape} {tensor.dtype}, got {array.shape} {array.dtype}")
+        except DistriError as error:
+            check_sentence(error)
+        if (taken := tracemalloc.get_traced_memory()[1] - before) > SPARE + orbax_guard.SPARE:
+            raise MemoryError(f"{taken} bytes were taken for a folder")
+
+    def change(self, data: atheris.FuzzedDataProvider) -> None:
+        path = self.path / data.PickValueInList(self.files).relative_to(self.whole)
+        old = path.read_bytes() if path.is_file() else b""
+        start, length = data.ConsumeIntInRange(0, len(old)), data.ConsumeIntInRange(0, 16)
+        new = data.ConsumeBytes(data.ConsumeIntInRange(0, 64))
+        if data.ConsumeIntInRange(0, 9) == 0:
+            path.unlink(missing_ok=True)
+        else:
+            content = old[:start] + new + old[start + length :]
+            path.write_bytes(sealed(content) if data.ConsumeBool() else content)
+
+
+def sealed(content: bytes) -> bytes:
+    """With the length and the CRC-32C that a manifest or a node needs to be looked at any further."""
+    if content[:2] != b"\x0c\xdb" or len(content) < 18:
+        return content
+    body = content[:4] + len(content).to_bytes(8, "little") + content[12:-4]
+    return body + crc32c(body).to_bytes(4, "little")
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
 
 
 def check_original(tensors: Tensors, config: dict | None = None) -> None:
@@ -151,6 +215,8 @@ def target(kind: str) -> Callable[[bytes], None]:
         return lambda content: check_original(models.changed(content), HEADS)
     tracemalloc.start()
     folder = tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    if kind == "orbax":
+        return Folders(Path(folder)).check
     path = Path(folder) / "file"
     return lambda content: check_file(path, content)
 
