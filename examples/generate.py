@@ -20,9 +20,11 @@ from typing import Any
 
 from command_line import (
     Parser,
+    add_model_flags,
     device_kind,
     find_devices,
     find_dtype,
+    find_model,
     keep_compiled_programs,
     plain_errors,
     written_whole,
@@ -32,7 +34,6 @@ from PIL.PngImagePlugin import PngInfo
 from together import add_flags, ending_together, join
 
 from distrijax import (
-    DEFAULT_MODEL,
     SCHEDULERS,
     Compression,
     DistriConfig,
@@ -45,9 +46,6 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
-from distrijax.convert.cache import prepared
-from distrijax.convert.sources import Recipe
-from distrijax.convert.sources import add_flags as add_model_flags
 from distrijax.loading import DTYPES, Configs, default_size, read_configs
 from distrijax.mesh import check_images
 from distrijax.pipeline import lay_out
@@ -99,7 +97,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--batch", type=int, default=1, help="pictures of the prompt: NAME-0.png, NAME-1.png ... (default: %(default)s)"
     )
-    add("--model", help="Stable Diffusion 1.x, 2.x or XL: a folder, a single file or a hub id (default: embedded)")
     add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     parser.add_values("--compiler-option", "of XLA, instead of this project's choice")
@@ -127,8 +124,7 @@ def generate(arguments: argparse.Namespace) -> None:
         parallelism=arguments.parallelism,
         split_scheme=arguments.split_scheme,
     )
-    recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
-    folder, variant = prepared(recipe, token=arguments.token, offline=arguments.offline)
+    recipe, (folder, variant) = find_model(arguments)
     configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
     size = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     if arguments.plan:
