@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Writes the file, runs both in turn, and tells how they compare; raises DistriError where there is no room."""
+    """Writes the file, runs both in turn, and tells how they compare; raises DistriError where there is no folder or no room."""
     check_positive(arguments, "repeats")
+    if not arguments.folder.is_dir():
+        raise DistriError(f"--folder {arguments.folder} is no folder; give one that exists")
     tell = json_lines(arguments.output)
     checkpoint = random_checkpoint(NAMES[arguments.family])
     size = sum(tensor.nbytes for held in checkpoint.tensors.values() for tensor in held.values())
