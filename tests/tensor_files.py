@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.serialization
@@ -16,6 +17,7 @@ import torch
 
 from distrijax.config import DistriError
 from distrijax.convert.files import open_tensors
+from distrijax.convert.tensors import Tensors
 
 Arrays = dict[str, np.ndarray]
 
@@ -100,9 +102,9 @@ SPARE = 3 << 20
 """Bytes that a reader may take beside twice the file: imports, buffers, the messages."""
 
 
-def read_all(path: Path) -> int:
-    """Reads the tensors one by one; how many."""
-    tensors = open_tensors(path)
+def read_all(path: Path, find: Callable[[Path], Tensors] = open_tensors) -> int:
+    """Reads the tensors that `find` finds one by one; how many."""
+    tensors = find(path)
     for tensor in tensors.values():
         array = tensor.read()
         assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
@@ -121,6 +123,11 @@ def refusal(path: Path, within: float = 5.0, spare: int = SPARE) -> str:
         tracemalloc.stop()
     assert time.perf_counter() - start < within
     assert peak < 2 * path.stat().st_size + spare
-    text = str(caught.value)
+    return sentence(caught.value, path)
+
+
+def sentence(error: DistriError, path: Path) -> str:
+    """What is said of a file or a folder. Fails where that is not one sentence which names it."""
+    text = str(error)
     assert text.isprintable() and len(text) < 600 and text.count("; ") == 1 and str(path) in text
     return text

@@ -19,7 +19,8 @@ import sys
 import tempfile
 import tracemalloc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import atheris
@@ -54,20 +55,32 @@ HEADS = {"unet": {"attention_head_dim": 8}}
 def check_file(path: Path, content: bytes) -> None:
     """Opens and reads a file of these bytes, in bounded memory."""
     path.write_bytes(content)
+    with watched(2 * len(content) + SPARE):
+        tensors = distrijax.convert.files.open_tensors(path)
+        check_arrays(tensors)
+        check_original(tensors)
+
+
+@contextmanager
+def watched(most: int) -> Iterator[None]:
+    """Lets a refusal pass, and raises MemoryError where more bytes than `most` were taken."""
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     try:
-        tensors = distrijax.convert.files.open_tensors(path)
-        for tensor in tensors.values():
-            array = tensor.read()
-            if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
-                raise AssertionError(f"announced {tensor.shape} {tensor.dtype}, got {array.shape} {array.dtype}")
-        check_original(tensors)
+        yield
     except DistriError as error:
         check_sentence(error)
     taken = tracemalloc.get_traced_memory()[1] - before
-    if taken > 2 * len(content) + SPARE:
-        raise MemoryError(f"{taken} bytes were taken for a file of {len(content)}")
+    if taken > most:
+        raise MemoryError(f"{taken} bytes were taken, and {most} may be")
+
+
+def check_arrays(tensors: Tensors) -> None:
+    """Reads the tensors one by one."""
+    for tensor in tensors.values():
+        array = tensor.read()
+        if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
+            raise AssertionError(f"announced {tensor.shape} {tensor.dtype}, got {array.shape} {array.dtype}")
 
 
 class Folders:
@@ -85,17 +98,8 @@ class Folders:
         data = atheris.FuzzedDataProvider(content)
         for _ in range(data.ConsumeIntInRange(0, CHANGES)):
             self.change(data)
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        try:
-            for tensor in open_model(self.path).values():
-                array = tensor.read()
-                if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
-                    raise AssertionError(f"announced {tensor.shape} {tensor.dtype}, got {array.shape} {array.dtype}")
-        except DistriError as error:
-            check_sentence(error)
-        if (taken := tracemalloc.get_traced_memory()[1] - before) > SPARE + orbax_guard.SPARE:
-            raise MemoryError(f"{taken} bytes were taken for a folder")
+        with watched(SPARE + orbax_guard.SPARE):
+            check_arrays(open_model(self.path))
 
     def change(self, data: atheris.FuzzedDataProvider) -> None:
         path = self.path / data.PickValueInList(self.files).relative_to(self.whole)
