@@ -47,6 +47,20 @@ def test_convolution_equals_torch(kernel, stride, trailing, rows, columns):
     assert relative_error(run(ours, nhwc(x)), nhwc(source(padded))) < EXACT
 
 
+@pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
+def test_large_kernels_over_few_pixels_are_products_on_cpus_and_equal_torch(kernel, stride, trailing, monkeypatch):
+    monkeypatch.setattr(layers, "LARGE_KERNEL", 0)
+    source = torch.nn.Conv2d(4, 1024, kernel, stride, padding=0 if trailing else kernel // 2)
+    ours = port(Conv(4, 1024, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
+    x = randn(2, 4, 7, 5)
+    padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
+    traced = jax.jit(lambda module, x: module(x, WholeImage())).trace(ours, nhwc(x))
+    for platform, convolutions in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
+        lowered = traced.lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("stablehlo.convolution(") == convolutions
+    assert relative_error(traced.lower().compile()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+
+
 @pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "far from zero"])
 def test_group_norm_equals_torch(offset):
     source = disturb(torch.nn.GroupNorm(4, 12, eps=1e-5))
