@@ -10,11 +10,13 @@ import torch
 from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.embeddings import get_timestep_embedding
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from oracle import disturb, nhwc, port, relative_error
 
 from distrijax import layers
-from distrijax.exchange import WholeImage
+from distrijax.exchange import Synchronous, WholeImage
 from distrijax.layers import Attention, Conv, GroupNorm, LayerNorm, Linear
+from distrijax.mesh import PATCH, MeshPlan
 
 EXACT = 1e-5
 
@@ -59,6 +61,17 @@ def test_large_kernels_over_few_pixels_are_products_on_cpus_and_equal_torch(kern
         lowered = traced.lower(lowering_platforms=(platform,))
         assert lowered.as_text().count("stablehlo.convolution(") == convolutions
     assert relative_error(traced.lower().compile()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+
+
+def test_such_a_product_on_eight_bands_equals_torch(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE_KERNEL", 0)
+    source = torch.nn.Conv2d(4, 1024, 3, padding=1)
+    ours = port(Conv(4, 1024, rngs=nnx.Rngs(0)), source)
+    mesh = MeshPlan(1, 1, 8).build(jax.devices()[:8])
+    cut = P(None, PATCH)
+    mapped = jax.shard_map(lambda x: ours(x, Synchronous()), mesh=mesh, in_specs=cut, out_specs=cut)
+    x = randn(2, 4, 8, 5)
+    assert relative_error(jax.jit(mapped)(nhwc(x)), nhwc(source(x))) < EXACT
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "far from zero"])
