@@ -204,6 +204,9 @@ class Attention(nnx.Module):
         self.channels, self.head, self.path = channels, channels // heads, ""
         inner = dict(bias=qkv_bias, rngs=rngs)
         source = dict(cut=Cut(Side.OUTPUT, self.head, once=context is not None), **inner)
+        self.same_input = (
+            ("to_q", "to_k", "to_v") if context is None else ()
+        )  # `placement` may put their kernels together
         self.to_q = Linear(channels, channels, cut=Cut(Side.OUTPUT, self.head), **inner)
         self.to_k = Linear(context or channels, channels, **source)
         self.to_v = Linear(context or channels, channels, **source)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -225,7 +224,7 @@ def read_components(
     def read(name: str, model: Model) -> Model:
         place = model.form.place_on(mesh)
         module = load_module(model.form.abstract(), folder / name, variant=variant, dtype=model.dtype, place=place)
-        return model._replace(params=tuple(jax.tree.leaves(module)))
+        return model._replace(params=model.form.put_together(module))
 
     return outline._replace(
         text_encoders=tuple(map(read, family.text_encoders, outline.text_encoders)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from distrijax.config import Parallelism
 from distrijax.exchange import joined
-from distrijax.layers import Cut, Side
+from distrijax.layers import Cut, Side, walk
 from distrijax.mesh import CFG, EVERY_AXIS, PATCH
 from distrijax.processes import put
 from distrijax.programs import Params
@@ -122,12 +122,17 @@ def _turned(shape: Shape) -> Shape:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Form:
-    """A model without its parameters: its structure, and each parameter's path, shape and part, in the order of the leaves."""
+    """A model without its parameters: its structure, and each parameter's path, shape and part, in the order of the leaves.
+
+    arrays: the leaves of each array that the programs take, several where kernels of the same input lie side by side. XLA
+    makes one product of such layers, and for that would put their kernels together in every step.
+    """
 
     structure: jax.tree_util.PyTreeDef
     paths: tuple[ParamPath, ...]
     shapes: tuple[Shape, ...]
     parts: tuple[Part, ...]
+    arrays: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(
@@ -156,17 +161,23 @@ class Form:
 
         leaves = [(path, tuple(leaf.shape)) for path, leaf in nnx.to_flat_state(nnx.state(module))]
         paths, shapes = zip(*leaves, strict=True)
-        return cls(jax.tree.structure(module), paths, shapes, tuple(part(*leaf) for leaf in leaves))
+        parts = tuple(part(*leaf) for leaf in leaves)
+        arrays = _side_by_side(module, paths, parts) if platform == "gpu" else tuple((i,) for i in range(len(parts)))
+        return cls(jax.tree.structure(module), paths, shapes, parts, arrays)
 
     @functools.cached_property
     def specs(self) -> tuple[P, ...]:
-        """How the leaves lie on the mesh."""
-        return tuple(part.spec() for part in self.parts)
+        """How the arrays lie on the mesh."""
+        return tuple(self.parts[first].spec() for first, *_ in self.arrays)
 
     def laid_out(self, sizes: Sizes, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arrays that all devices of a mesh together hold."""
-        pairs = zip(self.parts, self.shapes, strict=True)
-        return tuple(jax.ShapeDtypeStruct(part.shape(shape, sizes), dtype) for part, shape in pairs)
+
+        def shape(leaves: tuple[int, ...]) -> Shape:
+            *rest, last = self.parts[leaves[0]].shape(self.shapes[leaves[0]], sizes)
+            return (*rest, last * len(leaves))
+
+        return tuple(jax.ShapeDtypeStruct(shape(leaves), dtype) for leaves in self.arrays)
 
     def abstract(self) -> nnx.Module:
         """The model, of shapes alone."""
@@ -182,10 +193,46 @@ class Form:
 
         return place
 
+    def put_together(self, module: nnx.Module) -> Params:
+        """The programs' arrays of a model whose parameters are placed. Those that are put together are deleted one by one."""
+        leaves = jax.tree.leaves(module)
+
+        def array(indices: tuple[int, ...]) -> jax.Array:
+            first, *others = (leaves[index] for index in indices)
+            if not others:
+                return first
+            whole = _concatenated(first.sharding)(first, *others)
+            for leaf in (first, *others):
+                leaf.delete()
+            return whole
+
+        return tuple(map(array, self.arrays))
+
     def module(self, params: Params) -> nnx.Module:
         """The model, inside a shard_map, of what one device holds of its parameters (`specs`)."""
-        restored = [part.restored(value) for part, value in zip(self.parts, params, strict=True)]
-        return jax.tree.unflatten(self.structure, restored)
+        restored: dict[int, Array] = {}
+        for indices, value in zip(self.arrays, params, strict=True):
+            pieces = jnp.split(value, len(indices), -1) if len(indices) > 1 else [value]
+            restored |= {index: self.parts[index].restored(piece) for index, piece in zip(indices, pieces, strict=True)}
+        return jax.tree.unflatten(self.structure, [restored[index] for index in range(len(self.parts))])
+
+
+def _side_by_side(
+    module: nnx.Module, paths: tuple[ParamPath, ...], parts: tuple[Part, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """`Form.arrays` where kernels that are whole on every device, and multiply the same input, are put together."""
+    index = {path: number for number, path in enumerate(paths)}
+    together: dict[int, tuple[int, ...]] = {}
+    for path, layer in walk(module):
+        kernels = tuple(index[*path, name, "kernel"] for name in getattr(layer, "same_input", ()))
+        if kernels and all(isinstance(parts[kernel], Whole) for kernel in kernels):
+            together |= dict.fromkeys(kernels, kernels)
+    return tuple(dict.fromkeys(together.get(number, (number,)) for number in range(len(parts))))
+
+
+@functools.cache
+def _concatenated(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    return jax.jit(lambda *arrays: jnp.concatenate(arrays, -1), out_shardings=sharding)
 
 
 class Model(NamedTuple):

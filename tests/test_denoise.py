@@ -105,7 +105,8 @@ class Call:
         mesh = plan.build(jax.devices()[: plan.devices])
         leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
         self.params = tuple(leaves)
-        form = Form(structure, paths=(), shapes=(), parts=(Whole(),) * len(leaves))
+        arrays = tuple((index,) for index in range(len(leaves)))
+        form = Form(structure, paths=(), shapes=(), parts=(Whole(),) * len(leaves), arrays=arrays)
         self.loop = Loop(Layout(mesh, guided, SHAPE[1:3]), form, scheduler, dtype, Strategy(Displaced))
         branches = 2 if guided else 1
         said = normal(2, *SHAPE[::3], seed=5) if said is None else said

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command, targets
-from distrijax.overlap import Program, array_bytes
+from distrijax.overlap import Instruction, Program, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
 from distrijax.projection import CompiledStep, compile_decoder, compile_schedule, compile_step, seconds, waiting
@@ -282,6 +282,19 @@ def test_tokens_are_published_as_soon_as_the_stale_ones_have_been_read():
     outputs = [name for name in program.step[-1].operands if is_tokens(program.step[places[name]].arrays[0])]
     assert len(outputs) == len(attentions) / 2 == 11  # every other attention is of the prompt
     assert all(any(written(name) < place for place in attentions[-2:]) for name in outputs)
+
+
+@compiler
+def test_kernels_of_the_same_input_are_not_put_together_in_every_step():
+    """Queries, keys and values are one product of one array, which is read and never made."""
+    made = {
+        instruction.opcode for instruction in step("a100-sxm-80gb", 1024, False).program.step if is_joined(instruction)
+    }
+    assert made == {"parameter"}
+
+
+def is_joined(instruction: Instruction) -> bool:
+    return instruction.arrays == ["bf16[1280,3840]"]
 
 
 def is_tokens(array: str) -> bool:

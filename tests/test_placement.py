@@ -72,6 +72,33 @@ def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
         np.testing.assert_array_equal(value, values[index])
 
 
+@pytest.mark.parametrize("parallelism", list(Parallelism))
+@pytest.mark.parametrize("shard", [False, True])
+def test_gpus_get_kernels_of_the_same_input_in_one_array_and_layers_get_them_back(unet, parallelism, shard):
+    mesh = MeshPlan(1, 1, 1).build(jax.devices()[:1])
+    form = Form.of(abstract_unet(unet.config), parallelism, shard=shard, platform="gpu")
+    flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(mesh)
+    values = [np.asarray(leaf.get_value()) for _, leaf in flat]
+    placed = [place(path, value) for path, value in zip(form.paths, values, strict=True)]
+    params = form.put_together(jax.tree.unflatten(form.structure, placed))
+    announced = form.laid_out(mesh.shape, np.float32)
+    assert [array.shape for array in params] == [array.shape for array in announced]
+    whole = not shard and parallelism is not Parallelism.TENSOR
+    assert len(params) == len(values) - whole * 2 * len(unet._transformer_blocks())
+    assert all(leaf.is_deleted() for array in form.arrays if len(array) > 1 for leaf in map(placed.__getitem__, array))
+    back = jax.jit(
+        jax.shard_map(
+            lambda params: jax.tree.leaves(form.module(params)),
+            mesh=mesh,
+            in_specs=(form.specs,),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )(params)
+    for value, restored in zip(values, back, strict=True):
+        np.testing.assert_array_equal(value, restored)
+
+
 def test_only_projections_of_the_prompt_are_divided_in_every_parallelism(unet):
     form = Form.of(unet)
     divided = {path for path, part in zip(form.paths, form.parts, strict=True) if not isinstance(part, Whole)}
