@@ -124,12 +124,13 @@ def convolve(
 
     A large kernel over few pixels is a product of matrices on CPUs, where XLA's own convolution takes up to three times as long.
     """
+    settings = dict(stride=stride, sides=sides)
+    convolution = functools.partial(_convolution, **settings)
     few = 4 * math.prod(x.shape[:3]) <= stride**2 * kernel.shape[3]
     if few and kernel.size > LARGE_KERNEL:
-        both = dict(cpu=_convolution_by_product, default=_convolution)
-        both = {where: functools.partial(function, stride=stride, sides=sides) for where, function in both.items()}
-        return lax.platform_dependent(x, kernel, **both)
-    return _convolution(x, kernel, stride, sides)
+        product = functools.partial(_convolution_by_product, **settings)
+        return lax.platform_dependent(x, kernel, cpu=product, default=convolution)
+    return convolution(x, kernel)
 
 
 def _convolution(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Array:
@@ -204,9 +205,8 @@ class Attention(nnx.Module):
         self.channels, self.head, self.path = channels, channels // heads, ""
         inner = dict(bias=qkv_bias, rngs=rngs)
         source = dict(cut=Cut(Side.OUTPUT, self.head, once=context is not None), **inner)
-        self.same_input = (
-            ("to_q", "to_k", "to_v") if context is None else ()
-        )  # `placement` may put their kernels together
+        # layers whose kernels `placement` may put together
+        self.same_input = ("to_q", "to_k", "to_v") if context is None else ()
         self.to_q = Linear(channels, channels, cut=Cut(Side.OUTPUT, self.head), **inner)
         self.to_k = Linear(context or channels, channels, **source)
         self.to_v = Linear(context or channels, channels, **source)
