@@ -20,21 +20,25 @@ from jaxtyping import PyTree, Shaped
 
 from distrijax.config import DistriError, positive
 
-LAUNCHERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
-"""Variables that those who start several processes set: SLURM, Open MPI, Kubernetes, and Google's for TPUs."""
-
-COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-"""Variables in which they tell how many; a shell in an allocation is often one of one."""
+LAUNCHERS: dict[str, tuple[str, ...]] = {
+    "OMPI_MCA_orte_hnp_uri": ("OMPI_COMM_WORLD_SIZE",),
+    "SLURM_STEP_NODELIST": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    "JOB_COMPLETION_INDEX": (),
+    "TPU_WORKER_HOSTNAMES": (),
+}
+"""Variables that those who start several processes set, and those in which they tell how many; a shell in an allocation is
+often one of one. Open MPI (also within SLURM), SLURM, Kubernetes, and Google's for TPUs: JAX asks them in this order."""
 
 TIMEOUT = 30
 """Seconds to wait for a process that does not arrive, or falls silent, before the others end."""
 
 
-def launched() -> bool:
-    """Whether this process may be one of several that a launcher started, which JAX then knows or finds out."""
-    if any(os.environ.get(name) == "1" for name in COUNTS):
-        return False
-    return any(name in os.environ for name in LAUNCHERS) or importlib.util.find_spec("libtpu") is not None
+def launched() -> int | None:
+    """How many processes a launcher has started, this one among them: None where JAX has yet to find out, 1 without a launcher."""
+    for variable, counts in LAUNCHERS.items():
+        if variable in os.environ:
+            return next((int(os.environ[count]) for count in counts if count in os.environ), None)
+    return None if importlib.util.find_spec("libtpu") is not None else 1
 
 
 def start(
@@ -49,14 +53,16 @@ def start(
 
     coordinator: "HOST:PORT" on the host of process 0, the same for all. num_processes, process_id: how many, and which
     of them, from 0. Without these three JAX asks the launcher (SLURM, Open MPI, Kubernetes, TPU pods), and where there is
-    none this process stays alone. devices: of all processes together, which CPUs are divided into where the coordinator
-    is given. timeout: seconds after which a process that has not arrived, or no longer answers, ends the others.
+    none this process stays alone. devices: of all processes together, which CPUs are divided into where their number is
+    known. timeout: seconds after which a process that has not arrived, or no longer answers, ends the others.
     Raises DistriError for arguments that cannot be. A process that is missing is no exception: JAX aborts this one.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     positive(timeout, "timeout")
     if all(value is None for value in given.values()):
-        if launched():
+        count = launched()
+        if count != 1:
+            _divide_cpus(devices, count)
             _start_launched(timeout)
         return
     missing = [name for name, value in given.items() if value is None]
@@ -68,18 +74,22 @@ def start(
     port = _port(coordinator)
     if num_processes == 1:
         return
-    if devices is not None:
-        if devices % num_processes:
-            raise DistriError(
-                f"devices is {devices} and {num_processes} processes share them; give a multiple of {num_processes}"
-            )
-        jax.config.update("jax_num_cpu_devices", devices // num_processes)
+    _divide_cpus(devices, num_processes)
     if process_id == 0:
         _check_free(coordinator, port)
     try:
         _initialize(timeout, coordinator, num_processes, process_id, cluster_detection_method="deactivate")
     except (RuntimeError, ValueError) as error:
         raise DistriError(f"process {process_id} could not join the others at {coordinator} ({_line(error)})") from None
+
+
+def _divide_cpus(devices: int | None, count: int | None) -> None:
+    """Has each of so many processes divide its CPU into its share of the devices, where both numbers are known."""
+    if devices is None or count is None:
+        return
+    if devices % count:
+        raise DistriError(f"devices is {devices} and {count} processes share them; give a multiple of {count}")
+    jax.config.update("jax_num_cpu_devices", devices // count)
 
 
 def _start_launched(timeout: int) -> None:

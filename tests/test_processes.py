@@ -44,9 +44,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def process(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
+def process(*arguments: str | Path, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.Popen:
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "examples")))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, **(variables or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
 
@@ -111,6 +111,32 @@ def test_process_0_alone_speaks_and_writes(tiny_checkpoint, tmp_path):
     assert [[path.name for path in folder.iterdir()] for folder in folders] == [["distrijax.png"], []]
     with Image.open(folders[0] / "distrijax.png") as picture:
         assert picture.size == (64, 64)
+
+
+def slurm(process_id: int, port: int) -> dict[str, str]:
+    """What srun tells each of two tasks."""
+    tasks = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    of_this = {"SLURM_PROCID": str(process_id), "SLURM_LOCALID": str(process_id)}
+    return {"SLURM_JOB_ID": str(port), "SLURM_STEP_NUM_NODES": "1", **tasks, **of_this}
+
+
+def open_mpi(process_id: int, port: int) -> dict[str, str]:
+    """What Open MPI 4's mpirun tells each of two ranks."""
+    of_this = {"OMPI_COMM_WORLD_RANK": str(process_id), "OMPI_COMM_WORLD_LOCAL_RANK": str(process_id)}
+    uri = f"{port * 2**12}.0;tcp://127.0.0.1:34911"
+    return {"OMPI_MCA_orte_hnp_uri": uri, "OMPI_COMM_WORLD_SIZE": "2", **of_this}
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi])
+def test_a_launcher_tells_all_that_the_flags_would(tiny_checkpoint, tmp_path, launcher):
+    """Of the number that it makes of the job's, JAX makes a port; CPUs are divided as where a coordinator is given."""
+    script, job = TESTS.parent / "examples" / "generate.py", free_port()
+    settings = ["--model", tiny_checkpoint, "--devices", "4", "--image-size", "64", "--num-inference-steps", "1"]
+    both = [process(script, *settings, cwd=tmp_path, variables=launcher(number, job)) for number in (0, 1)]
+    first, second = map(end, both)
+    assert first.code == 0, first
+    assert "data 1 x cfg 2 x patch 2 on 4 x virtual CPU" in first.out
+    assert second == End(0, "", "")
 
 
 def press_again(one: subprocess.Popen) -> None:
@@ -204,24 +230,34 @@ def test_wrong_coordinates_are_refused_in_a_sentence(arguments, told):
 
 
 @pytest.mark.parametrize(
-    ("variables", "needed"),
+    ("variables", "count"),
     [
-        ({}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, False),  # a batch script, outside of srun
-        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "16"}, True),
-        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1"}, False),  # salloc's shell
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({}, 1),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, 1),  # a batch script, outside of srun
+        ({"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "16"}, 16),
+        ({"SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # salloc's shell
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1", "OMPI_COMM_WORLD_SIZE": "1"}, 1),
+        (
+            {
+                "OMPI_MCA_orte_hnp_uri": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "SLURM_STEP_NODELIST": "a",
+                "SLURM_NTASKS": "1",
+            },
+            2,
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),
     ],
 )
-def test_a_launcher_is_asked_only_where_it_started_several(monkeypatch, variables, needed):
-    for name in (*processes.LAUNCHERS, *processes.COUNTS):
-        monkeypatch.delenv(name, raising=False)
+def test_a_launcher_is_asked_only_where_it_started_several(monkeypatch, variables, count):
+    for launcher, counts in processes.LAUNCHERS.items():
+        for name in (launcher, *counts):
+            monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes.launched() is needed
+    assert processes.launched() == count
 
 
 class Device(NamedTuple):
