@@ -42,7 +42,8 @@ Axis = str | tuple[str, ...]
 Stale = dict[str, Array]
 """What one patch published at a step, keyed by the path of the layer (local shards, batch first):
 
-halo     [b, above + below, w, c]  its last `above` rows, then its first `below` rows, in the model's dtype
+halo     [b, rows, w, c]           its last rows, for the patch below, under the path and `LAST`, and its first ones, for the
+                                   patch above, under the path and `FIRST`, in the model's dtype; those that are asked for
 tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype; or, compressed, bytes, and
                                    [b, 2, 2 * c] each channel's ends, in the model's dtype, under the path and `ENDS`
 moments  [b, groups, 2]            mean and variance for each group, float32
@@ -52,6 +53,9 @@ running mean that it was made from lies beside it, in the same shape, under the 
 """
 
 HALO, TOKENS, MOMENTS = "halo", "tokens", "moments"
+
+LAST, FIRST = ".last", ".first"
+"""What the names of a patch's last and first rows end in. They are sent to different patches: apart, neither is copied for it."""
 
 ENDS, MEAN = ".ends", ".mean"
 """What the names of the ends of compressed tokens' channels and of running means end in."""
@@ -149,8 +153,8 @@ class Synchronous(WholeImage):
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        own = self._publish(HALO, name, _edges(x, above, below))
-        return _with_neighbours(x, own, above, self.axis, apart=self.APART)
+        own = {end: self._publish(HALO, name + end, rows) for end, rows in _edges(x, above, below).items()}
+        return _with_neighbours(x, own, self.axis, apart=self.APART)
 
     def tokens(self, name, kv):
         own = self._publish(TOKENS, name, _flat(kv))
@@ -246,8 +250,10 @@ class Displaced(Synchronous):
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        self._publish(HALO, name, _edges(x, above, below))
-        return _with_neighbours(x, self._previous(name), above, self.axis)
+        edges = _edges(x, above, below)
+        for end, rows in edges.items():
+            self._publish(HALO, name + end, rows)
+        return _with_neighbours(x, {end: self._previous(name + end) for end in edges}, self.axis)
 
     def tokens(self, name, kv):
         everyone = lax.all_gather(self._read(name), self.axis)
@@ -453,12 +459,13 @@ def _flat(x: Float[Array, "b ... c"]) -> Float[Array, "b t c"]:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _edges(x: Array, above: int, below: int) -> Array:
+def _edges(x: Array, above: int, below: int) -> dict[str, Array]:
     """The rows that the neighbours will ask for: the last ones for the patch below, the first ones for the one above."""
-    return jnp.concatenate([x[:, x.shape[1] - above :], x[:, :below]], 1)
+    edges = {LAST: x[:, x.shape[1] - above :], FIRST: x[:, :below]}
+    return {end: rows for end, rows in edges.items() if rows.shape[1]}
 
 
-def _with_neighbours(x: Array, edges: Array, above: int, axis: Axis, *, apart: bool = False) -> Array:
+def _with_neighbours(x: Array, edges: dict[str, Array], axis: Axis, *, apart: bool = False) -> Array:
     """`x` between the edges that its neighbours published; ppermute leaves zeros at the image's border.
 
     apart: XLA combines permutes of equal lists of pairs, and then all wait for the latest. These have a list of their own:
@@ -467,11 +474,9 @@ def _with_neighbours(x: Array, edges: Array, above: int, axis: Axis, *, apart: b
     n = lax.axis_size(axis)
     order = range(n - 1)[:: -1 if apart else 1]
     down, up = [(i, i + 1) for i in order], [(i + 1, i) for i in order]
-    parts = [lax.ppermute(edges[:, :above], axis, down)] if above else []
-    parts.append(x)
-    if edges.shape[1] > above:
-        parts.append(lax.ppermute(edges[:, above:], axis, up))
-    return jnp.concatenate(parts, 1)
+    above = [lax.ppermute(edges[LAST], axis, down)] if LAST in edges else []
+    below = [lax.ppermute(edges[FIRST], axis, up)] if FIRST in edges else []
+    return jnp.concatenate([*above, x, *below], 1)
 
 
 def _after(x: Array, read: Array) -> Array:

@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 from distrijax.config import Compression
 from distrijax.exchange import (
     ENDS,
+    FIRST,
     KINDS,
+    LAST,
     MEAN,
     MOMENTS,
     DampedMoments,
@@ -232,11 +234,12 @@ def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(kind):
         np.testing.assert_array_equal(got, wanted.reshape(2, -1, 4))
 
 
+ROWS_SENT = {"halo" + LAST, "halo" + FIRST}
 KEPT = {
-    FreshMoments: {"halo", "tokens"},
+    FreshMoments: {*ROWS_SENT, "tokens"},
     FreshRows: {"tokens"},
-    OwnMoments: {"halo", "tokens"},
-    Frozen: {"halo", "tokens"},
+    OwnMoments: {*ROWS_SENT, "tokens"},
+    Frozen: {*ROWS_SENT, "tokens"},
 }
 
 
@@ -246,7 +249,7 @@ def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again
         *_, stale = ask_everything(Synchronous(strategy=Strategy(kind)), previous)
         *_, kept = ask_everything(kind(stale), present)
         *_, fresh = ask_everything(Synchronous(strategy=Strategy(kind)), present)
-        assert kept.keys() == stale.keys() == KEPT.get(kind, {"halo", "tokens", MOMENTS})
+        assert kept.keys() == stale.keys() == KEPT.get(kind, {*ROWS_SENT, "tokens", MOMENTS})
         wanted = stale if kind is Frozen else fresh
         return (jnp.all(jnp.stack([jnp.all(kept[name] == wanted[name]) for name in kept])).reshape(1, 1),)
 
@@ -377,7 +380,7 @@ def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_th
 
     def local(first, second, third):
         *_, stale = ask_everything(Synchronous(strategy=strategy), first)
-        assert stale.keys() == {name + suffix for name in ("halo", "tokens", MOMENTS) for suffix in ("", MEAN)}
+        assert stale.keys() == {name + suffix for name in (*ROWS_SENT, "tokens", MOMENTS) for suffix in ("", MEAN)}
         *_, stale = ask_everything(strategy(stale, pace=jnp.float32(pace)), second)
         halo, tokens, _, stale = ask_everything(strategy(stale, pace=jnp.float32(1.0)), third)
         return halo, tokens, stale["tokens" + MEAN], stale["moments"][:, None, :, 1]
