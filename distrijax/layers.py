@@ -20,8 +20,11 @@ from jaxtyping import Array, Float
 
 from distrijax.exchange import Exchange
 
-ATTENTION_CHUNK = 2**24
-"""Queries are processed in chunks such that no matrix of scores has more elements than this."""
+ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**20
+"""Elements of the scores that an attention without cuDNN holds at a time. On CPUs more would be fresh memory in each call."""
+
+ATTENTION_ROWS = 128
+"""Queries that it takes at a time at least, however many keys there are."""
 
 LARGE_KERNEL = 2**20
 """Elements of a convolution's kernel from which on it matters on CPUs that there are few pixels (`convolve`)."""
@@ -233,13 +236,16 @@ def attend(
 ) -> Float[Array, "b q n d"]:
     """Softmax attention that never holds a whole query x key matrix of a large image.
 
-    cuDNN on NVIDIA where it can (16-bit, head size a multiple of 8 up to 128), queries in chunks everywhere else.
+    cuDNN on NVIDIA where it can (16-bit, head size a multiple of 8 up to 128), in chunks everywhere else.
     """
     head = query.shape[-1]
-    fits = query.dtype in (jnp.bfloat16, jnp.float16) and head % 8 == 0 and head <= 128
-    if fits and _cudnn_is_there():
-        return lax.platform_dependent(query, key, value, cuda=_cudnn_attention, default=_chunked_attention)
-    return _chunked_attention(query, key, value)
+    ways = {
+        "cpu": functools.partial(_chunked_attention, chunk=CPU_ATTENTION_CHUNK),
+        "default": functools.partial(_chunked_attention, chunk=ATTENTION_CHUNK),
+    }
+    if query.dtype in (jnp.bfloat16, jnp.float16) and head % 8 == 0 and head <= 128 and _cudnn_is_there():
+        ways["cuda"] = _cudnn_attention
+    return lax.platform_dependent(query, key, value, **ways)
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
@@ -257,23 +263,41 @@ def _cudnn_is_there() -> bool:
     return True
 
 
-def _chunked_attention(query: Array, key: Array, value: Array) -> Array:
-    b, q, n, d = query.shape
-    chunks = math.ceil(q * b * n * key.shape[1] / ATTENTION_CHUNK)
-    if chunks <= 1:
-        return _plain_attention(query, key, value)
-    rows = math.ceil(q / min(chunks, q))
-    chunks = math.ceil(q / rows)
-    filled = jnp.pad(query, ((0, 0), (0, chunks * rows - q), (0, 0), (0, 0)))
-    parts = jnp.moveaxis(filled.reshape(b, chunks, rows, n, d), 1, 0)
-    out = lax.map(lambda part: _plain_attention(part, key, value), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(b, chunks * rows, n, d)[:, :q]
+def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Array:
+    """Some heads at a time, or some queries of a head that has more than `chunk` scores. Heads first: no product is strided."""
+    b, queries, n, d = query.shape
+    scale = jnp.asarray(d**-0.5, query.dtype)  # of the queries, of which there are fewer than scores
+    query, key, value = (jnp.moveaxis(t, 2, 1).reshape(b * n, -1, d) for t in (query * scale, key, value))
+    keys = key.shape[1]
+    fitting = max(1, chunk // (queries * keys))
+    together = max(count for count in range(1, b * n + 1) if b * n % count == 0 and count <= fitting)
+    parts = 1 if together * queries * keys <= chunk else math.ceil(queries / max(ATTENTION_ROWS, chunk // keys))
+    rows = math.ceil(queries / parts)
+    filled = jnp.pad(query, ((0, 0), (0, parts * rows - queries), (0, 0)))
+    filled = jnp.moveaxis(filled.reshape(-1, together, parts, rows, d), 2, 1)
+
+    def heads(query: Array, key: Array, value: Array) -> Array:
+        return _in_turn(lambda rows: _plain_attention(rows, key, value), query)
+
+    out = _in_turn(heads, filled, *(t.reshape(-1, together, keys, d) for t in (key, value)))
+    return jnp.moveaxis(jnp.moveaxis(out, 1, 2).reshape(b, n, -1, d)[:, :, :queries], 1, 2)
 
 
-def _plain_attention(query: Array, key: Array, value: Array) -> Array:
-    scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, -1).astype(query.dtype)
-    return jnp.einsum("bnqk,bknd->bqnd", weights, value)
+def _in_turn(function: Callable[..., Array], *parts: Array) -> Array:
+    """`function` of one entry of the first axis after the other."""
+    if parts[0].shape[0] == 1:
+        return function(*(part[0] for part in parts))[None]
+    return lax.map(lambda each: function(*each), parts)
+
+
+def _plain_attention(
+    query: Float[Array, "n q d"], key: Float[Array, "n k d"], value: Float[Array, "n k d"]
+) -> Float[Array, "n q d"]:
+    """Of scaled queries. The sum divides the result, which is smaller than the weights."""
+    scores = jnp.einsum("nqd,nkd->nqk", query, key, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+    out = jnp.einsum("nqk,nkd->nqd", weights.astype(query.dtype), value, preferred_element_type=jnp.float32)
+    return (out / jnp.sum(weights, -1, keepdims=True)).astype(query.dtype)
 
 
 def sinusoidal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,22 +106,26 @@ def test_cross_attention_equals_diffusers():
     assert relative_error(got, source(x, encoder_hidden_states=context)) < EXACT
 
 
-@pytest.mark.parametrize("queries", [12, 7], ids=["divisible", "prime"])
-@pytest.mark.parametrize("chunk", [2**24, 2 * 3 * 9 * 4, 1], ids=["whole", "rows", "single queries"])
-def test_attention_in_chunks_equals_torch(monkeypatch, queries, chunk):
-    monkeypatch.setattr(layers, "ATTENTION_CHUNK", chunk)
-    query, key, value = randn(2, queries, 3, 8), randn(2, 9, 3, 8), randn(2, 9, 3, 8)
+@pytest.mark.parametrize(
+    ("chunk", "rows", "held"),
+    [
+        (6 * 64 * 50, 16, "6x64x50"),  # all heads of both pictures together
+        (5 * 64 * 50, 16, "3x64x50"),  # five would fit, and do not divide six
+        (16 * 50, 8, "1x16x50"),  # a quarter of a head's queries
+        (13 * 50, 8, "1x13x50"),  # a fifth, with one row of padding
+        (16 * 50, 32, "1x32x50"),  # never less than so many queries
+        (1, 1, "1x1x50"),
+    ],
+)
+def test_attention_in_chunks_equals_torch_and_holds_no_more_scores_than_allowed(monkeypatch, chunk, rows, held):
+    monkeypatch.setattr(layers, "CPU_ATTENTION_CHUNK", chunk)
+    monkeypatch.setattr(layers, "ATTENTION_ROWS", rows)
+    query, key, value = randn(2, 64, 3, 8), randn(2, 50, 3, 8), randn(2, 50, 3, 8)
     wanted = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
-    got = jax.jit(lambda *heads: layers.attend(*heads))(*(t.numpy() for t in (query, key, value)))
-    assert relative_error(got, wanted.transpose(1, 2)) < EXACT
-
-
-def test_attention_never_holds_more_scores_than_allowed(monkeypatch):
-    monkeypatch.setattr(layers, "ATTENTION_CHUNK", 3 * 64 * 16)
-    heads = jax.ShapeDtypeStruct((1, 64, 3, 8), jnp.float32)
-    program = str(jax.make_jaxpr(lambda *heads: layers.attend(*heads))(heads, heads, heads))
-    assert "f32[1,3,16,64]" in program
-    assert "f32[1,3,64,64]" not in program
+    heads = [t.numpy() for t in (query, key, value)]
+    lowered = jax.jit(lambda *heads: layers.attend(*heads)).lower(*heads)
+    assert set(re.findall(r"exponential .* : tensor<(\w+)xf32>", lowered.as_text())) == {held}
+    assert relative_error(lowered.compile()(*heads), wanted.transpose(1, 2)) < EXACT
 
 
 @pytest.mark.parametrize("size", [8, 9])
