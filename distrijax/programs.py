@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_gpu_enable_analytical_sol_latency_estimator": False,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 3,
         "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000,
-        "xla_gpu_collective_permute_combine_threshold_bytes": 1_000_000,
+        "xla_gpu_collective_permute_combine_threshold_bytes": 2_000_000,
         "xla_gpu_enable_triton_gemm": False,
     },
     "tpu": {
