@@ -33,7 +33,7 @@ TIMEOUT = 30
 """Seconds to wait for a process that does not arrive, or falls silent, before the others end."""
 
 
-def launched() -> int | None:
+def tasks() -> int | None:
     """How many processes a launcher has started, this one among them: None where JAX has yet to find out, 1 without a launcher."""
     for variable, counts in LAUNCHERS.items():
         if variable in os.environ:
@@ -60,7 +60,7 @@ def start(
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     positive(timeout, "timeout")
     if all(value is None for value in given.values()):
-        count = launched()
+        count = tasks()
         if count != 1:
             _divide_cpus(devices, count)
             _start_launched(timeout)

@@ -55,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def join(arguments: argparse.Namespace, devices: int | None) -> None:
     """Starts this process as one of those that the flags or a launcher tell of; all but process 0 are silent from then on."""
     coordinates = arguments.coordinator, arguments.num_processes, arguments.process_id
-    if any(value is not None for value in coordinates) or processes.launched():
+    if any(value is not None for value in coordinates) or processes.tasks() != 1:
         _tell_aborts_in_a_sentence(_hide_native_output())
     processes.start(*coordinates, devices=devices, timeout=arguments.process_timeout)
     if not processes.is_first():

@@ -257,7 +257,7 @@ def test_a_launcher_is_asked_only_where_it_started_several(monkeypatch, variable
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes.launched() == count
+    assert processes.tasks() == count
 
 
 class Device(NamedTuple):
