@@ -266,7 +266,8 @@ def _cudnn_is_there() -> bool:
 def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Array:
     """Some heads at a time, or some queries of a head that has more than `chunk` scores. Heads first: no product is strided."""
     b, queries, n, d = query.shape
-    scale = jnp.asarray(d**-0.5, query.dtype)  # of the queries, of which there are fewer than scores
+    # of the queries, of which there are fewer than scores; in 16 bits exact where d is a power of 4, as SDXL's 64
+    scale = jnp.asarray(d**-0.5, query.dtype)
     query, key, value = (jnp.moveaxis(t, 2, 1).reshape(b * n, -1, d) for t in (query * scale, key, value))
     keys = key.shape[1]
     fitting = max(1, chunk // (queries * keys))
