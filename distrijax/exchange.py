@@ -153,8 +153,7 @@ class Synchronous(WholeImage):
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        own = {end: self._publish(HALO, name + end, rows) for end, rows in _edges(x, above, below).items()}
-        return _with_neighbours(x, own, self.axis, apart=self.APART)
+        return _with_neighbours(x, self._publish_edges(name, x, above, below), self.axis, apart=self.APART)
 
     def tokens(self, name, kv):
         own = self._publish(TOKENS, name, _flat(kv))
@@ -187,6 +186,11 @@ class Synchronous(WholeImage):
                 published, self.fresh[name + ENDS] = encode(published, self.strategy.compress)
             self.fresh[name] = published
         return value
+
+    def _publish_edges(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> dict[str, Array]:
+        """The rows that the neighbours ask for: the last ones for the patch below, the first ones for the one above."""
+        edges = {LAST: x[:, x.shape[1] - above :], FIRST: x[:, :below]}
+        return {end: self._publish(HALO, name + end, rows) for end, rows in edges.items() if rows.shape[1]}
 
     def _ahead(self, kind: str, name: str, value: Array) -> tuple[Array, Array]:
         """A prediction of the next step's value, and the running mean to go on from: here both begin."""
@@ -250,10 +254,8 @@ class Displaced(Synchronous):
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        edges = _edges(x, above, below)
-        for end, rows in edges.items():
-            self._publish(HALO, name + end, rows)
-        return _with_neighbours(x, {end: self._previous(name + end) for end in edges}, self.axis)
+        own = self._publish_edges(name, x, above, below)
+        return _with_neighbours(x, {end: self._previous(name + end) for end in own}, self.axis)
 
     def tokens(self, name, kv):
         everyone = lax.all_gather(self._read(name), self.axis)
@@ -457,12 +459,6 @@ def first_row(rows: int, axis: Axis) -> Array:
 def _flat(x: Float[Array, "b ... c"]) -> Float[Array, "b t c"]:
     """Pixels as tokens, in raster order."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _edges(x: Array, above: int, below: int) -> dict[str, Array]:
-    """The rows that the neighbours will ask for: the last ones for the patch below, the first ones for the one above."""
-    edges = {LAST: x[:, x.shape[1] - above :], FIRST: x[:, :below]}
-    return {end: rows for end, rows in edges.items() if rows.shape[1]}
 
 
 def _with_neighbours(x: Array, edges: dict[str, Array], axis: Axis, *, apart: bool = False) -> Array:

@@ -270,17 +270,17 @@ def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Ar
     scale = jnp.asarray(d**-0.5, query.dtype)
     query, key, value = (jnp.moveaxis(t, 2, 1).reshape(b * n, -1, d) for t in (query * scale, key, value))
     keys = key.shape[1]
-    fitting = max(1, chunk // (queries * keys))
-    together = max(count for count in range(1, b * n + 1) if b * n % count == 0 and count <= fitting)
-    parts = 1 if together * queries * keys <= chunk else math.ceil(queries / max(ATTENTION_ROWS, chunk // keys))
+    fitting = chunk // (queries * keys)
+    together = max((heads for heads in range(1, min(fitting, b * n) + 1) if b * n % heads == 0), default=1)
+    parts = math.ceil(queries / max(ATTENTION_ROWS, chunk // keys))
     rows = math.ceil(queries / parts)
     filled = jnp.pad(query, ((0, 0), (0, parts * rows - queries), (0, 0)))
     filled = jnp.moveaxis(filled.reshape(-1, together, parts, rows, d), 2, 1)
 
-    def heads(query: Array, key: Array, value: Array) -> Array:
+    def some_heads(query: Array, key: Array, value: Array) -> Array:
         return _in_turn(lambda rows: _plain_attention(rows, key, value), query)
 
-    out = _in_turn(heads, filled, *(t.reshape(-1, together, keys, d) for t in (key, value)))
+    out = _in_turn(some_heads, filled, *(t.reshape(-1, together, keys, d) for t in (key, value)))
     return jnp.moveaxis(jnp.moveaxis(out, 1, 2).reshape(b, n, -1, d)[:, :, :queries], 1, 2)
 
 

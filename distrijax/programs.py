@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 Without the latency-hiding scheduler nothing travels while a GPU computes; by its model of Hopper's links what is small need not
 be hidden; with one collective at a time, those that wait their turn begin too late, and with many, more is held at once. Only
 what is small is combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
+Permutes are combined up to twice as much: more of them would take the place of the first GroupNorm's moments.
 Products of matrices are cuBLAS's, which adds biases and residuals itself: XLA's own kernels need others around them.
 
 On TPUs the first four say what libtpu does by itself, so that another default does not take it away: permutes travel beside the
