@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from distrijax.convolution import convolve
 from distrijax.exchange import Exchange
 
 ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**20
@@ -25,9 +26,6 @@ ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**20
 
 ATTENTION_ROWS = 128
 """Queries that it takes at a time at least, however many keys there are."""
-
-LARGE_KERNEL = 2**20
-"""Elements of a convolution's kernel from which on it matters on CPUs that there are few pixels (`convolve`)."""
 
 
 class Side(enum.Enum):
@@ -118,37 +116,6 @@ class Conv(nnx.Module):
         if summed:
             y = exchange.whole_sum(y)
         return _plus(y, as_dtype(self.bias, x))
-
-
-def convolve(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "y x i o"], stride: int, sides: tuple[int, int]
-) -> Float[Array, "b H W o"]:
-    """Convolution of rows that are all there; sides: the columns of zeros to the left and to the right.
-
-    A large kernel over few pixels is a product of matrices on CPUs, where XLA's own convolution takes up to three times as long.
-    """
-    settings = dict(stride=stride, sides=sides)
-    convolution = functools.partial(_convolution, **settings)
-    few = 4 * math.prod(x.shape[:3]) <= stride**2 * kernel.shape[3]
-    if few and kernel.size > LARGE_KERNEL:
-        product = functools.partial(_convolution_by_product, **settings)
-        return lax.platform_dependent(x, kernel, cpu=product, default=convolution)
-    return convolution(x, kernel)
-
-
-def _convolution(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Array:
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((0, 0), sides), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def _convolution_by_product(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Array:
-    """All that a kernel sees at a pixel side by side, times the kernel."""
-    height, width, _, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
-    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
-    seen = [x[:, i : i + down : stride, j : j + right : stride] for i in range(height) for j in range(width)]
-    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, features)
 
 
 class GroupNorm(nnx.Module):

@@ -12,13 +12,11 @@ import torch
 from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.embeddings import get_timestep_embedding
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from oracle import disturb, nhwc, port, relative_error
 
 from distrijax import layers
-from distrijax.exchange import Synchronous, WholeImage
+from distrijax.exchange import WholeImage
 from distrijax.layers import Attention, Conv, GroupNorm, LayerNorm, Linear
-from distrijax.mesh import PATCH, MeshPlan
 
 EXACT = 1e-5
 
@@ -39,41 +37,6 @@ def test_linear_equals_torch(bias):
     x = randn(2, 3, 5)
     ours = port(Linear(5, 7, bias=bias, rngs=nnx.Rngs(0)), source)
     assert relative_error(run(ours, x.numpy()), source(x)) < EXACT
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(8, 6), (7, 5)], ids=["even", "odd"])
-@pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
-def test_convolution_equals_torch(kernel, stride, trailing, rows, columns):
-    source = torch.nn.Conv2d(4, 6, kernel, stride, padding=0 if trailing else kernel // 2)
-    ours = port(Conv(4, 6, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
-    x = randn(2, 4, rows, columns)
-    padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
-    assert relative_error(run(ours, nhwc(x)), nhwc(source(padded))) < EXACT
-
-
-@pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
-def test_large_kernels_over_few_pixels_are_products_on_cpus_and_equal_torch(kernel, stride, trailing, monkeypatch):
-    monkeypatch.setattr(layers, "LARGE_KERNEL", 0)
-    source = torch.nn.Conv2d(4, 1024, kernel, stride, padding=0 if trailing else kernel // 2)
-    ours = port(Conv(4, 1024, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
-    x = randn(2, 4, 7, 5)
-    padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
-    traced = jax.jit(lambda module, x: module(x, WholeImage())).trace(ours, nhwc(x))
-    for platform, convolutions in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
-        lowered = traced.lower(lowering_platforms=(platform,))
-        assert lowered.as_text().count("stablehlo.convolution(") == convolutions
-    assert relative_error(traced.lower().compile()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
-
-
-def test_such_a_product_on_eight_bands_equals_torch(monkeypatch):
-    monkeypatch.setattr(layers, "LARGE_KERNEL", 0)
-    source = torch.nn.Conv2d(4, 1024, 3, padding=1)
-    ours = port(Conv(4, 1024, rngs=nnx.Rngs(0)), source)
-    mesh = MeshPlan(1, 1, 8).build(jax.devices()[:8])
-    cut = P(None, PATCH)
-    mapped = jax.shard_map(lambda x: ours(x, Synchronous()), mesh=mesh, in_specs=cut, out_specs=cut)
-    x = randn(2, 4, 8, 5)
-    assert relative_error(jax.jit(mapped)(nhwc(x)), nhwc(source(x))) < EXACT
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "far from zero"])

@@ -1,0 +1,121 @@
+"""Convolutions against torch, computed in every way."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from oracle import nhwc, port, relative_error
+
+from distrijax import convolution
+from distrijax.exchange import Synchronous, WholeImage
+from distrijax.layers import Conv
+from distrijax.mesh import PATCH, MeshPlan
+
+EXACT = 1e-5
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+@jax.jit
+def run(module: nnx.Module, x: jax.Array) -> jax.Array:
+    return module(x, WholeImage())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 6), (7, 5)], ids=["even", "odd"])
+@pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
+def test_convolution_equals_torch(kernel, stride, trailing, rows, columns):
+    source = torch.nn.Conv2d(4, 6, kernel, stride, padding=0 if trailing else kernel // 2)
+    ours = port(Conv(4, 6, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
+    x = randn(2, 4, rows, columns)
+    padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
+    assert relative_error(run(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+
+
+@pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
+def test_large_kernels_over_few_pixels_are_products_on_cpus_and_equal_torch(kernel, stride, trailing, monkeypatch):
+    monkeypatch.setattr(convolution, "LARGE_KERNEL", 0)
+    source = torch.nn.Conv2d(4, 1024, kernel, stride, padding=0 if trailing else kernel // 2)
+    ours = port(Conv(4, 1024, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
+    x = randn(2, 4, 7, 5)
+    padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
+    traced = jax.jit(lambda module, x: module(x, WholeImage())).trace(ours, nhwc(x))
+    for platform, convolutions in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
+        lowered = traced.lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("stablehlo.convolution(") == convolutions
+    assert relative_error(traced.lower().compile()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+
+
+@pytest.fixture
+def winograd(monkeypatch):
+    """Winograd's products however small."""
+    for limit in ("WINOGRAD_CHANNELS", "WINOGRAD_WORK"):
+        monkeypatch.setattr(convolution, limit, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "products"),
+    [
+        ((2, 8, 6, 4), np.float32, 16),
+        ((2, 7, 6, 4), np.float32, 0),
+        ((2, 8, 5, 4), np.float32, 0),
+        ((2, 8, 6, 4), jax.numpy.bfloat16, 0),
+        ((1, 16, 34, 4), np.float32, 0),
+    ],
+    ids=["even", "odd rows", "odd columns", "16 bits", "more pixels than 128 a channel"],
+)
+def test_winograds_products_on_cpus_equal_torch(shape, dtype, products, winograd):
+    source = torch.nn.Conv2d(4, 6, 3, padding=1)
+    ours = port(Conv(4, 6, rngs=nnx.Rngs(0)), source)
+    x = randn(shape[0], shape[3], *shape[1:3])
+    traced = jax.jit(lambda module, x: module(x, WholeImage())).trace(ours, nhwc(x).astype(dtype))
+    for platform, expected in (("cpu", products), ("cuda", 0), ("tpu", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.dot_general ") == expected
+        assert text.count("stablehlo.convolution(") == (not expected)
+    got = traced.lower().compile()(ours, nhwc(x).astype(dtype)).astype(np.float32)
+    assert relative_error(got, nhwc(source(x))) < (EXACT if dtype == np.float32 else 0.03)
+
+
+def test_winograds_products_are_for_large_convolutions_of_stride_one():
+    def products(pixels: int, channels: int, **settings) -> bool:
+        module = Conv(channels, channels, rngs=nnx.Rngs(0), **settings)
+        x = jax.ShapeDtypeStruct((1, pixels, pixels, channels), np.float32)
+        text = jax.jit(lambda module, x: module(x, WholeImage())).trace(module, x).lower().as_text()
+        return "dot_general" in text
+
+    assert products(88, 64)
+    assert not products(64, 64) and not products(88, 64, stride=2)
+
+
+def test_winograds_derivatives_are_torchs(winograd):
+    source = torch.nn.Conv2d(4, 6, 3, padding=1)
+    ours = port(Conv(4, 6, rngs=nnx.Rngs(0)), source)
+    x = randn(2, 4, 8, 6).requires_grad_()
+    source(x).square().sum().backward()
+    loss = jax.jit(jax.grad(lambda module, x: (module(x, WholeImage()) ** 2).sum(), (0, 1)))
+    module, pixels = loss(ours, nhwc(x.detach()))
+    assert relative_error(pixels, nhwc(x.grad)) < EXACT
+    assert relative_error(module.kernel.get_value(), source.weight.grad.permute(2, 3, 1, 0)) < EXACT
+
+
+@pytest.mark.parametrize("way", ["_product", "_winograd"])
+def test_products_on_eight_bands_equal_torch(way, winograd, monkeypatch):
+    monkeypatch.setattr(convolution, "LARGE_KERNEL", 0)
+    used = []
+    original = getattr(convolution, way)
+    monkeypatch.setattr(convolution, way, lambda *args, **settings: used.append(way) or original(*args, **settings))
+    features, columns = (1024, 5) if way == "_product" else (6, 6)
+    source = torch.nn.Conv2d(4, features, 3, padding=1)
+    ours = port(Conv(4, features, rngs=nnx.Rngs(0)), source)
+    mesh = MeshPlan(1, 1, 8).build(jax.devices()[:8])
+    cut = P(None, PATCH)
+    mapped = jax.shard_map(lambda x: ours(x, Synchronous()), mesh=mesh, in_specs=cut, out_specs=cut)
+    x = randn(2, 4, 16, columns)
+    assert relative_error(jax.jit(mapped)(nhwc(x)), nhwc(source(x))) < EXACT
+    assert used
