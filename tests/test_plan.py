@@ -120,7 +120,7 @@ Leaf = collections.namedtuple("Leaf", "shape dtype")
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|collective-permute|all-reduce|all-to-all)(?:-start)?\((.*)")
 ARRAY = re.compile(r"(f|s|u)(\d+)\[([\d,]*)\]")
 PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
-GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])")
+GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^]]*)\] \{([^}]*)\})")
 
 
 def received_by_hlo(text: str) -> int:
@@ -138,7 +138,9 @@ def received_by_hlo(text: str) -> int:
             for target in re.findall(r"\{\d+,(\d+)\}", PAIRS.search(rest).group(1)):
                 permuted[target] += size
             continue
-        listed, counted = GROUPS.search(rest).groups()
+        listed, counted, mesh, axes = GROUPS.search(rest).groups()
+        if mesh:  # newer jax names the axes of the mesh
+            counted = math.prod(int(re.search(f"{axis}=(\\d+)", mesh).group(1)) for axis in axes.split(","))
         n = len(listed.split(",")) if listed else int(counted)
         total += size * {"all-reduce": 2 * (n - 1) / n}.get(name, (n - 1) / n)
     return round(total) + max(permuted.values(), default=0)
