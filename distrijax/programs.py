@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_gpu_enable_analytical_sol_latency_estimator": False,
         "xla_gpu_experimental_parallel_collective_overlap_limit": 3,
         "xla_gpu_all_gather_combine_threshold_bytes": 1_000_000,
-        "xla_gpu_collective_permute_combine_threshold_bytes": 2_000_000,
+        "xla_gpu_collective_permute_combine_threshold_bytes": 16_000_000,
         "xla_gpu_enable_triton_gemm": False,
     },
     "tpu": {
@@ -38,8 +38,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 Without the latency-hiding scheduler nothing travels while a GPU computes; by its model of Hopper's links what is small need not
 be hidden; with one collective at a time, those that wait their turn begin too late, and with many, more is held at once. Only
-what is small is combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
-Permutes are combined up to twice as much: more of them would take the place of the first GroupNorm's moments.
+small gathers are combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
+Boundary rows, which are small, travel all together, or at 3840x3840 half of them: one by one, some would get their turn where no
+product hides them, and take that of the first GroupNorm's moments.
 Products of matrices are cuBLAS's, which adds biases and residuals itself: XLA's own kernels need others around them.
 
 On TPUs the first four say what libtpu does by itself, so that another default does not take it away: permutes travel beside the

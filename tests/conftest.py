@@ -22,7 +22,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-TYPED = ("clip", "compression", "denoise", "exchange", "layers", "schedulers", "unet", "vae")
+TYPED = ("clip", "compression", "convolution", "denoise", "exchange", "layers", "schedulers", "unet", "vae")
 install_import_hook([f"distrijax.{module}" for module in TYPED], "array_types.check")
 
 
