@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 LARGE_KERNEL = 2**20
 """Elements of a kernel from which on few pixels are a product with it on CPUs."""
 
-WINOGRAD_CHANNELS, WINOGRAD_PIXELS, WINOGRAD_WORK = 32, 128, 2**28
+WINOGRAD_CHANNELS, WINOGRAD_PIXELS, WINOGRAD_WORK = 32, 128, 2**27
 """What is worth Winograd's sums on CPUs: so many channels, at most so many pixels for each of them, so many multiplications.
 
 Four times the input is held, which costs more the fewer channels share in it; and a small convolution does not bring back
