@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 LARGE_KERNEL = 2**20
-"""Elements of a kernel from which on few pixels are a product with it on CPUs."""
+"""Elements of a kernel from which on it is worth a product on CPUs that there are few pixels."""
 
 WINOGRAD_CHANNELS, WINOGRAD_PIXELS, WINOGRAD_WORK = 32, 128, 2**27
 """What is worth Winograd's sums on CPUs: so many channels, at most so many pixels for each of them, so many multiplications.
@@ -40,10 +40,10 @@ def _way_of_cpus(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -
     rows, columns = x.shape[1] - height + 1, x.shape[2] + sum(sides) - width + 1
     if kernel.size > LARGE_KERNEL and 4 * math.prod(x.shape[:3]) <= stride**2 * channels[1]:
         return functools.partial(_product, stride=stride, sides=sides)
-    even = (height, width, stride) == (3, 3, 1) and rows % 2 == columns % 2 == 0
+    possible = (height, width, stride) == (3, 3, 1) and rows % 2 == columns % 2 == 0 and x.dtype == jnp.float32
     pixels, fewest = x.shape[0] * rows * columns, min(channels)
-    fitting = fewest >= WINOGRAD_CHANNELS and pixels <= WINOGRAD_PIXELS * fewest and x.dtype == jnp.float32
-    if even and fitting and pixels * kernel.size >= WINOGRAD_WORK:
+    few_for_channels = fewest >= WINOGRAD_CHANNELS and pixels <= WINOGRAD_PIXELS * fewest
+    if possible and few_for_channels and pixels * kernel.size >= WINOGRAD_WORK:
         return functools.partial(_winograd, sides=sides)
     return None
 

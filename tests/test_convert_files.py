@@ -233,7 +233,8 @@ def test_archives_that_are_not_weights_are_named(tmp_path):
 def test_what_is_no_file_is_named(tmp_path):
     assert re.search(r"is a folder; give the file", refusal(tmp_path))
     assert re.search(r"can't be read \(No such file", refusal(tmp_path / "none"))
-    assert re.search(r"can't be read \(.*embedded null", refusal(tmp_path / "no\0ne"))
+    byte = r"embedded null byte|stat: embedded null character in path"  # the latter since Python 3.13
+    assert re.search(rf"can't be read \(({byte})\)", refusal(tmp_path / "no\0ne"))
     os.mkfifo(tmp_path / "pipe")
     assert "is no regular file" in refusal(tmp_path / "pipe")
 

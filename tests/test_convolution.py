@@ -18,13 +18,9 @@ from distrijax.mesh import PATCH, MeshPlan
 EXACT = 1e-5
 
 
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape)
-
-
-@jax.jit
-def run(module: nnx.Module, x: jax.Array) -> jax.Array:
-    return module(x, WholeImage())
+def jitted():
+    """A new jit each time, for the limits are read while it traces."""
+    return jax.jit(lambda module, x: module(x, WholeImage()))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 6), (7, 5)], ids=["even", "odd"])
@@ -32,9 +28,9 @@ def run(module: nnx.Module, x: jax.Array) -> jax.Array:
 def test_convolution_equals_torch(kernel, stride, trailing, rows, columns):
     source = torch.nn.Conv2d(4, 6, kernel, stride, padding=0 if trailing else kernel // 2)
     ours = port(Conv(4, 6, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
-    x = randn(2, 4, rows, columns)
+    x = torch.randn(2, 4, rows, columns)
     padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
-    assert relative_error(run(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+    assert relative_error(jitted()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
 
 
 @pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
@@ -42,9 +38,9 @@ def test_large_kernels_over_few_pixels_are_products_on_cpus_and_equal_torch(kern
     monkeypatch.setattr(convolution, "LARGE_KERNEL", 0)
     source = torch.nn.Conv2d(4, 1024, kernel, stride, padding=0 if trailing else kernel // 2)
     ours = port(Conv(4, 1024, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
-    x = randn(2, 4, 7, 5)
+    x = torch.randn(2, 4, 7, 5)
     padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
-    traced = jax.jit(lambda module, x: module(x, WholeImage())).trace(ours, nhwc(x))
+    traced = jitted().trace(ours, nhwc(x))
     for platform, convolutions in (("cpu", 0), ("cuda", 1), ("tpu", 1)):
         lowered = traced.lower(lowering_platforms=(platform,))
         assert lowered.as_text().count("stablehlo.convolution(") == convolutions
@@ -72,8 +68,8 @@ def winograd(monkeypatch):
 def test_winograds_products_on_cpus_equal_torch(shape, dtype, products, winograd):
     source = torch.nn.Conv2d(4, 6, 3, padding=1)
     ours = port(Conv(4, 6, rngs=nnx.Rngs(0)), source)
-    x = randn(shape[0], shape[3], *shape[1:3])
-    traced = jax.jit(lambda module, x: module(x, WholeImage())).trace(ours, nhwc(x).astype(dtype))
+    x = torch.randn(shape[0], shape[3], *shape[1:3])
+    traced = jitted().trace(ours, nhwc(x).astype(dtype))
     for platform, expected in (("cpu", products), ("cuda", 0), ("tpu", 0)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("stablehlo.dot_general ") == expected
@@ -86,7 +82,7 @@ def test_winograds_products_are_for_large_convolutions_of_stride_one():
     def products(pixels: int, channels: int, **settings) -> bool:
         module = Conv(channels, channels, rngs=nnx.Rngs(0), **settings)
         x = jax.ShapeDtypeStruct((1, pixels, pixels, channels), np.float32)
-        text = jax.jit(lambda module, x: module(x, WholeImage())).trace(module, x).lower().as_text()
+        text = jitted().trace(module, x).lower().as_text()
         return "dot_general" in text
 
     assert products(88, 64)
@@ -96,7 +92,7 @@ def test_winograds_products_are_for_large_convolutions_of_stride_one():
 def test_winograds_derivatives_are_torchs(winograd):
     source = torch.nn.Conv2d(4, 6, 3, padding=1)
     ours = port(Conv(4, 6, rngs=nnx.Rngs(0)), source)
-    x = randn(2, 4, 8, 6).requires_grad_()
+    x = torch.randn(2, 4, 8, 6).requires_grad_()
     source(x).square().sum().backward()
     loss = jax.jit(jax.grad(lambda module, x: (module(x, WholeImage()) ** 2).sum(), (0, 1)))
     module, pixels = loss(ours, nhwc(x.detach()))
@@ -110,12 +106,12 @@ def test_products_on_eight_bands_equal_torch(way, winograd, monkeypatch):
     used = []
     original = getattr(convolution, way)
     monkeypatch.setattr(convolution, way, lambda *args, **settings: used.append(way) or original(*args, **settings))
-    features, columns = (1024, 5) if way == "_product" else (6, 6)
+    features, rows, columns = (1024, 8, 5) if way == "_product" else (6, 16, 6)
     source = torch.nn.Conv2d(4, features, 3, padding=1)
     ours = port(Conv(4, features, rngs=nnx.Rngs(0)), source)
     mesh = MeshPlan(1, 1, 8).build(jax.devices()[:8])
     cut = P(None, PATCH)
     mapped = jax.shard_map(lambda x: ours(x, Synchronous()), mesh=mesh, in_specs=cut, out_specs=cut)
-    x = randn(2, 4, 16, columns)
+    x = torch.randn(2, 4, rows, columns)
     assert relative_error(jax.jit(mapped)(nhwc(x)), nhwc(source(x))) < EXACT
     assert used
