@@ -26,10 +26,10 @@ from distrijax.config import Parallelism
 from distrijax.exchange import joined
 from distrijax.layers import Cut, Side, walk
 from distrijax.mesh import CFG, EVERY_AXIS, PATCH
-from distrijax.processes import put
+from distrijax.processes import put_blocks
 from distrijax.programs import Params
 from distrijax.tensor import Piece, pieces
-from distrijax.weights import ParamPath, Place
+from distrijax.weights import ParamPath, Place, Values
 
 LEAST = 2**16
 """Elements of the smallest parameter that is shared out; smaller ones lie whole on every device."""
@@ -49,8 +49,8 @@ class Part(Protocol):
     def shape(self, shape: Shape, sizes: Sizes) -> Shape:
         """Of the array that all devices together hold, for a parameter of so many elements along each axis."""
 
-    def lay_out(self, value: Float[np.ndarray, "..."], sizes: Sizes) -> Float[np.ndarray, "..."]:
-        """That array, on the host."""
+    def block(self, value: Values, sizes: Sizes, at: tuple[slice, ...]) -> Float[np.ndarray, "..."]:
+        """What one device holds, which that array has `at` its place; reads nothing else of the parameter."""
 
     def restored(self, value: Array) -> Array:
         """The parameter as its layer takes it, inside the program, of what one device holds."""
@@ -66,8 +66,8 @@ class Whole:
     def shape(self, shape, sizes):
         return shape
 
-    def lay_out(self, value, sizes):
-        return value
+    def block(self, value, sizes, at):
+        return value[at]
 
     def restored(self, value):
         return value
@@ -86,9 +86,14 @@ class Shared:
         devices = math.prod(sizes.values())
         return (math.ceil(math.prod(shape) / devices) * devices,)
 
-    def lay_out(self, value, sizes):
-        (length,) = self.shape(value.shape, sizes)
-        return np.pad(value.reshape(-1), (0, length - value.size))
+    def block(self, value, sizes, at):
+        start, stop, _ = at[0].indices(*self.shape(self.whole, sizes))
+        rows, *others = self.whole
+        row = math.prod(others)
+        first, last = min(start // row, rows), min(math.ceil(stop / row), rows)
+        held = value[slice(first, last), *[slice(None)] * len(others)].reshape(-1)
+        held = held[start - first * row : stop - first * row]
+        return np.pad(held, (0, stop - start - held.size))
 
     def restored(self, value):
         return joined(value)[: math.prod(self.whole)].reshape(self.whole)
@@ -96,9 +101,10 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Turned:
-    """A convolution's kernel as OHWI instead of HWIO, which cuDNN reads: from the other it would be made in every step.
+    """A kernel with its output channels first. To XLA turning back is a matter of the layout, and moves nothing.
 
-    part: of the turned parameter. To XLA turning back is a matter of the layout, and moves nothing.
+    part: of the turned kernel. cuDNN reads those of convolutions so (OHWI), which otherwise would be made in every step, and
+    files have them so: a share of one is a run of the file.
     """
 
     part: Whole | Shared
@@ -109,11 +115,22 @@ class Turned:
     def shape(self, shape, sizes):
         return self.part.shape(_turned(shape), sizes)
 
-    def lay_out(self, value, sizes):
-        return self.part.lay_out(np.moveaxis(value, -1, 0), sizes)
+    def block(self, value, sizes, at):
+        return self.part.block(_TurnedValues(value), sizes, at)
 
     def restored(self, value):
         return jnp.moveaxis(self.part.restored(value), 0, -1)
+
+
+class _TurnedValues:
+    """The blocks of a kernel with its output channels first."""
+
+    def __init__(self, value: Values):
+        self._value, self.shape = value, _turned(value.shape)
+
+    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
+        outputs, *others = block
+        return np.moveaxis(self._value[*others, outputs], -1, 0)
 
 
 def _turned(shape: Shape) -> Shape:
@@ -155,8 +172,9 @@ class Form:
         def part(path: ParamPath, shape: Shape) -> Part:
             if path in divided:
                 return divided[path]
-            turn = platform == "gpu" and len(shape) == 4
-            part = Shared(_turned(shape) if turn else shape) if shard and math.prod(shape) >= LEAST else Whole()
+            share = shard and math.prod(shape) >= LEAST
+            turn = path[-1] == "kernel" and (share or (platform == "gpu" and len(shape) == 4))
+            part = Shared(_turned(shape) if turn else shape) if share else Whole()
             return Turned(part) if turn else part
 
         leaves = [(path, tuple(leaf.shape)) for path, leaf in nnx.to_flat_state(nnx.state(module))]
@@ -187,9 +205,10 @@ class Form:
         """Puts parameters on the devices of a mesh."""
         parts = dict(zip(self.paths, self.parts, strict=True))
 
-        def place(path: ParamPath, value: np.ndarray) -> jax.Array:
+        def place(path: ParamPath, value: Values) -> jax.Array:
             part = parts[path]
-            return put(part.lay_out(value, mesh.shape), NamedSharding(mesh, part.spec()))
+            shape, sharding = part.shape(value.shape, mesh.shape), NamedSharding(mesh, part.spec())
+            return put_blocks(shape, sharding, lambda at: part.block(value, mesh.shape, at))
 
         return place
 

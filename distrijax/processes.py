@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import socket
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -167,6 +168,21 @@ def put(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSha
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at]), value)
+
+
+def put_blocks(
+    shape: tuple[int, ...], sharding: NamedSharding, block: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array of so many elements along each axis, of which every process makes what its devices hold, and nothing twice."""
+    made: dict[tuple, np.ndarray] = {}
+
+    def once(at: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in at)
+        if key not in made:
+            made[key] = block(at)
+        return made[key]
+
+    return jax.make_array_from_callback(shape, sharding, once)
 
 
 def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:

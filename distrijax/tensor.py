@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from distrijax.layers import Cut, Side, walk
 from distrijax.mesh import PATCH
-from distrijax.weights import ParamPath
+from distrijax.weights import ParamPath, Values
 
 
 class Piece(NamedTuple):
@@ -39,16 +39,20 @@ class Piece(NamedTuple):
         devices = self._devices(sizes)
         return (*shape[: self.axis], devices * self._each(devices), *shape[self.axis + 1 :])
 
-    def lay_out(self, value: Float[np.ndarray, "..."], sizes: Mapping[str, int]) -> Float[np.ndarray, "..."]:
-        """A parameter in the order of the devices, padded with zeros."""
-        devices = self._devices(sizes)
-        unit, parts = self.cut.unit, self.cut.parts
-        last = np.moveaxis(value, self.axis, -1)
-        units = last.reshape(*last.shape[:-1], parts, -1, unit)
-        missing = devices * self._each(devices) // (parts * unit) - units.shape[-2]
-        units = np.pad(units, [(0, 0)] * (units.ndim - 2) + [(0, missing), (0, 0)])
-        shared = units.reshape(*units.shape[:-2], devices, -1, unit).swapaxes(-4, -3)
-        return np.moveaxis(shared.reshape(*last.shape[:-1], -1), -1, self.axis)
+    def block(self, value: Values, sizes: Mapping[str, int], at: tuple[slice, ...]) -> Float[np.ndarray, "..."]:
+        """What the parameter in the order of the devices, padded with zeros, has at the place of one of them."""
+        devices, parts = self._devices(sizes), self.cut.parts
+        share, length = self._each(devices) // parts, self.length // parts
+        first = (at[self.axis].start or 0) // parts
+
+        def part(number: int) -> np.ndarray:
+            start, stop = (number * length + min(end, length) for end in (first, first + share))
+            held = value[*at[: self.axis], slice(start, stop), *at[self.axis + 1 :]]
+            widths = [(0, 0)] * held.ndim
+            widths[self.axis] = (0, share - (stop - start))
+            return np.pad(held, widths)
+
+        return np.concatenate([part(number) for number in range(parts)], self.axis)
 
     def restored(self, value: Array) -> Array:
         """A layer takes what its device holds."""

@@ -1,5 +1,7 @@
 """Reading a model's folder of the diffusers layout: config.json and safetensors, tensor by tensor, onto the devices.
 
+Of each tensor those parts are read that the devices of this process hold; all else that is checked stands in the file's head.
+
 Modules carry diffusers' names, so the map from a checkpoint is four leaf rules:
 
     rank 4 `kernel`   weight, OIHW -> HWIO          rank 1 `scale`      weight
@@ -8,10 +10,11 @@ Modules carry diffusers' names, so the map from a checkpoint is four leaf rules:
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +27,21 @@ from distrijax.config import DistriError
 
 Module = TypeVar("Module", bound=nnx.Module)
 ParamPath = tuple[str | int, ...]
-Place = Callable[[ParamPath, np.ndarray], jax.Array]
-"""Puts one host array, the parameter at a path of a module, on the devices."""
+
+
+class Values(Protocol):
+    """A parameter on the host, of which any block can be had: NumPy's array, or one in a file (`Stored`)."""
+
+    shape: tuple[int, ...]
+
+    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray: ...
+
+
+Place = Callable[[ParamPath, Values], jax.Array]
+"""Puts the parameter at a path of a module on the devices."""
+
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""What safetensors files call the types of weights that are read."""
 
 IGNORED = ("text_model.embeddings.position_ids",)
 """Tensors that some checkpoints carry and no model needs."""
@@ -77,8 +93,8 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
     """A module filled from the safetensors of `folder`; all or nothing.
 
     module: of shapes (`layers.abstract`). Each tensor is read, cast and placed before the next one, so the
-    host never holds two. Raises one DistriError that lists every tensor that is missing, unexpected, duplicate, misshapen
-    or not finite.
+    host never holds two. Raises one DistriError that lists every tensor that is missing, unexpected, duplicate, misshapen,
+    of a wrong type or not finite, as far as it is read.
     """
     graph, abstract = nnx.split(module)
     wanted = {checkpoint_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
@@ -88,12 +104,16 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
     for name, tensor in read_tensors(weight_files(folder, variant)):
         if name in IGNORED:
             continue
-        trouble, value = ("duplicate", name) if name in seen else _convert(name, tensor, wanted)
+        trouble, told = ("duplicate", name) if name in seen else _trouble(name, tensor, wanted)
         seen.add(name)
+        if not trouble:
+            path, _ = wanted[name]
+            stored = Stored(tensor, path[-1], dtype)
+            filled[name] = place(path, stored)
+            if not stored.finite:
+                trouble, told = "not finite", name
         if trouble:
-            problems.setdefault(trouble, []).append(value)
-        elif not problems:  # a failing load goes on only to report everything
-            filled[name] = place(wanted[name][0], value.astype(dtype))
+            problems.setdefault(trouble, []).append(told)
     missing = [name for name in wanted if name not in seen]
     if missing:
         problems["missing"] = missing
@@ -125,16 +145,17 @@ def checkpoint_name(path: tuple) -> str:
 
 def to_native(leaf: str, tensor: np.ndarray) -> np.ndarray:
     """A PyTorch parameter in this project's layout."""
-    if leaf == "kernel":
-        return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-    return tensor
+    return tensor.transpose(_axes(leaf, tensor.ndim))
 
 
 def to_pytorch(leaf: str, tensor: np.ndarray) -> np.ndarray:
     """The inverse of `to_native`."""
-    if leaf == "kernel":
-        return tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-    return tensor
+    return tensor.transpose(np.argsort(_axes(leaf, tensor.ndim)))
+
+
+def _axes(leaf: str, rank: int) -> tuple[int, ...]:
+    """PyTorch's axes of a parameter in this project's order."""
+    return {4: (2, 3, 1, 0), 2: (1, 0)}[rank] if leaf == "kernel" and rank in (2, 4) else tuple(range(rank))
 
 
 def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = SAFE) -> list[Path]:
@@ -177,28 +198,59 @@ def _shards(folder: Path, index: str) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names (as they are today) and tensors of safetensors files, one at a time."""
+class Tensor:
+    """A tensor in an open safetensors file, in PyTorch's layout. kind: its type, as the file calls it."""
+
+    def __init__(self, tensors: safe_open, name: str, file: Path):
+        self.file, self._content = file, tensors.get_slice(name)
+        self.shape, self.kind = tuple(self._content.get_shape()), self._content.get_dtype()
+
+    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
+        """A block of it, in memory of its own."""
+        with _reading(self.file):
+            return self._content[block]
+
+
+class Stored:
+    """A parameter in a file, in this project's layout. What is asked for is read, cast and looked at, and nothing else.
+
+    finite: whether all that has been read is.
+    """
+
+    def __init__(self, tensor: Tensor, leaf: str, dtype: jnp.dtype):
+        self._tensor, self._leaf, self._dtype = tensor, leaf, dtype
+        self._axes = _axes(leaf, len(tensor.shape))
+        self.shape = tuple(tensor.shape[axis] for axis in self._axes)
+        self.finite = True
+
+    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
+        sizes = tuple(len(range(*part.indices(length))) for part, length in zip(block, self.shape, strict=True))
+        if 0 in sizes:  # at the end of an axis safetensors calls it out of bounds
+            return np.zeros(sizes, self._dtype)
+        stored = self._tensor[tuple(block[axis] for axis in np.argsort(self._axes))]
+        self.finite = self.finite and finite(stored)
+        return to_native(self._leaf, stored).astype(self._dtype, copy=False)
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Names (as they are today) and tensors of safetensors files, one at a time; to be read before the next one is asked for."""
     for file in files:
         if file.exists() and not file.is_file():
             raise DistriError(f"{file} is a folder or a pipe; put the file of weights there")
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield current_name(name), _array(tensors, name, file)
-        except FileNotFoundError:
-            raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
-        except (SafetensorError, OSError) as error:
-            raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+        with _reading(file), safe_open(file, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield current_name(name), Tensor(tensors, name, file)
 
 
-def _array(tensors: safe_open, name: str, file: Path) -> np.ndarray:
-    """One tensor. Raises DistriError for a type that NumPy doesn't have."""
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raises DistriError where a file cannot be read."""
     try:
-        return tensors.get_tensor(name)
-    except (AttributeError, TypeError, ValueError) as error:
-        kind = tensors.get_slice(name).get_dtype()
-        raise DistriError(f"{file} holds {shown(name)} as {kind} ({error}); give weights of 16 or 32 bits") from None
+        yield
+    except FileNotFoundError:
+        raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
+    except (SafetensorError, OSError) as error:
+        raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
 
 
 def current_name(name: str) -> str:
@@ -219,20 +271,17 @@ def finite(tensor: np.ndarray) -> bool:
     return not np.any((bits & exponent) == exponent)
 
 
-def _convert(name: str, tensor: np.ndarray, wanted: dict) -> tuple[str | None, Any]:
-    """(None, the tensor in native layout), or (kind of trouble, what to say)."""
+def _trouble(name: str, tensor: Tensor, wanted: dict) -> tuple[str | None, str]:
+    """The kind of trouble with a tensor, by what the file's head says of it, and what to say; None where there is none."""
     if name not in wanted:
         return "unexpected", name
     path, leaf = wanted[name]
-    value = to_native(path[-1], tensor)
-    if value.shape != leaf.shape:
-        needed = to_pytorch(path[-1], np.broadcast_to(0, leaf.shape)).shape
+    needed = to_pytorch(path[-1], np.broadcast_to(0, leaf.shape)).shape
+    if tensor.shape != needed:
         return "misshapen", f"{name} is {list(tensor.shape)} and should be {list(needed)}"
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return "not floating point", f"{name} is {tensor.dtype}"
-    if not finite(tensor):
-        return "not finite", name
-    return None, value
+    if tensor.kind not in FLOATING:
+        return f"of a type other than {', '.join(FLOATING)}", f"{name} is {tensor.kind}"
+    return None, name
 
 
 def summary(problems: dict[str, list[str]]) -> str:

@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from tensor_files import everything
 
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.tensors import Tensors, of_array
@@ -35,7 +36,10 @@ def checkpoint_of(folder: Path) -> Checkpoint:
         f"{part}/{file.name}": file.read_bytes()
         for part in parts if part.startswith("tokenizer") for file in (folder / part).iterdir()
     }  # fmt: skip
-    tensors = {part: {name: of_array(t) for name, t in read_tensors(weight_files(folder / part))} for part in models}
+    tensors = {
+        part: {name: of_array(everything(t)) for name, t in read_tensors(weight_files(folder / part))}
+        for part in models
+    }
     return Checkpoint(index, configs, tensors, files)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 
-from distrijax import DistriConfig, load_pipeline, processes
+from distrijax import DistriConfig, load_pipeline, placement, processes, weights
 
 DEVICES = 4
 CALL = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"}
@@ -22,13 +23,26 @@ WAYS = {
         {"data": 2, "split_batch": False, "parallelism": "tensor"},
         {"num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 2},
     ),
+    "weights shared out": ({"shard_weights": True}, {"num_inference_steps": 2}),
 }
+LEAST = 512
+"""Of the elements of what is shared out, here: the model is small."""
 
 
-def paint(checkpoint: Path, way: str) -> dict[str, np.ndarray]:
-    """The picture of a way, and what a callback saw, which doubled the latents of a step."""
+def paint(checkpoint: Path, way: str) -> tuple[dict[str, np.ndarray], int]:
+    """The picture of a way, and what a callback saw, which doubled the latents of a step; how many numbers were read of files."""
     settings, call = WAYS[way]
-    pipe = load_pipeline(checkpoint, DistriConfig(devices=DEVICES, warmup_steps=1, **settings))
+    read = 0
+
+    class Counted(weights.Stored):
+        def __getitem__(self, block):
+            nonlocal read
+            content = super().__getitem__(block)
+            read += content.size
+            return content
+
+    with mock.patch.object(placement, "LEAST", LEAST), mock.patch.object(weights, "Stored", Counted):
+        pipe = load_pipeline(checkpoint, DistriConfig(devices=DEVICES, warmup_steps=1, **settings))
     seen = []
 
     def callback(_, step, timestep, tensors):
@@ -38,7 +52,7 @@ def paint(checkpoint: Path, way: str) -> dict[str, np.ndarray]:
     call = {**CALL, **call, "callback_on_step_end": None if "chunk_size" in call else callback}
     pipe.set_progress_bar_config(disable=True)
     picture = np.asarray(pipe("a red circle", **call).images)
-    return {"picture": picture, **{f"step {step}": latents for step, latents in enumerate(seen)}}
+    return {"picture": picture, **{f"step {step}": latents for step, latents in enumerate(seen)}}, read
 
 
 if __name__ == "__main__":
@@ -46,4 +60,5 @@ if __name__ == "__main__":
     processes.start(coordinator, 2, int(process_id), devices=DEVICES)
     assert (jax.process_count(), jax.local_device_count()) == (2, DEVICES // 2)
     for number, way in enumerate(WAYS):
-        np.savez(Path(folder, f"{number}-{process_id}.npz"), **paint(Path(checkpoint), way))
+        arrays, read = paint(Path(checkpoint), way)
+        np.savez(Path(folder, f"{number}-{process_id}.npz"), read=read, **arrays)

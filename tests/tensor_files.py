@@ -18,6 +18,7 @@ import torch
 from distrijax.config import DistriError
 from distrijax.convert.files import open_tensors
 from distrijax.convert.tensors import Tensors
+from distrijax.weights import Values
 
 Arrays = dict[str, np.ndarray]
 
@@ -131,3 +132,8 @@ def sentence(error: DistriError, path: Path) -> str:
     text = str(error)
     assert text.isprintable() and len(text) < 600 and text.count("; ") == 1 and str(path) in text
     return text
+
+
+def everything(values: Values) -> np.ndarray:
+    """All of a parameter or a tensor that may lie in a file."""
+    return values[(slice(None),) * len(values.shape)]

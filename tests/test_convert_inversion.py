@@ -15,6 +15,7 @@ import torch
 from adapters import checkpoint_of
 from flax import nnx
 from safetensors.numpy import save_file
+from tensor_files import everything
 from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 from transformers import CLIPTokenizer as TorchTokenizer
 
@@ -67,7 +68,7 @@ def written(checkpoint: Checkpoint, part: str, folder: Path) -> tuple[CLIPTokeni
     projected = part == "text_encoder_2"
     config = CLIPTextConfig.from_dict(checkpoint.configs[part])
     module = abstract(partial(CLIPTextEncoder, config, with_projection=projected, penultimate=projected))
-    place = lambda _, array: jnp.asarray(array)  # noqa: E731
+    place = lambda _, values: jnp.asarray(everything(values))  # noqa: E731
     loaded = load_module(module, names[part], variant=None, dtype=jnp.float32, place=place)
     return CLIPTokenizer.from_folder(names["tokenizer"]), loaded
 

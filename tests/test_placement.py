@@ -16,7 +16,7 @@ from test_unet import BASE
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline, placement
 from distrijax.config import Parallelism
 from distrijax.mesh import EVERY_AXIS, MeshPlan
-from distrijax.placement import Form, Shared, Whole
+from distrijax.placement import Form, Shared, Turned, Whole
 from distrijax.unet import UNet, UNetConfig, abstract_unet
 
 MESHES = [MeshPlan(1, 1, 1), MeshPlan(1, 1, 3), MeshPlan(2, 2, 2)]
@@ -55,13 +55,14 @@ def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
     flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(devices)
     values = [np.asarray(leaf.get_value()) for _, leaf in flat]
     placed = tuple(place(path, value) for path, value in zip(form.paths, values, strict=True))
-    shared = [isinstance(part, Shared) for part in form.parts]
+    parts = [part.part if isinstance(part, Turned) else part for part in form.parts]
+    shared = [isinstance(part, Shared) for part in parts]
     assert any(shared) and not all(shared)
-    for value, there, part in zip(values, placed, form.parts, strict=True):
+    for value, there, part in zip(values, placed, parts, strict=True):
         if isinstance(part, Shared):
             assert value.size >= LEAST
             assert {shard.data.size for shard in there.addressable_shards} == {math.ceil(value.size / mesh.devices)}
-    take = [index for index, part in enumerate(form.parts) if isinstance(part, Shared | Whole)]
+    take = [index for index, part in enumerate(parts) if isinstance(part, Shared | Whole)]
 
     def back(params):
         leaves = jax.tree.leaves(form.module(params))
@@ -70,6 +71,40 @@ def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
     restored = jax.jit(jax.shard_map(back, mesh=devices, in_specs=(form.specs,), out_specs=P()))(placed)
     for index, value in zip(take, restored, strict=True):
         np.testing.assert_array_equal(value, values[index])
+
+
+class Counted:
+    """A parameter that counts how often each of its elements is read."""
+
+    def __init__(self, value: np.ndarray):
+        self.value, self.shape, self.reads = value, value.shape, np.zeros(value.shape, int)
+
+    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
+        self.reads[block] += 1
+        return self.value[block]
+
+
+@pytest.mark.parametrize("parallelism", list(Parallelism))
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, parallelism):
+    """Once for all devices of a process that hold the same. A share may begin and end within an output channel's row."""
+    form = Form.of(unet, parallelism, shard=True, platform=platform)
+    devices = mesh.build(jax.devices()[: mesh.devices])
+    flat = zip(form.paths, form.shapes, form.parts, strict=True)
+    for (path, shape, part), value in zip(flat, jax.tree.leaves(unet), strict=True):
+        counted, row = Counted(np.asarray(value)), math.prod(shape[:-1])
+        everyone = form.place_on(devices)(path, counted)
+        if isinstance(part, Turned | Shared) and part.spec() != P():
+            assert counted.reads.min() == 1 and counted.reads.sum() <= value.size + (mesh.devices - 1) * row
+        else:
+            assert (counted.reads == 1).all()
+        index = everyone.sharding.devices_indices_map(everyone.shape)[devices.devices.flat[-1]]
+        counted.reads[:] = 0
+        part.block(counted, devices.shape, index)
+        cuts = math.prod(devices.shape[axis] for axes in part.spec() if axes for axis in np.atleast_1d(axes))
+        held = math.prod(part.shape(shape, devices.shape)) // cuts
+        assert counted.reads.sum() <= held + (row if isinstance(part, Turned | Shared) and cuts > 1 else 0)
 
 
 @pytest.mark.parametrize("parallelism", list(Parallelism))

@@ -22,6 +22,7 @@ from distrijax.mesh import MeshPlan, pick_devices
 
 TESTS = Path(__file__).parent
 MINUTE = 60
+SHARED = list(WAYS).index("weights shared out")
 LONG = 300  # seconds for what a loaded machine should have done by then
 
 STEPPING = """
@@ -86,8 +87,12 @@ def painted(tiny_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray
 
 @pytest.mark.parametrize("number", range(len(WAYS)), ids=list(WAYS))
 def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, tiny_checkpoint, number):
+    """Of weights that are shared out each reads its half, and what is whole on every device."""
     first, second = painted[number]
-    needed = paint(tiny_checkpoint, list(WAYS)[number])
+    needed, numbers = paint(tiny_checkpoint, list(WAYS)[number])
+    for of_process in (first, second):
+        read = of_process.pop("read")
+        assert read < 0.6 * numbers if number == SHARED else read <= numbers
     assert first.keys() == second.keys() == needed.keys()
     for name, value in needed.items():
         np.testing.assert_array_equal(first[name], second[name], name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import relative_error
 from test_unet import FULL_BASE, KINDS, picture
@@ -18,35 +20,43 @@ from distrijax.exchange import PartOfChannels, WholeImage
 from distrijax.layers import Cut, Side
 from distrijax.mesh import PATCH, MeshPlan
 from distrijax.placement import Form
+from distrijax.processes import put_blocks
 from distrijax.tensor import Piece, pieces
 from distrijax.unet import UNet, UNetConfig, abstract_unet
 
 HEADS = Cut(Side.OUTPUT, unit=2)
 
 
+def laid_out(piece: Piece, values: np.ndarray, devices: int) -> np.ndarray:
+    """What all devices together hold of a parameter."""
+    shape = piece.shape(values.shape, {PATCH: devices})
+    mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
+    block = functools.partial(piece.block, values, {PATCH: devices})
+    return np.asarray(put_blocks(shape, NamedSharding(mesh, piece.spec()), block))
+
+
 def test_heads_stay_together_and_missing_ones_are_zeros():
     """Three heads of two channels on two devices: the second one has a head and a place for one."""
-    weights = np.arange(12.0).reshape(2, 6)
-    laid_out = Piece(1, HEADS, 6).lay_out(weights, {PATCH: 2})
-    np.testing.assert_array_equal(laid_out[:, :4], weights[:, :4])
-    np.testing.assert_array_equal(laid_out[:, 4:6], weights[:, 4:])
-    np.testing.assert_array_equal(laid_out[:, 6:], 0)
+    weights = np.arange(12, dtype=np.float32).reshape(2, 6)
+    both = laid_out(Piece(1, HEADS, 6), weights, 2)
+    np.testing.assert_array_equal(both[:, :4], weights[:, :4])
+    np.testing.assert_array_equal(both[:, 4:6], weights[:, 4:])
+    np.testing.assert_array_equal(both[:, 6:], 0)
 
 
 def test_every_device_has_some_of_each_part():
     """Values and gates side by side, four of each on two devices."""
-    laid_out = Piece(0, Cut(Side.OUTPUT, parts=2), 8).lay_out(np.arange(8.0), {PATCH: 2})
-    np.testing.assert_array_equal(laid_out, [0, 1, 4, 5, 2, 3, 6, 7])
+    both = laid_out(Piece(0, Cut(Side.OUTPUT, parts=2), 8), np.arange(8, dtype=np.float32), 2)
+    np.testing.assert_array_equal(both, [0, 1, 4, 5, 2, 3, 6, 7])
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
 @pytest.mark.parametrize("cut", [HEADS, Cut(Side.INPUT, 3, 2), Cut(Side.OUTPUT)])
 def test_nothing_is_lost_and_shapes_are_as_announced(cut, devices):
-    piece, values = Piece(1, cut, 12), np.arange(1.0, 25).reshape(2, 12)
-    laid_out = piece.lay_out(values, {PATCH: devices})
-    assert laid_out.shape == piece.shape(values.shape, {PATCH: devices})
-    assert laid_out.shape[1] % devices == 0
-    assert sorted(laid_out[laid_out > 0]) == sorted(values.ravel())
+    piece, values = Piece(1, cut, 12), np.arange(1, 25, dtype=np.float32).reshape(2, 12)
+    everyone = laid_out(piece, values, devices)
+    assert everyone.shape[1] % devices == 0
+    assert sorted(everyone[everyone > 0]) == sorted(values.ravel())
 
 
 def test_layers_are_divided_as_in_the_original():

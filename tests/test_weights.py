@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tensor_files import everything
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError
@@ -45,7 +46,9 @@ def folder(module, tmp_path):
     return tmp_path / "small"
 
 
-def load(folder, *, variant=None, dtype=jnp.float32, place=lambda path, tensor: jnp.asarray(tensor), build=Small):
+def load(
+    folder, *, variant=None, dtype=jnp.float32, place=lambda path, values: jnp.asarray(everything(values)), build=Small
+):
     return load_module(abstract(build), folder, variant=variant, dtype=dtype, place=place)
 
 
@@ -130,7 +133,8 @@ def test_host_holds_one_tensor_at_a_time(folder):
             tensor = tensor.base
         return tensor
 
-    def place(path, tensor):
+    def place(path, values):
+        tensor = everything(values)
         most.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(owner(tensor)))
         return jnp.array(tensor, copy=True)
@@ -142,8 +146,60 @@ def test_host_holds_one_tensor_at_a_time(folder):
 
 def test_every_tensor_goes_through_place(folder):
     device = jax.devices()[1]
-    placed = load(folder, place=lambda path, tensor: jax.device_put(tensor, device))
+    placed = load(folder, place=lambda path, values: jax.device_put(everything(values), device))
     assert {leaf.get_value().device for _, leaf in nnx.to_flat_state(nnx.state(placed))} == {device}
+
+
+def test_blocks_are_those_of_the_parameters(module, folder):
+    """Down to empty ones, at both ends of every axis."""
+    wanted, rng = leaves(module), np.random.default_rng(0)
+
+    def place(path, values):
+        assert values.shape == wanted[path].shape
+        ends = [(0, 0), *([n, n] for n in values.shape[-1:]), *np.sort(rng.integers(0, 8, (20, 2)))]
+        for start, stop in ends:
+            block = tuple(slice(min(start, n), min(stop, n)) for n in values.shape)
+            np.testing.assert_array_equal(values[block], wanted[path][block])
+        return jnp.asarray(everything(values))
+
+    load(folder, place=place)
+
+
+def test_what_no_device_holds_is_not_read(module, folder):
+    """A number that is not finite is found by who reads it."""
+    rewrite(folder, lambda tensors: tensors["blocks.1.weight"].__setitem__((3, 5), np.nan))
+    rows = {
+        "inputs": (slice(5, 6), slice(0, 3)),
+        "outputs": (slice(0, 5), slice(3, 4)),
+        "bad": (slice(5, 6), slice(3, 4)),
+    }
+    for name, block in rows.items():
+
+        def place(path, values, block=block):
+            return jnp.asarray(values[block] if path == ("blocks", 1, "kernel") else everything(values))
+
+        if name == "bad":
+            with pytest.raises(DistriError, match=r"1 not finite \(blocks.1.weight\)"):
+                load(folder, place=place)
+        else:
+            np.testing.assert_array_equal(load(folder, place=place).blocks[1].kernel, module.blocks[1].kernel[block])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [("F4", 4), ("F6_E2M3", 6), ("F8_E4M3", 8), ("F8_E8M0", 8), ("BOOL", 8), ("I16", 16), ("C64", 64)],
+)
+def test_weights_of_other_types_are_refused(folder, kind, bits):
+    file = folder / f"{STEM}.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name != "norm.bias"}
+    save_file(tensors, folder / "other.safetensors")
+    size = 8 * bits // 8
+    header = json.dumps({"norm.bias": {"dtype": kind, "shape": [8], "data_offsets": [0, size]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    where = dict.fromkeys(tensors, "other.safetensors") | {"norm.bias": file.name}
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(DistriError, match=rf"1 of a type other than F64, F32, F16, BF16 \(norm.bias is {kind}\)"):
+        load(folder)
 
 
 def test_one_error_lists_everything_that_is_wrong(folder):
@@ -162,7 +218,7 @@ def test_one_error_lists_everything_that_is_wrong(folder):
         "1 unexpected (extra.weight)",
         "1 misshapen (norm.bias is [9] and should be [8])",
         "1 not finite (table.weight)",
-        "1 not floating point (blocks.0.bias is int32)",
+        "1 of a type other than F64, F32, F16, BF16 (blocks.0.bias is I32)",
     ):
         assert sentence in str(caught.value)
 
