@@ -40,11 +40,12 @@ from distrijax.exchange import (
     own_branches,
     strategy_of,
 )
+from distrijax.layers import KeysValues
 from distrijax.mesh import CFG, DATA, PATCH, Bands
 from distrijax.placement import Form
 from distrijax.programs import Params
 from distrijax.schedulers import Scheduler
-from distrijax.unet import Conditioning, UNet
+from distrijax.unet import Conditioning, Times, UNet
 
 ALL_BRANCHES = P(None, DATA)
 """Guidance branches, images: what describes the prompt to all devices of an image."""
@@ -302,35 +303,35 @@ def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
     return jax.shard_map(local, mesh=loop.layout.mesh, in_specs=specs_of(loop, stale=stale), out_specs=out)
 
 
-def _warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
+def _warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
     state = _scan_stateless(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
     exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy)
-    state = _step(
-        loop, partial(loop.unet.module(params), exchange=exchange), inputs, state, jax.tree.map(lambda a: a[-1], xs)
-    )
-    return state, exchange.finish()
+    predict = partial(loop.unet.module(params).predict, exchange=exchange)
+    x, times = jax.tree.map(lambda a: a[-1], (xs, _times(loop, params, inputs, jax.tree.map(lambda a: a[-1:], xs))))
+    return _step(loop, predict, inputs, state, x, times), exchange.finish()
 
 
-def _scan_stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> Any:
-    def body(state, x):
+def _scan_stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> Any:
+    def body(state, constants):
+        x, times = constants
         unet = loop.unet.module(params)
         if loop.layout.parallelism is Parallelism.NAIVE_PATCH:
             predict = partial(_predict_alone, loop.layout, unet, x.number)
         else:
-            predict = partial(unet, exchange=loop.layout.exact())
-        return _step(loop, predict, inputs, state, x), None
+            predict = partial(unet.predict, exchange=loop.layout.exact())
+        return _step(loop, predict, inputs, state, x, times), None
 
-    return _scan(body, state, xs)
+    return _scan(body, state, (xs, _times(loop, params, inputs, xs)))
 
 
 def _predict_alone(
-    layout: Layout, unet: UNet, number: Array, sample: Array, timestep: Array, conditioning: Conditioning
+    layout: Layout, unet: UNet, number: Array, sample: Array, times: Times, context: dict[str, KeysValues]
 ) -> Array:
     """naive_patch: the UNet on every band as if it were a picture of its own. number: of the step, from 1."""
 
     def on_rows(sample):
-        return unet(sample, timestep, conditioning, WholeImage())
+        return unet.predict(sample, times, context, WholeImage())
 
     def across(sample):
         return on_columns(on_rows, sample, layout.rows)
@@ -344,14 +345,27 @@ def _predict_alone(
             return lax.cond(number % 2 == 1, on_rows, across, sample)
 
 
-def _scan_displaced(loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
-    def body(carry, x):
-        state, stale = carry
+def _scan_displaced(
+    loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Stale, xs: Steps
+) -> tuple[Any, Stale]:
+    def body(carry, constants):
+        (state, stale), (x, times) = carry, constants
         exchange = loop.strategy(stale, loop.layout.rows, loop.layout.bands, x.pace)
-        predict = partial(loop.unet.module(params), exchange=exchange)
-        return (_step(loop, predict, inputs, state, x), exchange.finish()), None
+        predict = partial(loop.unet.module(params).predict, exchange=exchange)
+        return (_step(loop, predict, inputs, state, x, times), exchange.finish()), None
 
-    return _scan(body, (state, stale), xs)
+    return _scan(body, (state, stale), (xs, _times(loop, params, inputs, xs)))
+
+
+def _times(loop: Loop, params: Params, inputs: Inputs, xs: Steps) -> Times:
+    """`UNet.times` of all steps, [steps, branches * images, c] each: their kernels are read once for a loop, not in each step."""
+    times = loop.unet.module(params).times
+    return jax.vmap(lambda timestep: times(timestep, _flat(inputs.conditioning)))(xs.scheduler.timestep)
+
+
+def _flat(conditioning: Conditioning) -> Conditioning:
+    """Branches and images as one axis."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditioning)
 
 
 def _scan(body, carry, xs):
@@ -360,20 +374,24 @@ def _scan(body, carry, xs):
 
 
 def _step(
-    loop: Loop, predict: Callable[[Array, Array, Conditioning], Array], inputs: Inputs, state: Any, x: Steps
+    loop: Loop,
+    predict: Callable[[Array, Times, dict[str, KeysValues]], Array],
+    inputs: Inputs,
+    state: Any,
+    x: Steps,
+    times: Times,
 ) -> Any:
     """One denoising step of one patch.
 
-    predict: the UNet on this patch, of sample, timestep and conditioning. x: the constants of this step.
+    predict: the UNet on this patch, of sample, times and context. x, times: the constants of this step.
     """
     step, number = x.scheduler, x.number
     images, *shape = state.latents.shape
     branches = inputs.weights.shape[0]
     sample = loop.scheduler.scale_input(state.latents, step).astype(loop.dtype)
-    conditioning = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), inputs.conditioning)
     if loop.layout.guided:
         sample = for_each_branch(sample)
-    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), step.timestep, conditioning)
+    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), times, _flat(inputs.conditioning).context)
     output = output.astype(jnp.float32).reshape(branches, images, *output.shape[1:])
     noise = None
     if loop.scheduler.needs_noise:

@@ -1,7 +1,8 @@
 """The SDXL UNet: diffusers' UNet2DConditionModel for the configurations of the Stable Diffusion XL family.
 
 The module tree has diffusers' names. What depends on the prompt alone (cross-attention keys and values, the embedding of
-the pooled text and of the sizes) is computed once, by `condition`, before the denoising loop.
+the pooled text and of the sizes) is computed once, by `condition`, and what the timesteps alone add to that (each resnet's
+projection of the time embedding) by `times`, both before the denoising loop; `predict` is what remains of a call.
 """
 
 from __future__ import annotations
@@ -151,6 +152,10 @@ class Conditioning(NamedTuple):
     guidance: Array | None = None
 
 
+Times = dict[str, Array]
+"""What each resnet adds to its features at a timestep, by its path, [b, c] each."""
+
+
 class TimestepEmbedding(nnx.Module):
     """Two linear layers with SiLU between them; condition: features of what `cond_proj` lets the caller add to the input."""
 
@@ -174,11 +179,18 @@ class ResnetBlock2D(nnx.Module):
         self.norm2 = GroupNorm(channels_out, groups, eps, cut=inner)
         self.conv2 = Conv(channels_out, channels_out, cut=Cut(Side.INPUT, inner.unit), rngs=rngs)
         self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs) if channels_in != channels_out else None
+        self.path = ""
 
-    def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, embedding: Array | None = None) -> Array:
+    def time(self, embedding: Float[Array, "b t"]) -> Float[Array, "b C"]:
+        """The embedding as a call adds it; with tensor parallelism this device's channels of it."""
+        return self.time_emb_proj(jax.nn.silu(embedding))
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], exchange: Exchange, time: Float[Array, "b C"] | None = None
+    ) -> Float[Array, "b h w o"]:
         h = self.conv1(jax.nn.silu(self.norm1(x, exchange)), exchange)
-        if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(jax.nn.silu(embedding))[:, None, None, :]
+        if time is not None:
+            h = h + time[:, None, None, :]
         h = self.conv2(jax.nn.silu(self.norm2(h, exchange)), exchange)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -285,8 +297,8 @@ class Block(nnx.Module):
             nnx.List([Transformer2DModel(config, level, depth, rngs=rngs) for _ in channels]) if attention else None
         )
 
-    def layer(self, i: int, x: Array, exchange: Exchange, embedding: Array, context: dict[str, KeysValues]) -> Array:
-        x = self.resnets[i](x, exchange, embedding)
+    def layer(self, i: int, x: Array, exchange: Exchange, times: Times, context: dict[str, KeysValues]) -> Array:
+        x = self.resnets[i](x, exchange, times[self.resnets[i].path])
         return x if self.attentions is None else self.attentions[i](x, exchange, context)
 
 
@@ -301,10 +313,10 @@ class DownBlock(Block):
         last = level == len(config.block_out_channels) - 1
         self.downsamplers = None if last else nnx.List([Downsample2D(out, rngs=rngs)])
 
-    def __call__(self, x: Array, exchange: Exchange, embedding: Array, context: dict[str, KeysValues]) -> list[Array]:
+    def __call__(self, x: Array, exchange: Exchange, times: Times, context: dict[str, KeysValues]) -> list[Array]:
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, exchange, embedding, context)
+            x = self.layer(i, x, exchange, times, context)
             skips.append(x)
         if self.downsamplers is not None:
             skips.append(self.downsamplers[0](x, exchange))
@@ -326,10 +338,10 @@ class UpBlock(Block):
         self.upsamplers = None if level == 0 else nnx.List([Upsample2D(channels[level], rngs=rngs)])
 
     def __call__(
-        self, x: Array, skips: list[Array], exchange: Exchange, embedding: Array, context: dict[str, KeysValues]
+        self, x: Array, skips: list[Array], exchange: Exchange, times: Times, context: dict[str, KeysValues]
     ) -> Array:
         for i in range(len(self.resnets)):
-            x = self.layer(i, jnp.concatenate([x, skips.pop()], -1), exchange, embedding, context)
+            x = self.layer(i, jnp.concatenate([x, skips.pop()], -1), exchange, times, context)
         return x if self.upsamplers is None else self.upsamplers[0](x, exchange, skips[-1].shape[1:3])
 
 
@@ -344,10 +356,11 @@ class MidBlock(nnx.Module):
         depth = config.transformer_depth(level)
         self.attentions = nnx.List([Transformer2DModel(config, level, depth, rngs=rngs)])
 
-    def __call__(self, x: Array, exchange: Exchange, embedding: Array, context: dict[str, KeysValues]) -> Array:
-        x = self.resnets[0](x, exchange, embedding)
+    def __call__(self, x: Array, exchange: Exchange, times: Times, context: dict[str, KeysValues]) -> Array:
+        before, after = self.resnets
+        x = before(x, exchange, times[before.path])
         x = self.attentions[0](x, exchange, context)
-        return self.resnets[1](x, exchange, embedding)
+        return after(x, exchange, times[after.path])
 
 
 class UNet(nnx.Module):
@@ -407,6 +420,35 @@ class UNet(nnx.Module):
             )
         return self.add_embedding(added)
 
+    def times(self, timestep: Float[Array, ""] | Float[Array, "b"], conditioning: Conditioning) -> Times:
+        """Everything that depends on the timestep but not on the sample. timestep: as for a call."""
+        key, *_ = next(iter(conditioning.context.values()))
+        timestep = jnp.broadcast_to(timestep, key.shape[:1])
+        features = self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(key.dtype)
+        if conditioning.guidance is not None:
+            features = features + conditioning.guidance
+        embedding = self.time_embedding(features)
+        if conditioning.embedding is not None:
+            embedding = embedding + conditioning.embedding
+        return {resnet.path: resnet.time(embedding) for block in self._blocks() for resnet in block.resnets}
+
+    def predict(
+        self,
+        sample: Float[Array, "b h w c"],
+        times: Times,
+        context: dict[str, KeysValues],
+        exchange: Exchange,
+    ) -> Float[Array, "b h w o"]:
+        """The model's prediction for a band of rows, in the dtype of `sample`. times, context: of `times` and `condition`."""
+        x = self.conv_in(sample, exchange.exact())
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], exchange, times, context)
+        x = self.mid_block(skips[-1], exchange, times, context)
+        for block in self.up_blocks:
+            x = block(x, skips, exchange, times, context)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x, exchange)), exchange)
+
     def __call__(
         self,
         sample: Float[Array, "b h w c"],
@@ -414,34 +456,22 @@ class UNet(nnx.Module):
         conditioning: Conditioning,
         exchange: Exchange,
     ) -> Float[Array, "b h w o"]:
-        """The model's prediction for a band of rows, in the dtype of `sample`.
+        """`predict` at a timestep.
 
         timestep: of the training schedule (0 to 999), fractions allowed; one for all, or one each.
         """
-        timestep = jnp.broadcast_to(timestep, sample.shape[:1])
-        features = self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(sample.dtype)
-        if conditioning.guidance is not None:
-            features = features + conditioning.guidance
-        embedding = self.time_embedding(features)
-        if conditioning.embedding is not None:
-            embedding = embedding + conditioning.embedding
-        x = self.conv_in(sample, exchange.exact())
-        skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], exchange, embedding, conditioning.context)
-        x = self.mid_block(skips[-1], exchange, embedding, conditioning.context)
-        for block in self.up_blocks:
-            x = block(x, skips, exchange, embedding, conditioning.context)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x, exchange)), exchange)
+        return self.predict(sample, self.times(timestep, conditioning), conditioning.context, exchange)
 
     def _sinusoidal(self, values: Array, size: int) -> Array:
         return sinusoidal(
             values, size, flip_sin_to_cos=self.config.flip_sin_to_cos, shift=float(self.config.freq_shift)
         )
 
+    def _blocks(self) -> list[Block | MidBlock]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
     def _transformer_blocks(self) -> list[BasicTransformerBlock]:
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        transformers = [t for block in blocks for t in block.attentions or ()]
+        transformers = [t for block in self._blocks() for t in block.attentions or ()]
         return [block for transformer in transformers for block in transformer.transformer_blocks]
 
 

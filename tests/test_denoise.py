@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,20 +35,26 @@ class Model:
 
     gain: jax.Array
 
-    def __call__(self, sample, timestep, conditioning, exchange):
+    def times(self, timestep, conditioning):
+        return {"said": conditioning.embedding}
+
+    def predict(self, sample, times, context, exchange):
         wide = exchange.halo("rows", sample, 1, 1)
         pixels = sample.astype(jnp.float32)
         mean, variance = jnp.moveaxis(exchange.moments("norm", pixels, 1), -1, 0)
         nearby = sample + 0.5 * wide[:, :-2] - 0.25 * wide[:, 2:]
         normal = (nearby - mean[:, None, None]) / jnp.sqrt(variance + 0.1)[:, None, None]
-        return self.gain * (normal + conditioning.embedding[:, None, None])
+        return self.gain * (normal + times["said"][:, None, None])
 
 
 class Prompt:
     """A model that says what its prompt says, whatever it sees."""
 
-    def __call__(self, sample, timestep, conditioning, exchange):
-        return 0 * sample + conditioning.embedding[:, None, None]
+    def times(self, timestep, conditioning):
+        return {"said": conditioning.embedding}
+
+    def predict(self, sample, times, context, exchange):
+        return 0 * sample + times["said"][:, None, None]
 
 
 jax.tree_util.register_static(Prompt)
@@ -262,6 +269,25 @@ def test_a_step_sums_over_the_branches_once_and_gathers_only_what_layers_ask_for
     assert program.count(" psum") == sums
     assert program.count(" all_gather[") == 1  # moments
     assert program.count(" ppermute[") == 2  # one row up, one row down
+
+
+class Timed(Prompt):
+    def times(self, timestep, conditioning):
+        return {"said": jnp.sinh(timestep / 1000) + conditioning.embedding}
+
+
+jax.tree_util.register_static(Timed)
+
+
+def test_what_depends_on_the_timestep_alone_is_computed_before_the_loop():
+    call = Call(ONE, Still(), model=Timed(), guided=False)
+    state, few = Seen(start().latents, start().latents), steps(2, 6)
+    result = call.run(denoise.stateless, state, few)
+    wanted = np.sinh(few.scheduler.timestep[-1] / 1000) + call.inputs.conditioning.embedding[0]
+    np.testing.assert_allclose(result.output, np.broadcast_to(wanted[:, None, None], SHAPE), rtol=1e-6)
+    program = str(jax.make_jaxpr(partial(denoise.stateless, call.loop))(call.params, call.inputs, state, few))
+    before, loop = program.split(" scan[")
+    assert " sinh " in before and " sinh " not in loop
 
 
 def test_the_pace_is_the_next_stride_over_the_previous_one():
