@@ -36,10 +36,10 @@ def caches_stay(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
-def test_latency_tells_a_line_for_each_number_of_devices(tiny_checkpoint, tmp_path, capsys):
+def test_latency_tells_a_line_for_each_number_of_devices(shallow_checkpoint, tmp_path, capsys):
     lines, plot = tmp_path / "latency.jsonl", tmp_path / "plot.png"
     call = "--devices 1 4 --image-size 64 --num-inference-steps 3 --warmup-steps 0 --warmup-times 1 --test-times 2"
-    latency.main(["--model", str(tiny_checkpoint), *call.split(), "--output", str(lines), "--plot", str(plot)])
+    latency.main(["--model", str(shallow_checkpoint), *call.split(), "--output", str(lines), "--plot", str(plot)])
     printed = capsys.readouterr().out
     assert lines.read_text() == printed
     one, four = map(json.loads, printed.splitlines())
@@ -90,9 +90,9 @@ def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic(monkeypatch):
     assert flops[0] / 4 < flops[1] < flops[0] / 3  # more than a quarter, for boundary rows are computed on both sides
 
 
-def test_shard_tells_a_line_for_each_part(tiny_checkpoint, capsys):
+def test_shard_tells_a_line_for_each_part(shallow_checkpoint, capsys):
     flags = "--image-size 64 --parts 1 2 --steps 2 --warmup-times 1 --test-times 1 --split-batch"
-    shard.main(["--model", str(tiny_checkpoint), *flags.split()])
+    shard.main(["--model", str(shallow_checkpoint), *flags.split()])
     one, two = map(json.loads, capsys.readouterr().out.splitlines())
     assert (one["part_of"], two["part_of"], two["mesh"]) == (1, 2, "data 1 x cfg 2 x patch 1")
     assert one["of_1"] == 1 and two["step_s"] > 0 and two["collectives"] == "local stand-ins"

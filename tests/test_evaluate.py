@@ -61,12 +61,12 @@ def no_networks(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def done(tiny_checkpoint, tmp_path_factory) -> Path:
+def done(shallow_checkpoint, tmp_path_factory) -> Path:
     """The folder of a finished run; tests share it, so leave it as it is."""
     folder = tmp_path_factory.mktemp("evaluate") / "fidelity"
     with pytest.MonkeyPatch.context() as patch:
         no_networks.__wrapped__(patch)
-        run(tiny_checkpoint, folder)
+        run(shallow_checkpoint, folder)
     return folder
 
 
@@ -92,8 +92,8 @@ def test_each_setting_has_one_row_and_is_called_lossless_or_lossy(done):
         ({"devices": 2, "sync_mode": "no_sync", "warmup_steps": 0, "split_batch": True}, "lossless"),
     ],
 )
-def test_a_setting_is_lossless_where_nothing_it_uses_is_stale_or_cut_off(setting, exactness, tiny_checkpoint):
-    flags = ["--model", str(tiny_checkpoint), "--num-inference-steps", str(STEPS), "--image-size", str(SIZE)]
+def test_a_setting_is_lossless_where_nothing_it_uses_is_stale_or_cut_off(setting, exactness, shallow_checkpoint):
+    flags = ["--model", str(shallow_checkpoint), "--num-inference-steps", str(STEPS), "--image-size", str(SIZE)]
     arguments = evaluate.parse(flags)
     job = evaluate.read_job(arguments, prompts.scene_prompts(1))
     assert evaluate.cost(setting, job)["exactness"] == exactness
@@ -104,8 +104,8 @@ def test_pictures_are_as_large_as_the_model_was_trained_for():
     assert (job.call["height"], job.call["width"]) == (256, 256)
 
 
-def test_pictures_are_the_pipelines(done, tiny_checkpoint):
-    pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(devices=1), scheduler="ddim")
+def test_pictures_are_the_pipelines(done, shallow_checkpoint):
+    pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=1), scheduler="ddim")
     text = prompts.scene_prompts(CAPTIONS).texts[2]
     call = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": 5.0, "chunk_size": None}
     expected = pipe([text] * 2, **call, seed=[2, 9], output_type="np").images[0]
@@ -188,30 +188,30 @@ def stand_in(monkeypatch) -> type[StandInPipeline]:
     return StandInPipeline
 
 
-def test_prompts_come_in_full_batches_each_with_the_seed_of_its_index(stand_in, tiny_checkpoint, tmp_path):
-    run(tiny_checkpoint, tmp_path)
+def test_prompts_come_in_full_batches_each_with_the_seed_of_its_index(stand_in, shallow_checkpoint, tmp_path):
+    run(shallow_checkpoint, tmp_path)
     texts = prompts.scene_prompts(CAPTIONS).texts
     assert len(set(texts)) == CAPTIONS
     assert [(given, seeds) for _, given, seeds in stand_in.calls[:2]] == [(texts[:2], [0, 1]), (texts[2:] * 2, [2, 3])]
     assert len(stand_in.calls) == 2 * len(SETTINGS) == 2 * len({config for config, *_ in stand_in.calls})
 
 
-def test_nothing_is_painted_or_measured_twice(done, tiny_checkpoint, monkeypatch):
+def test_nothing_is_painted_or_measured_twice(done, shallow_checkpoint, monkeypatch):
     before = (done / "fidelity.csv").read_bytes()
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     monkeypatch.setattr(evaluate, "measure", refuse)
-    run(tiny_checkpoint, done)
+    run(shallow_checkpoint, done)
     assert (done / "fidelity.csv").read_bytes() == before
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_files(stand_in, tiny_checkpoint, tmp_path, capsys):
-    run(tiny_checkpoint, tmp_path / "whole")
+def test_an_interrupted_run_goes_on_and_gives_the_same_files(stand_in, shallow_checkpoint, tmp_path, capsys):
+    run(shallow_checkpoint, tmp_path / "whole")
     calls, stand_in.calls, stand_in.stop_at = stand_in.calls, [], 3
     with pytest.raises(SystemExit) as end:
-        run(tiny_checkpoint, tmp_path / "stopped")
+        run(shallow_checkpoint, tmp_path / "stopped")
     assert end.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
     assert [row["devices"] for row in read(tmp_path / "stopped")] == ["1"]
-    run(tiny_checkpoint, tmp_path / "stopped")
+    run(shallow_checkpoint, tmp_path / "stopped")
     assert stand_in.calls == calls
     whole, stopped = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -220,10 +220,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(stand_in, tiny_chec
     assert len(whole) == len(SETTINGS) * CAPTIONS + 4 and stopped == whole
 
 
-def test_a_setting_is_added_to_a_folder_without_painting_the_others_again(stand_in, tiny_checkpoint, tmp_path):
-    run(tiny_checkpoint, tmp_path)
+def test_a_setting_is_added_to_a_folder_without_painting_the_others_again(stand_in, shallow_checkpoint, tmp_path):
+    run(shallow_checkpoint, tmp_path)
     old, stand_in.calls = read(tmp_path), []
-    run(tiny_checkpoint, tmp_path, "--warmup-steps", "0", "1")
+    run(shallow_checkpoint, tmp_path, "--warmup-steps", "0", "1")
     new = read(tmp_path)
     assert new[:-1] == old and (new[-1]["sync_mode"], new[-1]["warmup_steps"]) == ("corrected_async_gn", "1")
     assert len(stand_in.calls) == 2
@@ -238,12 +238,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_results_of_other_runs_are_not_mixed(kind, done, tiny_checkpoint, monkeypatch):
+def test_results_of_other_runs_are_not_mixed(kind, done, shallow_checkpoint, monkeypatch):
     flags, pattern = OTHERS[kind]
     before = {path: path.read_bytes() for path in done.glob("*.*")}
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     with pytest.raises(SystemExit, match=rf"^error: --output .* was made with {pattern}; choose another folder"):
-        run(tiny_checkpoint, done, *flags.split())
+        run(shallow_checkpoint, done, *flags.split())
     assert {path: path.read_bytes() for path in done.glob("*.*")} == before
 
 
@@ -316,10 +316,10 @@ def painted(done, tmp_path) -> Path:
     return tmp_path / "fidelity"
 
 
-def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, tiny_checkpoint, networks, monkeypatch):
+def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, shallow_checkpoint, networks, monkeypatch):
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     old = read(painted)
-    run(tiny_checkpoint, painted)
+    run(shallow_checkpoint, painted)
     rows = read(painted)
     assert networks.read == ["devices=1", *SETTINGS]
     for before, row, setting in zip(old, rows, SETTINGS, strict=True):
@@ -330,12 +330,12 @@ def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, tiny_
         assert {**row, "lpips": "", "fid": ""} == {**before, "lpips": "", "fid": ""}
 
 
-def test_a_missing_network_is_told_once_in_one_line(painted, tiny_checkpoint, networks, monkeypatch, capsys):
+def test_a_missing_network_is_told_once_in_one_line(painted, shallow_checkpoint, networks, monkeypatch, capsys):
     def download(*_, **__):
         raise OSError("<urlopen error [Errno -2] Name or service not known>\nand more")
 
     monkeypatch.setattr(networks, "build_feature_extractor", download)
-    run(tiny_checkpoint, painted)
+    run(shallow_checkpoint, painted)
     printed = capsys.readouterr()
     assert re.fullmatch(r"FID: not available \(<urlopen error .* known>\); it needs [^\n]*\n", printed.err)
     assert {row["fid"] for row in read(painted)} == {"not available"}
@@ -408,10 +408,10 @@ def test_the_plot_has_a_line_for_each_mode_and_a_point_for_each_number_of_device
     assert sorted(text.get_text() for text in axes.texts) == ["2", "2", "4", "4"]
 
 
-def test_without_matplotlib_the_table_is_still_printed(painted, tiny_checkpoint, monkeypatch, capsys):
+def test_without_matplotlib_the_table_is_still_printed(painted, shallow_checkpoint, monkeypatch, capsys):
     (painted / "plot.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run(tiny_checkpoint, painted)
+    run(shallow_checkpoint, painted)
     printed = capsys.readouterr()
     assert "plot.png: not available" in printed.err and "| `full_sync` |" in printed.out
     assert not (painted / "plot.png").exists()
@@ -471,9 +471,11 @@ def test_coco_captions_are_those_of_the_papers_script(tmp_path):
     assert [path.name[-6:] for path in karpathy.pictures] == ["70.jpg", "60.jpg"]
 
 
-def test_a_coco_folder_with_pictures_gives_the_fid_against_them(tmp_path, tiny_checkpoint, networks, stand_in, capsys):
+def test_a_coco_folder_with_pictures_gives_the_fid_against_them(
+    tmp_path, shallow_checkpoint, networks, stand_in, capsys
+):
     folder = coco(tmp_path / "coco", karpathy=False)
-    run(tiny_checkpoint, tmp_path / "out", "--coco", str(folder), "--parallelism", "naive_patch")
+    run(shallow_checkpoint, tmp_path / "out", "--coco", str(folder), "--parallelism", "naive_patch")
     assert [texts for _, texts, _ in stand_in.calls[:2]] == [["70 0", "60 1"], ["50 0"] * 2]
     real = tmp_path / "out" / "pictures" / "real"
     assert sorted(path.name for path in real.iterdir()) == ["00000.jpg", "00001.jpg", "00002.jpg"]
@@ -527,14 +529,26 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_flag_ends_in_one_line_before_anything_is_painted(kind, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_wrong_flag_ends_in_one_line_before_anything_is_painted(
+    kind, shallow_checkpoint, tmp_path, monkeypatch, capsys
+):
     flags, pattern = WRONG[kind]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     (tmp_path / "two.txt").write_text("one\n\ntwo\n")
     with pytest.raises(SystemExit) as end:
         evaluate.main(
-            ["--model", str(tiny_checkpoint), "--captions", "2", "--devices", "2", "--image-size", "64", *flags.split()]
+            [
+                "--model",
+                str(shallow_checkpoint),
+                "--captions",
+                "2",
+                "--devices",
+                "2",
+                "--image-size",
+                "64",
+                *flags.split(),
+            ]
         )
     printed = end.value.code + "\n" if isinstance(end.value.code, str) else capsys.readouterr().err
     assert re.fullmatch(rf"error: [^\n]*{pattern}[^\n]*\n", printed), printed

@@ -33,10 +33,10 @@ def generate(folder: Path, model: Path, *flags: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_checkpoint, tmp_path_factory) -> tuple[Path, str]:
+def run(shallow_checkpoint, tmp_path_factory) -> tuple[Path, str]:
     """A folder with one picture in it, and what was printed."""
     folder = tmp_path_factory.mktemp("generate")
-    return folder, generate(folder, tiny_checkpoint, "--num-inference-steps", "3", "--output", "star.png")
+    return folder, generate(folder, shallow_checkpoint, "--num-inference-steps", "3", "--output", "star.png")
 
 
 def test_the_plan_and_the_times_are_printed(run):
@@ -70,8 +70,8 @@ def test_the_picture_carries_its_settings(run):
     assert {name: text[name] for name in expected} == expected
 
 
-def test_the_picture_is_the_pipelines(run, tiny_checkpoint):
-    pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(devices=4, warmup_steps=1))
+def test_the_picture_is_the_pipelines(run, shallow_checkpoint):
+    pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=4, warmup_steps=1))
     pipe.set_progress_bar_config(disable=True)
     needed = pipe(
         PROMPT, negative_prompt=NEGATIVE, height=64, width=64, num_inference_steps=3, guidance_scale=4.0, seed=7
@@ -82,19 +82,19 @@ def test_the_picture_is_the_pipelines(run, tiny_checkpoint):
     assert np.abs(difference).max() <= 1
 
 
-def test_another_run_overwrites_the_picture(run, tiny_checkpoint):
+def test_another_run_overwrites_the_picture(run, shallow_checkpoint):
     folder, _ = run
     before = (folder / "star.png").read_bytes()
-    generate(folder, tiny_checkpoint, "--num-inference-steps", "4", "--output", "star.png")
+    generate(folder, shallow_checkpoint, "--num-inference-steps", "4", "--output", "star.png")
     assert Image.open(folder / "star.png").text["num_inference_steps"] == "4"
     assert (folder / "star.png").read_bytes() != before
     assert [path.name for path in folder.iterdir()] == ["star.png"]
 
 
-def test_the_plan_alone_needs_no_devices_and_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_plan_alone_needs_no_devices_and_writes_nothing(shallow_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--plan", "--devices", "64", "--image-size", "2048", "512", "--dtype", "bfloat16", "--output", "x.png"]
-    generate_script.main(["--model", str(tiny_checkpoint), *flags])
+    generate_script.main(["--model", str(shallow_checkpoint), *flags])
     mesh, image, stale, received = capsys.readouterr().out.splitlines()
     assert mesh == "mesh     data 1 x cfg 2 x patch 32, bfloat16"
     assert image == "image    2048x512; each device has 64 rows of pixels, 8 of the latent"
@@ -118,6 +118,6 @@ def test_compression_without_a_name_is_int8(flags, compress):
     assert generate_script.parse([*flags, "--plan"]).compress == compress
 
 
-def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(tiny_checkpoint):
+def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(shallow_checkpoint):
     with pytest.raises(SystemExit, match="height is 65 and this model needs a multiple of 8; use 64 or 72"):
-        generate_script.main(["--model", str(tiny_checkpoint), "--plan", "--devices", "16", "--image-size", "65"])
+        generate_script.main(["--model", str(shallow_checkpoint), "--plan", "--devices", "16", "--image-size", "65"])

@@ -26,12 +26,12 @@ LATENT = (4, 32, 8)
 
 
 @pytest.fixture(scope="module")
-def pipe_on(tiny_checkpoint):
+def pipe_on(shallow_checkpoint):
     """A pipeline by its configuration: pipe_on(devices=4, split_batch=False)."""
 
     @functools.cache
     def load(**settings) -> DistriSDXLPipeline:
-        pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(**settings))
+        pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(**settings))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -281,14 +281,14 @@ def test_only_new_shapes_compile(one, stale):
     ids=["displaced", "synchronous without guidance", "tensor"],
 )
 def test_what_the_first_call_needs_is_compiled_while_weights_are_read(
-    tiny_checkpoint, settings, changes, programs, caplog
+    shallow_checkpoint, settings, changes, programs, caplog
 ):
     """Two text encoders, the conditioning, the noise, one or two kinds of steps, the decoder; and nothing besides, on the way."""
     call = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 6, **changes}
     config = DistriConfig(warmup_steps=1, **settings)
     jax.clear_caches()
     with jax.log_compiles():  # of this thread, and programs are compiled by others
-        pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config, compile_for=call)
+        pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config, compile_for=call)
         assert pipe.programs.count == programs
         pipe.set_progress_bar_config(disable=True)
         pipe(**call)
@@ -352,8 +352,8 @@ def test_default_size_is_the_models(one):
     assert picture.size == (128, 128)
 
 
-def test_bfloat16_is_close_to_float32(tiny_checkpoint, one):
-    short = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, DistriConfig(devices=1), dtype="bfloat16")
+def test_bfloat16_is_close_to_float32(shallow_checkpoint, one):
+    short = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=1), dtype="bfloat16")
     short.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(0).standard_normal((1, *LATENT), np.float32)
     settings = {"latents": latents, "kind": "np", "num_inference_steps": 2, "guidance_scale": 1.0}

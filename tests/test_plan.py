@@ -93,9 +93,9 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
-def test_received_bytes_are_those_of_the_compiled_program(settings, tiny_checkpoint):
+def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_checkpoint):
     config = DistriConfig(**{"devices": 4, "warmup_steps": 0} | settings)
-    pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config)
+    pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config)
     pipe.set_progress_bar_config(disable=True)
     pipe("a red circle", height=128, width=128, num_inference_steps=2, output_type="latent")
     steps = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}

@@ -75,10 +75,10 @@ def end(started: subprocess.Popen, timeout: float = LONG) -> End:
 
 
 @pytest.fixture(scope="module")
-def painted(tiny_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray]]]:
+def painted(shallow_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray]]]:
     """For each of `WAYS`, what each of two processes got."""
     folder, coordinator = tmp_path_factory.mktemp("painted"), f"127.0.0.1:{free_port()}"
-    arguments = [TESTS / "process_worker.py", tiny_checkpoint, folder, coordinator]
+    arguments = [TESTS / "process_worker.py", shallow_checkpoint, folder, coordinator]
     both = [process(*arguments, str(process_id), cwd=folder) for process_id in (0, 1)]
     for ended in map(end, both):
         assert (ended.code, ended.err) == (0, ""), ended
@@ -86,10 +86,10 @@ def painted(tiny_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("number", range(len(WAYS)), ids=list(WAYS))
-def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, tiny_checkpoint, number):
+def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, shallow_checkpoint, number):
     """Of weights that are shared out each reads its half, and what is whole on every device."""
     first, second = painted[number]
-    needed, numbers = paint(tiny_checkpoint, list(WAYS)[number])
+    needed, numbers = paint(shallow_checkpoint, list(WAYS)[number])
     for of_process in (first, second):
         read = of_process.pop("read")
         assert read < 0.6 * numbers if number == SHARED else read <= numbers
@@ -99,9 +99,9 @@ def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, tiny
         np.testing.assert_allclose(first[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
 
 
-def test_process_0_alone_speaks_and_writes(tiny_checkpoint, tmp_path):
+def test_process_0_alone_speaks_and_writes(shallow_checkpoint, tmp_path):
     port, folders = free_port(), [tmp_path / "0", tmp_path / "1"]
-    shared = ["--model", tiny_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "3"]
+    shared = ["--model", shallow_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "3"]
     both = []
     for process_id, folder in enumerate(folders):
         folder.mkdir()
@@ -133,10 +133,10 @@ def open_mpi(process_id: int, port: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("launcher", [slurm, open_mpi])
-def test_a_launcher_tells_all_that_the_flags_would(tiny_checkpoint, tmp_path, launcher):
+def test_a_launcher_tells_all_that_the_flags_would(shallow_checkpoint, tmp_path, launcher):
     """Of the number that it makes of the job's, JAX makes a port; CPUs are divided as where a coordinator is given."""
     script, job = TESTS.parent / "examples" / "generate.py", free_port()
-    settings = ["--model", tiny_checkpoint, "--devices", "4", "--image-size", "64", "--num-inference-steps", "1"]
+    settings = ["--model", shallow_checkpoint, "--devices", "4", "--image-size", "64", "--num-inference-steps", "1"]
     both = [process(script, *settings, cwd=tmp_path, variables=launcher(number, job)) for number in (0, 1)]
     first, second = map(end, both)
     assert first.code == 0, first
@@ -158,10 +158,10 @@ def press_again(one: subprocess.Popen) -> None:
 @pytest.mark.parametrize(
     ("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGTERM), (0, signal.SIGINT)]
 )
-def test_a_process_that_ends_in_the_loop_ends_the_other_in_a_sentence(tiny_checkpoint, tmp_path, victim, how):
+def test_a_process_that_ends_in_the_loop_ends_the_other_in_a_sentence(shallow_checkpoint, tmp_path, victim, how):
     steps = tmp_path / "steps"
     steps.mkdir()
-    shared = ["--model", tiny_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "1000"]
+    shared = ["--model", shallow_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "1000"]
     port = free_port()
     both = [process("-c", STEPPING, steps, *flags(port, number, *shared), cwd=tmp_path) for number in (0, 1)]
     try:
@@ -183,8 +183,8 @@ def test_a_process_that_ends_in_the_loop_ends_the_other_in_a_sentence(tiny_check
     assert list(tmp_path.iterdir()) == [steps]
 
 
-def test_a_process_that_refuses_ends_the_other(tiny_checkpoint, tmp_path):
-    port, shared = free_port(), ["--model", tiny_checkpoint, "--devices", "2", "--output", "picture.gif"]
+def test_a_process_that_refuses_ends_the_other(shallow_checkpoint, tmp_path):
+    port, shared = free_port(), ["--model", shallow_checkpoint, "--devices", "2", "--output", "picture.gif"]
     script = TESTS.parent / "examples" / "generate.py"
     first, second = (
         end(one, MINUTE) for one in [process(script, *flags(port, number, *shared), cwd=tmp_path) for number in (0, 1)]

@@ -170,7 +170,10 @@ CHECKPOINTS = {
     ),
     "misshapen tensor": (set_tensor(lambda tensor: tensor[:-1]), r"1 misshapen \(.* is \[\d+.*should be \[\d+"),
     "NaN": (set_tensor(with_nan), r"1 not finite \("),
-    "whole numbers": (set_tensor(lambda tensor: tensor.astype(np.int32)), r"1 not floating point \(.* is int32\)"),
+    "whole numbers": (
+        set_tensor(lambda tensor: tensor.astype(np.int32)),
+        r"1 of a type other than F64, F32, F16, BF16 \(.* is I32\)",
+    ),
     "layers of another model": (
         entry("text_encoder/config.json", num_hidden_layers=1),
         r"unexpected \(.* and \d+ more\)",
