@@ -254,7 +254,7 @@ def condition(
     return mapped(params, (encoder_hidden_states, text_embeds, time_ids, guidance_scale))
 
 
-def warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> tuple[Any, Stale]:
+def warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> tuple[Any, Stale]:
     """Synchronous steps; the last one keeps what it published."""
 
     def local(params, inputs, state, xs):
@@ -263,16 +263,16 @@ def warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> 
     return _on_mesh(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
 
 
-def stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Any) -> Any:
+def stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> Any:
     """Steps that keep nothing for the next one."""
 
     def local(params, inputs, state, xs):
-        return _scan_stateless(loop, params, inputs, state, xs)
+        return _keep_nothing(loop, params, inputs, state, (xs, _times(loop, params, inputs, xs)))
 
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
 
 
-def displaced(loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Stale, xs: Any) -> tuple[Any, Stale]:
+def displaced(loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Stale, xs: Steps) -> tuple[Any, Stale]:
     """Displaced steps from the stale state of the step before."""
 
     def local(params, inputs, state, stale, xs):
@@ -282,7 +282,7 @@ def displaced(loop: Loop, params: Params, inputs: Inputs, state: Any, stale: Sta
     return _on_mesh(loop, local, stale=True, out=specs)(params, inputs, state, stale, xs)
 
 
-def whole(loop: Loop, params: Params, inputs: Inputs, state: Any, warm_xs: Any, xs: Any) -> Any:
+def whole(loop: Loop, params: Params, inputs: Inputs, state: Any, warm_xs: Steps, xs: Steps) -> Any:
     """Warm-up and displaced steps in one program."""
 
     def local(params, inputs, state, all_xs):
@@ -305,14 +305,15 @@ def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
 
 def _warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
-    state = _scan_stateless(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], xs))
+    constants = (xs, _times(loop, params, inputs, xs))
+    state = _keep_nothing(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], constants))
     exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy)
     predict = partial(loop.unet.module(params).predict, exchange=exchange)
-    x, times = jax.tree.map(lambda a: a[-1], (xs, _times(loop, params, inputs, jax.tree.map(lambda a: a[-1:], xs))))
-    return _step(loop, predict, inputs, state, x, times), exchange.finish()
+    last = jax.tree.map(lambda a: a[-1], constants)
+    return _step(loop, predict, inputs, state, *last), exchange.finish()
 
 
-def _scan_stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> Any:
+def _keep_nothing(loop: Loop, params: Params, inputs: Inputs, state: Any, constants: tuple[Steps, Times]) -> Any:
     def body(state, constants):
         x, times = constants
         unet = loop.unet.module(params)
@@ -322,7 +323,7 @@ def _scan_stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: 
             predict = partial(unet.predict, exchange=loop.layout.exact())
         return _step(loop, predict, inputs, state, x, times), None
 
-    return _scan(body, state, (xs, _times(loop, params, inputs, xs)))
+    return _scan(body, state, constants)
 
 
 def _predict_alone(
@@ -358,9 +359,14 @@ def _scan_displaced(
 
 
 def _times(loop: Loop, params: Params, inputs: Inputs, xs: Steps) -> Times:
-    """`UNet.times` of all steps, [steps, branches * images, c] each: their kernels are read once for a loop, not in each step."""
-    times = loop.unet.module(params).times
-    return jax.vmap(lambda timestep: times(timestep, _flat(inputs.conditioning)))(xs.scheduler.timestep)
+    """`UNet.times` of all steps of a program, [steps, branches * images, c] each: the kernels are read once for all of them."""
+    times, conditioning = loop.unet.module(params).times, _flat(inputs.conditioning)
+    samples = inputs.weights.shape[0] * inputs.keys.shape[0]
+
+    def of_step(timestep: Float[Array, ""]) -> Times:
+        return times(jnp.broadcast_to(timestep, samples), conditioning, loop.dtype)
+
+    return jax.vmap(of_step)(xs.scheduler.timestep)
 
 
 def _flat(conditioning: Conditioning) -> Conditioning:

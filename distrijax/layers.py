@@ -300,7 +300,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": 
 
 
 def name_layers(module: nnx.Module) -> None:
-    """Tells every exchanging layer its own path, e.g. `down_blocks.0.resnets.1.conv1`."""
+    """Tells every layer that asks for it its own path, e.g. `down_blocks.0.resnets.1.conv1`."""
     for path, part in walk(module):
         if hasattr(part, "path"):
             part.path = ".".join(map(str, path))

@@ -90,7 +90,7 @@ class Shared:
         start, stop, _ = at[0].indices(*self.shape(self.whole, sizes))
         rows, *others = self.whole
         row = math.prod(others)
-        first, last = min(start // row, rows), min(math.ceil(stop / row), rows)
+        first, last = min(start // row, rows), min(-(-stop // row), rows)
         held = value[slice(first, last), *[slice(None)] * len(others)].reshape(-1)
         held = held[start - first * row : stop - first * row]
         return np.pad(held, (0, stop - start - held.size))
@@ -101,10 +101,10 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Turned:
-    """A kernel with its output channels first. To XLA turning back is a matter of the layout, and moves nothing.
+    """A kernel with its output channels first. Turning it back is a matter of the layout to XLA, which for GPUs moves nothing.
 
     part: of the turned kernel. cuDNN reads those of convolutions so (OHWI), which otherwise would be made in every step, and
-    files have them so: a share of one is a run of the file.
+    files have all of them so: a share of one is a run of the file.
     """
 
     part: Whole | Shared

@@ -42,6 +42,8 @@ class Piece(NamedTuple):
     def block(self, value: Values, sizes: Mapping[str, int], at: tuple[slice, ...]) -> Float[np.ndarray, "..."]:
         """What the parameter in the order of the devices, padded with zeros, has at the place of one of them."""
         devices, parts = self._devices(sizes), self.cut.parts
+        if self.length % (self.cut.unit * parts):
+            raise ValueError(f"{self.length} channels are not {parts} parts of units of {self.cut.unit}")
         share, length = self._each(devices) // parts, self.length // parts
         first = (at[self.axis].start or 0) // parts
 

@@ -1,8 +1,8 @@
 """The SDXL UNet: diffusers' UNet2DConditionModel for the configurations of the Stable Diffusion XL family.
 
 The module tree has diffusers' names. What depends on the prompt alone (cross-attention keys and values, the embedding of
-the pooled text and of the sizes) is computed once, by `condition`, and what the timesteps alone add to that (each resnet's
-projection of the time embedding) by `times`, both before the denoising loop; `predict` is what remains of a call.
+the pooled text and of the sizes) is computed once, by `condition`, before the denoising loop; what the timesteps alone add to that
+(each resnet's projection of the time embedding) by `times`, for all steps of a program; `predict` is what remains of a call.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs) if channels_in != channels_out else None
         self.path = ""
 
-    def time(self, embedding: Float[Array, "b t"]) -> Float[Array, "b C"]:
+    def project_time(self, embedding: Float[Array, "b t"]) -> Float[Array, "b C"]:
         """The embedding as a call adds it; with tensor parallelism this device's channels of it."""
         return self.time_emb_proj(jax.nn.silu(embedding))
 
@@ -189,7 +189,7 @@ class ResnetBlock2D(nnx.Module):
         self, x: Float[Array, "b h w c"], exchange: Exchange, time: Float[Array, "b C"] | None = None
     ) -> Float[Array, "b h w o"]:
         h = self.conv1(jax.nn.silu(self.norm1(x, exchange)), exchange)
-        if time is not None:
+        if self.time_emb_proj is not None:
             h = h + time[:, None, None, :]
         h = self.conv2(jax.nn.silu(self.norm2(h, exchange)), exchange)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
@@ -420,17 +420,15 @@ class UNet(nnx.Module):
             )
         return self.add_embedding(added)
 
-    def times(self, timestep: Float[Array, ""] | Float[Array, "b"], conditioning: Conditioning) -> Times:
-        """Everything that depends on the timestep but not on the sample. timestep: as for a call."""
-        key, *_ = next(iter(conditioning.context.values()))
-        timestep = jnp.broadcast_to(timestep, key.shape[:1])
-        features = self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(key.dtype)
+    def times(self, timestep: Float[Array, "b"], conditioning: Conditioning, dtype: jnp.dtype) -> Times:
+        """Everything that depends on the timestep but not on the sample. timestep: as for a call, one each."""
+        features = self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(dtype)
         if conditioning.guidance is not None:
             features = features + conditioning.guidance
         embedding = self.time_embedding(features)
         if conditioning.embedding is not None:
             embedding = embedding + conditioning.embedding
-        return {resnet.path: resnet.time(embedding) for block in self._blocks() for resnet in block.resnets}
+        return {resnet.path: resnet.project_time(embedding) for block in self._blocks() for resnet in block.resnets}
 
     def predict(
         self,
@@ -460,7 +458,8 @@ class UNet(nnx.Module):
 
         timestep: of the training schedule (0 to 999), fractions allowed; one for all, or one each.
         """
-        return self.predict(sample, self.times(timestep, conditioning), conditioning.context, exchange)
+        times = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), conditioning, sample.dtype)
+        return self.predict(sample, times, conditioning.context, exchange)
 
     def _sinusoidal(self, values: Array, size: int) -> Array:
         return sinusoidal(

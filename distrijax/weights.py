@@ -1,6 +1,6 @@
 """Reading a model's folder of the diffusers layout: config.json and safetensors, tensor by tensor, onto the devices.
 
-Of each tensor those parts are read that the devices of this process hold; all else that is checked stands in the file's head.
+Of each tensor those parts are copied that the devices of this process hold; all else that is checked stands in the file's head.
 
 Modules carry diffusers' names, so the map from a checkpoint is four leaf rules:
 
@@ -94,7 +94,7 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
 
     module: of shapes (`layers.abstract`). Each tensor is read, cast and placed before the next one, so the
     host never holds two. Raises one DistriError that lists every tensor that is missing, unexpected, duplicate, misshapen,
-    of a wrong type or not finite, as far as it is read.
+    of a wrong type or not finite. A number that is not finite is found where it is read: maybe in one of several processes.
     """
     graph, abstract = nnx.split(module)
     wanted = {checkpoint_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
@@ -114,6 +114,8 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
                 trouble, told = "not finite", name
         if trouble:
             problems.setdefault(trouble, []).append(told)
+        if problems:  # a failing load goes on only to report everything
+            filled.clear()
     missing = [name for name in wanted if name not in seen]
     if missing:
         problems["missing"] = missing
@@ -155,7 +157,8 @@ def to_pytorch(leaf: str, tensor: np.ndarray) -> np.ndarray:
 
 def _axes(leaf: str, rank: int) -> tuple[int, ...]:
     """PyTorch's axes of a parameter in this project's order."""
-    return {4: (2, 3, 1, 0), 2: (1, 0)}[rank] if leaf == "kernel" and rank in (2, 4) else tuple(range(rank))
+    kernels = {4: (2, 3, 1, 0), 2: (1, 0)}
+    return kernels[rank] if leaf == "kernel" and rank in kernels else tuple(range(rank))
 
 
 def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = SAFE) -> list[Path]:
@@ -198,16 +201,16 @@ def _shards(folder: Path, index: str) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-class Tensor:
+class FileTensor:
     """A tensor in an open safetensors file, in PyTorch's layout. kind: its type, as the file calls it."""
 
     def __init__(self, tensors: safe_open, name: str, file: Path):
-        self.file, self._content = file, tensors.get_slice(name)
+        self._file, self._content = file, tensors.get_slice(name)
         self.shape, self.kind = tuple(self._content.get_shape()), self._content.get_dtype()
 
     def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
         """A block of it, in memory of its own."""
-        with _reading(self.file):
+        with _reading(self._file):
             return self._content[block]
 
 
@@ -217,7 +220,7 @@ class Stored:
     finite: whether all that has been read is.
     """
 
-    def __init__(self, tensor: Tensor, leaf: str, dtype: jnp.dtype):
+    def __init__(self, tensor: FileTensor, leaf: str, dtype: jnp.dtype):
         self._tensor, self._leaf, self._dtype = tensor, leaf, dtype
         self._axes = _axes(leaf, len(tensor.shape))
         self.shape = tuple(tensor.shape[axis] for axis in self._axes)
@@ -232,14 +235,14 @@ class Stored:
         return to_native(self._leaf, stored).astype(self._dtype, copy=False)
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, FileTensor]]:
     """Names (as they are today) and tensors of safetensors files, one at a time; to be read before the next one is asked for."""
     for file in files:
         if file.exists() and not file.is_file():
             raise DistriError(f"{file} is a folder or a pipe; put the file of weights there")
         with _reading(file), safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield current_name(name), Tensor(tensors, name, file)
+                yield current_name(name), FileTensor(tensors, name, file)
 
 
 @contextlib.contextmanager
@@ -271,7 +274,7 @@ def finite(tensor: np.ndarray) -> bool:
     return not np.any((bits & exponent) == exponent)
 
 
-def _trouble(name: str, tensor: Tensor, wanted: dict) -> tuple[str | None, str]:
+def _trouble(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, str]:
     """The kind of trouble with a tensor, by what the file's head says of it, and what to say; None where there is none."""
     if name not in wanted:
         return "unexpected", name

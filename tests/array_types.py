@@ -1,6 +1,6 @@
 """A type checker for jaxtyping's import hook that looks at arrays alone.
 
-Shapes, dtypes and "is this an array" are checked in every call under pytest. Other annotations are not: the library
+Shapes, dtypes and "is this an array" are checked in the test files that conftest.py names. Other annotations are not: the library
 refuses wrong input itself, with sentences that have their own tests, and takes a string for the member of an enum.
 """
 

@@ -98,8 +98,8 @@ def tiny_sd_checkpoints(tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="session")
-def torch_pipe(shallow_checkpoint):
-    """`shallow_checkpoint` in torch diffusers (StableDiffusionXLPipeline); tests share it, so leave it as it is."""
+def torch_pipe(tiny_checkpoint):
+    """`tiny_checkpoint` in torch diffusers (StableDiffusionXLPipeline); tests share it, so leave it as it is."""
     from tiny_pipeline import load_torch_pipeline
 
-    return load_torch_pipeline(shallow_checkpoint)
+    return load_torch_pipeline(tiny_checkpoint)

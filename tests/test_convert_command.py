@@ -24,7 +24,6 @@ from oracle import psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
-from tiny_pipeline import load_torch_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import latency
@@ -96,14 +95,14 @@ def test_in_one_format_and_out_in_another_is_the_same_bytes(formats, model, sour
     assert same(tmp_path / "back", model)
 
 
-def test_diffusers_paints_the_same_from_shards(model, tiny_checkpoint, tmp_path):
+def test_diffusers_paints_the_same_from_shards(model, tiny_checkpoint, torch_pipe, tmp_path):
     convert(model, tmp_path / "shards", "--max-shard-size", "500KB")
     assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "shards", dtype=torch.float32)
     pipe.watermark = None
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np", "latents": torch.ones(1, 4, 8, 8)}
-    got, wanted = (each("a red circle", **call).images for each in (pipe, load_torch_pipeline(tiny_checkpoint)))
+    got, wanted = (each("a red circle", **call).images for each in (pipe, torch_pipe))
     assert psnr(got, wanted) > 80
 
 

@@ -125,13 +125,13 @@ APPLIES = {
 
 
 @pytest.fixture(scope="module")
-def pipe(shallow_checkpoint):
+def pipe(tiny_checkpoint):
     """A pipeline by its configuration."""
 
     @functools.cache
     def load(**settings) -> DistriSDXLPipeline:
         config = DistriConfig(**{"warmup_steps": WARM_UP} | settings)
-        pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config)
+        pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention as TorchAttention
 from diffusers.models.embeddings import get_timestep_embedding
 from flax import nnx
+from jaxtyping import TypeCheckError
 from oracle import disturb, nhwc, port, relative_error
 
 from distrijax import layers
@@ -142,3 +143,9 @@ def test_layers_learn_their_paths():
     module = Two()
     layers.name_layers(module)
     assert [module.norm.path, module.convs[0].path, module.convs[1].path] == ["norm", "convs.0", "convs.1"]
+
+
+def test_arguments_of_another_shape_than_annotated_are_seen_here():
+    """What conftest.py switches off elsewhere is on in this file."""
+    with pytest.raises(TypeCheckError):
+        layers.sinusoidal(jnp.zeros((2, 2)), 8, flip_sin_to_cos=True, shift=0.0)

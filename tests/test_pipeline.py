@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from oracle import psnr, relative_error
 from PIL import Image
+from tiny_pipeline import load_torch_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
 from distrijax.exchange import KINDS
@@ -36,6 +37,12 @@ def pipe_on(shallow_checkpoint):
         return pipe
 
     return load
+
+
+@pytest.fixture(scope="module")
+def torch_pipe(shallow_checkpoint):
+    """The same checkpoint in torch diffusers."""
+    return load_torch_pipeline(shallow_checkpoint)
 
 
 @pytest.fixture(scope="module")

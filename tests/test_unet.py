@@ -183,12 +183,12 @@ def ours_for(kind: str, module: nnx.Module, given: dict, context: dict) -> jax.A
     x = jnp.asarray(nhwc(x))
     embedding = None if embedding is None else jnp.asarray(host(embedding))
     if kind == "ResnetBlock2D":
-        return module(x, WholeImage(), module.time(embedding))
+        return module(x, WholeImage(), module.project_time(embedding))
     if kind == "sampler":
         return module(x, WholeImage())
     if kind == "Transformer2DModel":
         return module(x, WholeImage(), context)
-    times = {resnet.path: resnet.time(embedding) for resnet in module.resnets}
+    times = {resnet.path: resnet.project_time(embedding) for resnet in module.resnets}
     if kind == "up":
         skips = [jnp.asarray(nhwc(skip)) for skip in arrays["res_hidden_states_tuple"]]
         above = jnp.zeros((1, 2 * x.shape[1], 2 * x.shape[2], 1))  # of the level above; its size alone is looked at

@@ -151,12 +151,12 @@ def test_every_tensor_goes_through_place(folder):
 
 
 def test_blocks_are_those_of_the_parameters(module, folder):
-    """Down to empty ones, at both ends of every axis."""
+    """Down to empty ones, at both ends of the axes."""
     wanted, rng = leaves(module), np.random.default_rng(0)
 
     def place(path, values):
         assert values.shape == wanted[path].shape
-        ends = [(0, 0), *([n, n] for n in values.shape[-1:]), *np.sort(rng.integers(0, 8, (20, 2)))]
+        ends = [(0, 0), *((n, n) for n in values.shape), *np.sort(rng.integers(0, 8, (20, 2)))]
         for start, stop in ends:
             block = tuple(slice(min(start, n), min(stop, n)) for n in values.shape)
             np.testing.assert_array_equal(values[block], wanted[path][block])
