@@ -243,8 +243,7 @@ def condition(
 
     def local(params, arguments):
         lead = arguments[0].shape[:2]
-        merged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), arguments)
-        result = loop.unet.module(params).condition(*merged, exchange=layout.exact())
+        result = loop.unet.module(params).condition(*_merged(arguments), exchange=layout.exact())
         result = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
         return jax.tree.map(own_branches, result) if layout.guided else result
 
@@ -267,7 +266,7 @@ def stateless(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps)
     """Steps that keep nothing for the next one."""
 
     def local(params, inputs, state, xs):
-        return _keep_nothing(loop, params, inputs, state, (xs, _times(loop, params, inputs, xs)))
+        return _keep_nothing(loop, params, inputs, state, _constants(loop, params, inputs, xs))
 
     return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
 
@@ -305,7 +304,7 @@ def _on_mesh(loop: Loop, local, *, out: Any, stale: bool = False):
 
 def _warm_up(loop: Loop, params: Params, inputs: Inputs, state: Any, xs: Steps) -> tuple[Any, Stale]:
     """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
-    constants = (xs, _times(loop, params, inputs, xs))
+    constants = _constants(loop, params, inputs, xs)
     state = _keep_nothing(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], constants))
     exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy)
     predict = partial(loop.unet.module(params).predict, exchange=exchange)
@@ -355,23 +354,23 @@ def _scan_displaced(
         predict = partial(loop.unet.module(params).predict, exchange=exchange)
         return (_step(loop, predict, inputs, state, x, times), exchange.finish()), None
 
-    return _scan(body, (state, stale), (xs, _times(loop, params, inputs, xs)))
+    return _scan(body, (state, stale), _constants(loop, params, inputs, xs))
 
 
-def _times(loop: Loop, params: Params, inputs: Inputs, xs: Steps) -> Times:
-    """`UNet.times` of all steps of a program, [steps, branches * images, c] each: the kernels are read once for all of them."""
-    times, conditioning = loop.unet.module(params).times, _flat(inputs.conditioning)
+def _constants(loop: Loop, params: Params, inputs: Inputs, xs: Steps) -> tuple[Steps, Times]:
+    """`xs` and `UNet.times` of all steps of a program, [steps, branches * images, c] each: its kernels are read once for all."""
+    times, conditioning = loop.unet.module(params).times, _merged(inputs.conditioning)
     samples = inputs.weights.shape[0] * inputs.keys.shape[0]
 
     def of_step(timestep: Float[Array, ""]) -> Times:
         return times(jnp.broadcast_to(timestep, samples), conditioning, loop.dtype)
 
-    return jax.vmap(of_step)(xs.scheduler.timestep)
+    return xs, jax.vmap(of_step)(xs.scheduler.timestep)
 
 
-def _flat(conditioning: Conditioning) -> Conditioning:
-    """Branches and images as one axis."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), conditioning)
+def _merged(branches_and_images: Any) -> Any:
+    """The first two axes of every leaf as one."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), branches_and_images)
 
 
 def _scan(body, carry, xs):
@@ -397,7 +396,7 @@ def _step(
     sample = loop.scheduler.scale_input(state.latents, step).astype(loop.dtype)
     if loop.layout.guided:
         sample = for_each_branch(sample)
-    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), times, _flat(inputs.conditioning).context)
+    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), times, _merged(inputs.conditioning.context))
     output = output.astype(jnp.float32).reshape(branches, images, *output.shape[1:])
     noise = None
     if loop.scheduler.needs_noise:

@@ -167,16 +167,16 @@ def put(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSha
     """A host's arrays on the devices of all processes, each of which has the same ones; nothing travels between them."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at]), value)
+    return jax.tree.map(lambda leaf: put_blocks(leaf.shape, sharding, leaf.__getitem__), value)
 
 
 def put_blocks(
-    shape: tuple[int, ...], sharding: NamedSharding, block: Callable[[tuple[slice, ...]], np.ndarray]
+    shape: tuple[int, ...], sharding: NamedSharding, block: Callable[[tuple[slice, ...]], np.ndarray | jax.Array]
 ) -> jax.Array:
     """An array of so many elements along each axis, of which every process makes what its devices hold, and nothing twice."""
-    made: dict[tuple, np.ndarray] = {}
+    made: dict[tuple, np.ndarray | jax.Array] = {}
 
-    def once(at: tuple[slice, ...]) -> np.ndarray:
+    def once(at: tuple[slice, ...]) -> np.ndarray | jax.Array:
         key = tuple((part.start, part.stop) for part in at)
         if key not in made:
             made[key] = block(at)
