@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from PIL import Image
-from tqdm import tqdm
 
 from distrijax import denoise
 from distrijax.config import (
@@ -41,6 +40,7 @@ from distrijax.loading import (
 from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, plan_mesh
 from distrijax.processes import connect, fetch, is_first, put
 from distrijax.programs import Programs
+from distrijax.progress import Progress
 from distrijax.prompt import Embeddings, Prompt, PromptEncoder, Texts, as_list
 from distrijax.shapes import latents_of, prompt_of, steps_of
 from distrijax.unet import UNetConfig
@@ -348,7 +348,7 @@ class Pipeline:
 
         stale = None
         settings = self._progress if is_first() else {"disable": True}
-        with tqdm(total=total, **settings) as progress:
+        with Progress(total, **settings) as progress:
             for start, stop in _pieces(synchronous, chunk_size or 1):
                 piece = part(start, stop)
                 if not synchronous[start]:
@@ -362,9 +362,7 @@ class Pipeline:
                     state = self._call_back(
                         loop.layout, callback, stop - 1, float(xs.scheduler.timestep[stop - 1]), state
                     )
-                if not progress.disable:
-                    jax.block_until_ready(state)  # else the bar would run ahead of the devices
-                progress.update(stop - start)
+                progress.handed_over(stop - start, state.latents)
         return state
 
     def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):

@@ -1,0 +1,52 @@
+"""The progress bar: one piece behind what the devices were given, and complete at the end."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distrijax.progress import Progress
+
+GIVEN_AWAY = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+
+def test_the_host_waits_for_the_steps_before_those_that_it_hands_over(monkeypatch, capsys):
+    waited, block = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda array: waited.append(float(array[0])) or block(array))
+    results = [jnp.full(3, float(value)) for value in (1, 2, 3)]
+    with Progress(6) as progress:
+        for index, (steps, result) in enumerate(zip((1, 2, 3), results, strict=True)):
+            progress.handed_over(steps, result)
+            assert waited == [1.0, 2.0][:index]
+    assert waited == [1.0, 2.0, 3.0]
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_a_result_may_be_given_away_before_it_is_waited_for():
+    result = jnp.ones(3)
+    with Progress(2, disable=False) as progress:
+        progress.handed_over(1, result)
+        following = GIVEN_AWAY(result)
+        assert result.is_deleted()
+        progress.handed_over(1, following)
+    np.testing.assert_array_equal(following, 2.0)
+
+
+def test_steps_that_are_not_done_do_not_count(capsys):
+    def interrupted():
+        with Progress(2) as progress:
+            progress.handed_over(1, jnp.ones(3))
+            raise ValueError("a callback's")
+
+    with pytest.raises(ValueError, match="a callback's"):
+        interrupted()
+    assert "0/2" in capsys.readouterr().err
+
+
+def test_without_a_bar_nothing_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "block_until_ready", lambda array: pytest.fail("waited"))
+    with Progress(1, disable=True) as progress:
+        progress.handed_over(1, jnp.ones(3))
+    assert capsys.readouterr().err == ""
