@@ -43,6 +43,9 @@ Place = Callable[[ParamPath, Values], jax.Array]
 FLOATING = ("F64", "F32", "F16", "BF16")
 """What safetensors files call the types of weights that are read."""
 
+EIGHT_BITS, WIDENING = ("F8_E4M3", "F8_E5M2"), "`python -m distrijax.convert SOURCE DESTINATION --dtype float16`"
+"""Types that conversion alone reads, and the command that makes others of them."""
+
 IGNORED = ("text_model.embeddings.position_ids",)
 """Tensors that some checkpoints carry and no model needs."""
 
@@ -282,6 +285,8 @@ def _trouble(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, s
     needed = to_pytorch(path[-1], np.broadcast_to(0, leaf.shape)).shape
     if tensor.shape != needed:
         return "misshapen", f"{name} is {list(tensor.shape)} and should be {list(needed)}"
+    if tensor.kind in EIGHT_BITS:
+        return f"of 8 bits, of which {WIDENING} makes 16", f"{name} is {tensor.kind}"
     if tensor.kind not in FLOATING:
         return f"of a type other than {', '.join(FLOATING)}", f"{name} is {tensor.kind}"
     return None, name
