@@ -31,7 +31,7 @@ from typing import ClassVar, Protocol
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from distrijax.compression import decode, encode
 from distrijax.config import Compression, DistriConfig, SyncMode
@@ -227,7 +227,7 @@ class Displaced(Synchronous):
 
     stale: what `finish()` returned at the previous step, on this device. pace: the distance to the next step over that from
     the previous one, for extrapolation: what is published is then the fresh value and, at that pace, the way it has gone
-    from its running mean, which is smoother than the last step alone. No collective here depends on this step's
+    from its running mean, which is smoother than the last step alone. No collective here needs this step's
     activations, so all of them can travel while the device computes. The one exception is the UNet's input, which is asked
     for through `exact`: one fresh row of the latent from each neighbour (the original has the whole latent everywhere).
 
@@ -251,6 +251,7 @@ class Displaced(Synchronous):
         super().__init__(axis, bands, strategy or Strategy(type(self)))
         self.stale, self.pace = stale, pace
         self._moments: dict[str, Float[Array, "n b g 2"]] | None = None
+        self._last_tokens: Float[Array, "b h w c2"] | None = None  # of the layer before
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
@@ -258,20 +259,23 @@ class Displaced(Synchronous):
         return _with_neighbours(x, {end: self._previous(name + end) for end in own}, self.axis)
 
     def tokens(self, name, kv):
-        everyone = lax.all_gather(self._read(name), self.axis)
+        before, self._last_tokens = self._last_tokens, kv
+        everyone = _everyone(self._read(name), self.axis, before)
         if self.strategy.compress:
-            ends = lax.all_gather(self._read(name + ENDS), self.axis)
+            ends = _everyone(self._read(name + ENDS), self.axis, before)
             everyone = decode(everyone, ends, self.strategy.compress)
         own = self._publish(TOKENS, name, _after(_flat(kv), everyone))
         self._check(name)
-        everyone = lax.dynamic_update_slice_in_dim(everyone, own[None], lax.axis_index(self.axis), axis=0)
-        return self._image_tokens(jnp.moveaxis(everyone, 0, 1).reshape(own.shape[0], -1, own.shape[-1]), kv)
+        everyone = lax.dynamic_update_slice_in_dim(everyone, own[:, None], _own_place(self.axis), axis=1)
+        if self._in_image(kv) is not None:  # else to an attention the order is all one
+            everyone = _in_order(everyone, self.axis)
+        return self._image_tokens(everyone.reshape(own.shape[0], -1, own.shape[-1]), kv)
 
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._own(x, size))
         stale = self._previous(name)
         (own_mean, own_variance), (old_mean, old_variance) = _split(own), _split(stale)
-        stale_mean, stale_variance = _split(_pooled(self._everyone(name), self._shares(x)))
+        stale_mean, stale_variance = _split(_pooled(self._stale_moments(name), self._shares(x)))
         change, a = own_mean - old_mean, self.correction(x)
         # E[x^2] - mean^2 of the corrected moments with the squares multiplied out, so that nothing large cancels
         shift = 2 * (old_mean - stale_mean) + (1 - a) * change
@@ -308,15 +312,13 @@ class Displaced(Synchronous):
         self._check(name)
         return self._read(name)
 
-    def _everyone(self, name: str) -> Float[Array, "n b g 2"]:
-        """All patches' stale moments of a layer.
-
-        Those of all layers travel together: each is next to nothing, and TPUs do not begin many gathers at a time.
-        """
+    def _stale_moments(self, name: str) -> Float[Array, "n b g 2"]:
+        """All patches' stale moments of a layer; those of all layers travel together, for each is next to nothing."""
         if self._moments is None:
             parts = {each: leaf for each, leaf in self.stale.items() if _is_moments(each, leaf)}
             ends = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
-            together = lax.all_gather(jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()]), self.axis)
+            own = jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()])
+            together = jnp.moveaxis(_in_order(_everyone(own, self.axis), self.axis), 1, 0)
             gathered = zip(parts.items(), jnp.split(together, ends, axis=1), strict=True)
             self._moments = {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in gathered}
         return self._moments[name]
@@ -475,6 +477,42 @@ def _with_neighbours(x: Array, edges: dict[str, Array], axis: Axis, *, apart: bo
     return jnp.concatenate([*above, x, *below], 1)
 
 
+def _everyone(x: Shaped[Array, "b ..."], axis: Axis, after: Array | None = None) -> Shaped[Array, "b n ..."]:
+    """All patches' `x`, which is there long before it is read: in the patches' order, or on TPUs from this patch's on.
+
+    TPUs do not gather but permute, which they do beside any computing; gathers only where kernels of products can take parts
+    of them along, and at SDXL's widths they do not for all. after: what TPUs shall have computed before; left to themselves
+    they begin all permutes of a step together, run out of room for more, and keep what comes in until it is read.
+    """
+
+    def gather(x, after):
+        return jnp.moveaxis(lax.all_gather(x, axis), 0, 1)
+
+    def permutes(x, after):
+        return _from_own_on(x if after is None else _after(x, after), axis)
+
+    return lax.platform_dependent(x, after, tpu=permutes, default=gather)
+
+
+def _own_place(axis: Axis) -> Array:
+    """Where `_everyone` has this patch's."""
+    own = lax.axis_index(axis)
+    return lax.platform_dependent(own, tpu=jnp.zeros_like, default=lambda own: own)
+
+
+def _in_order(everyone: Shaped[Array, "b n ..."], axis: Axis) -> Shaped[Array, "b n ..."]:
+    """What `_everyone` returned, in the patches' order on all platforms."""
+    own = lax.axis_index(axis)
+    return lax.platform_dependent(everyone, tpu=lambda x: jnp.roll(x, own, 1), default=lambda x: x)
+
+
+def _from_own_on(x: Shaped[Array, "b ..."], axis: Axis) -> Shaped[Array, "b n ..."]:
+    """This patch's `x`, that of the next one, and so on, round: each by a permute."""
+    n = lax.axis_size(axis)
+    others = [lax.ppermute(x, axis, [((i + far) % n, i) for i in range(n)]) for far in range(1, n)]
+    return jnp.stack([x, *others], 1)
+
+
 def _after(x: Array, read: Array) -> Array:
     """`x`, but not before `read` is there.
 
@@ -482,7 +520,7 @@ def _after(x: Array, read: Array) -> Array:
     of the hurry: it leaves such writing to the end of the step, and until then holds everything twice.
     """
     zero = jnp.minimum(jnp.abs(read[(0,) * read.ndim]), 0)  # for XLA not a constant, so x now depends on `read`
-    return lax.optimization_barrier(x + zero)
+    return lax.optimization_barrier(x + zero.astype(x.dtype))
 
 
 def _split(moments: Array) -> tuple[Array, Array]:

@@ -26,12 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_gpu_enable_triton_gemm": False,
     },
     "tpu": {
-        "xla_enable_async_all_gather": True,
         "xla_enable_async_collective_permute": True,
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_async_collective_fusion_fuse_multiple_collectives": True,
-        "xla_max_concurrent_async_all_gathers": 4,
+        "xla_max_concurrent_async_collective_permutes": 64,
     },
 }
 """XLA's options for each of JAX's platforms.
@@ -43,14 +39,22 @@ Boundary rows, which are small, travel all together, or at 3840x3840 half of the
 product hides them, and take that of the first GroupNorm's moments.
 Products of matrices are cuBLAS's, which adds biases and residuals itself: XLA's own kernels need others around them.
 
-On TPUs the first four say what libtpu does by itself, so that another default does not take it away: permutes travel beside the
-computing, and kernels of products carry gathers. Without the last two they carry one gather at a time, and keys and values whose
-turn does not come in time are gathered synchronously; with the last alone, more of them. Every gather under way is held in full
-beside the others: hence not more than four.
+On TPUs the exchanges of a displaced step are all permutes, which travel beside any computing. libtpu lets few of them travel at
+a time: those that wait their turn then travel one after the other, where nothing hides them.
 """
 
-SHARDED: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8}}
-"""What is different where weights travel, too: with fewer at a time, keys and values are gathered far too early."""
+SHARDED: dict[str, dict[str, Any]] = {
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 8},
+    "tpu": {
+        "xla_tpu_async_collective_fusion_fuse_multiple_collectives": True,
+        "xla_max_concurrent_async_all_gathers": 16,
+    },
+}
+"""What is different where weights travel, too: on GPUs with fewer at a time, keys and values are gathered far too early.
+
+On TPUs kernels of products carry the gathers of weights, by themselves one at a time, and what does not find one in time is
+gathered while nothing else is done; with these, less of it. What is under way is held in full.
+"""
 
 
 def options_for(platform: str, *, shard_weights: bool = False) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from distrijax.exchange import (
     Strategy,
     Synchronous,
     WholeImage,
+    _everyone,
+    _from_own_on,
 )
 from distrijax.mesh import CFG, PATCH, Bands, MeshPlan
 
@@ -60,6 +62,21 @@ def on_bands(plan: MeshPlan, axis, function, *arrays, out: int = 1):
 
 def bands(x: np.ndarray, n: int) -> list[np.ndarray]:
     return np.split(x, n, axis=1)
+
+
+@AXES
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_tpus_which_are_not_here_have_the_same_from_the_own_band_on(plan, axis, dtype):
+    n, x = plan.devices, jnp.asarray(100 * np.abs(normal(2, ROWS, 3)), dtype)
+
+    def local(x):
+        return tuple(way(x, axis) for way in (_from_own_on, _everyone))
+
+    for_tpus, here = (bands(got, n) for got in on_bands(plan, axis, local, x, out=2))
+    wanted = np.stack(bands(np.asarray(x), n), 1)
+    for own in range(n):
+        np.testing.assert_array_equal(here[own], wanted)
+        np.testing.assert_array_equal(for_tpus[own], np.roll(wanted, -own, 1))
 
 
 @AXES

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command, targets
-from distrijax.overlap import Instruction, Program, array_bytes
+from distrijax.overlap import Instruction, Program, Transfer, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
 from distrijax.projection import CompiledStep, compile_decoder, compile_schedule, compile_step, seconds, waiting
@@ -358,14 +358,11 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
 # Compiled for TPUs ------------------------------------------------------------------------------------------------------
 
 tpu_compiler = pytest.mark.skipif(not tpu_compiler_is_installed(), reason="needs libtpu, of the extra `tpu`")
+LEAN = dataclasses.replace(SHALLOW, layers_per_block=1)
+"""SDXL's widths, every kind of block and exchange, and least of each: libtpu takes long where pictures are large."""
 NARROW = dataclasses.replace(
-    SHALLOW,
-    block_out_channels=(128, 256, 512),
-    attention_head_dim=(2, 4, 8),
-    cross_attention_dim=256,
-    layers_per_block=1,
+    LEAN, block_out_channels=(128, 256, 512), attention_head_dim=(2, 4, 8), cross_attention_dim=256
 )
-"""Every kind of block and exchange; libtpu takes ten times as long as the compiler for GPUs."""
 FLAT = dataclasses.replace(
     NARROW,
     block_out_channels=(64, 128),
@@ -375,30 +372,41 @@ FLAT = dataclasses.replace(
 )
 
 
-def exposed_on_tpus(unet, side: int, split_batch: bool, **options) -> list:
-    """Transfers of a displaced step on eight TPU v5e that are not asynchronous, or that no product hides."""
-    config, latent = DistriConfig(split_batch=split_batch), (side // 8, side // 8)
+def transfers_on_tpus(unet, side: int, config: DistriConfig, **options) -> tuple[list[Transfer], list[Transfer]]:
+    """Of a displaced step on eight TPU v5e: all, and those that are not asynchronous, or that no product hides."""
+    latent = (side // 8, side // 8)
     program = compile_schedule(config, unet, DDIM, "tpu-v5e", devices=8, latent=latent, options=options)
     planned = plan(config, unet, DDIM, devices=8, latent=latent)
     assert sum(transfer.received for transfer in program.transfers) == sum(planned.received.values())
-    return [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.behind)]
+    exposed = [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.behind)]
+    return program.transfers, exposed
 
 
 @tpu_compiler
-@pytest.mark.parametrize(("unet", "side", "split_batch"), [(NARROW, 512, False), (FLAT, 256, True)])
+@pytest.mark.parametrize(
+    ("unet", "side", "split_batch"), [(SDXL_BASE, 1024, False), (LEAN, 3840, False), (FLAT, 256, True)]
+)
 def test_every_transfer_of_a_displaced_step_is_hidden_on_tpus(unet, side, split_batch):
     """But for the named exceptions, of which the fresh rows may be hidden, too."""
-    exposed = exposed_on_tpus(unet, side, split_batch)
+    _, exposed = transfers_on_tpus(unet, side, DistriConfig(split_batch=split_batch))
     assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(side, split_batch)
 
 
 @tpu_compiler
+def test_weights_that_are_shared_out_are_mostly_gathered_behind_products_on_tpus():
+    transfers, exposed = transfers_on_tpus(NARROW, 512, DistriConfig(split_batch=False, shard_weights=True))
+    assert {transfer.kind for transfer in exposed} <= {"all-gather", "collective-permute"}
+    assert sum(transfer.received for transfer in exposed) < 0.1 * sum(transfer.received for transfer in transfers)
+
+
+@tpu_compiler
 def test_a_user_may_override_the_options_for_tpus():
-    """Without what lets kernels carry gathers, all of these are exposed: what the test above looks for can be missed."""
-    exposed = exposed_on_tpus(FLAT, 256, False, xla_tpu_enable_async_collective_fusion=False)
-    gathers = [transfer for transfer in exposed if transfer.kind == "all-gather"]
-    assert len(gathers) == 1 + 4  # moments; keys and values of four layers
-    assert OPTIONS["tpu"]["xla_tpu_enable_async_collective_fusion"]
+    """With one permute at a time, most of these are exposed: what the test above looks for can be missed."""
+    one = {"xla_max_concurrent_async_collective_permutes": 1}
+    transfers, exposed = transfers_on_tpus(FLAT, 256, DistriConfig(split_batch=False), **one)
+    assert {transfer.kind for transfer in transfers} == {"collective-permute"}
+    assert len(exposed) > len(transfers) / 2
+    assert OPTIONS["tpu"].keys() >= one.keys()
 
 
 @pytest.mark.parametrize(
