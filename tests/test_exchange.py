@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from distrijax.config import Compression
+from distrijax.config import Compression, SyncMode
 from distrijax.exchange import (
     ENDS,
     FIRST,
@@ -29,8 +29,6 @@ from distrijax.exchange import (
     Strategy,
     Synchronous,
     WholeImage,
-    _everyone,
-    _from_own_on,
 )
 from distrijax.mesh import CFG, PATCH, Bands, MeshPlan
 
@@ -62,21 +60,6 @@ def on_bands(plan: MeshPlan, axis, function, *arrays, out: int = 1):
 
 def bands(x: np.ndarray, n: int) -> list[np.ndarray]:
     return np.split(x, n, axis=1)
-
-
-@AXES
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
-def test_tpus_which_are_not_here_have_the_same_from_the_own_band_on(plan, axis, dtype):
-    n, x = plan.devices, jnp.asarray(100 * np.abs(normal(2, ROWS, 3)), dtype)
-
-    def local(x):
-        return tuple(way(x, axis) for way in (_from_own_on, _everyone))
-
-    for_tpus, here = (bands(got, n) for got in on_bands(plan, axis, local, x, out=2))
-    wanted = np.stack(bands(np.asarray(x), n), 1)
-    for own in range(n):
-        np.testing.assert_array_equal(here[own], wanted)
-        np.testing.assert_array_equal(for_tpus[own], np.roll(wanted, -own, 1))
 
 
 @AXES
@@ -165,6 +148,36 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
             np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
         elif own.size:
             np.testing.assert_allclose(moments[i][:, 0], moments_of(own), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def as_on_tpus(monkeypatch):
+    """TPUs are not here, but what is done for them can be done by CPUs."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, **_: tpu(*operands))
+
+
+@UNEVEN
+def test_bands_of_uneven_height_are_alike_on_tpus(as_on_tpus, rows, n, levels):
+    mode = SyncMode.CORRECTED_ASYNC_GN
+    test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_synchronous_ones(mode, rows, n, levels)
+
+
+@AXES
+def test_on_tpus_tokens_begin_with_the_own_ones(as_on_tpus, plan, axis):
+    """Those of several layers, of which each but the first waits for the layer before."""
+    names, n = ("first", "second", "third"), plan.devices
+
+    def local(previous, present):
+        earlier = Synchronous(axis)
+        for name in names:
+            earlier.tokens(name, previous)
+        later = Displaced(earlier.finish(), axis)
+        return tuple(later.tokens(name, present) for name in names)
+
+    for layer in on_bands(plan, axis, local, PREVIOUS, PRESENT, out=len(names)):
+        for own, got in enumerate(bands(layer, n)):
+            others = [bands(PREVIOUS, n)[(own + far) % n] for far in range(1, n)]
+            np.testing.assert_array_equal(got, np.concatenate([bands(PRESENT, n)[own], *others], 1).reshape(2, -1, 4))
 
 
 def test_one_device_needs_nothing():
