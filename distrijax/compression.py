@@ -1,6 +1,6 @@
 """Keys and values in fewer bits, for the way from device to device.
 
-    tokens [b t c]  --encode-->  levels, packed into bytes     --gather, decode-->  tokens [n b t c]
+    tokens [b t c]  --encode-->  levels, packed into bytes     --sent, decode--->  tokens [b n t c]
                                  each channel's two ends
 
 The levels of a channel lie equally far apart from its smallest value in the patch to its largest, so that a channel of keys

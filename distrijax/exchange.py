@@ -264,10 +264,12 @@ class Displaced(Synchronous):
         if self.strategy.compress:
             ends = _everyone(self._read(name + ENDS), self.axis, before)
             everyone = decode(everyone, ends, self.strategy.compress)
+        # what is published can take the stale value's place in memory as soon as that has been sent; XLA would leave such
+        # writing to the end of the step, and until then hold everything twice
         own = self._publish(TOKENS, name, _after(_flat(kv), everyone))
         self._check(name)
         everyone = lax.dynamic_update_slice_in_dim(everyone, own[:, None], _own_place(self.axis), axis=1)
-        if self._in_image(kv) is not None:  # else to an attention the order is all one
+        if self._in_image(kv) is not None:  # else attention does not depend on the order
             everyone = _in_order(everyone, self.axis)
         return self._image_tokens(everyone.reshape(own.shape[0], -1, own.shape[-1]), kv)
 
@@ -382,7 +384,7 @@ class OwnMoments(Displaced):
 class Frozen(OwnMoments):
     """no_sync: what the others published at the last step of the warm-up, for ever; own moments.
 
-    The original's numbers, not its traffic: the same values are gathered again at every step.
+    The original's numbers, not its traffic: the same values are sent again at every step.
     """
 
     def finish(self) -> Stale:
@@ -480,9 +482,9 @@ def _with_neighbours(x: Array, edges: dict[str, Array], axis: Axis, *, apart: bo
 def _everyone(x: Shaped[Array, "b ..."], axis: Axis, after: Array | None = None) -> Shaped[Array, "b n ..."]:
     """All patches' `x`, which is there long before it is read: in the patches' order, or on TPUs from this patch's on.
 
-    TPUs do not gather but permute, which they do beside any computing; gathers only where kernels of products can take parts
-    of them along, and at SDXL's widths they do not for all. after: what TPUs shall have computed before; left to themselves
-    they begin all permutes of a step together, run out of room for more, and keep what comes in until it is read.
+    On TPUs each patch's comes by a permute of its own, which can travel beside any computing. A gather travels only inside
+    kernels of products there, and at SDXL's widths some find none. after: what is computed on TPUs before these permutes
+    begin. Without it XLA begins all permutes of a step at once, more than can be under way, and what they bring waits in memory.
     """
 
     def gather(x, after):
@@ -514,11 +516,7 @@ def _from_own_on(x: Shaped[Array, "b ..."], axis: Axis) -> Shaped[Array, "b n ..
 
 
 def _after(x: Array, read: Array) -> Array:
-    """`x`, but not before `read` is there.
-
-    What a step publishes can take the place of the stale value in memory as soon as that has been gathered. XLA does not know
-    of the hurry: it leaves such writing to the end of the step, and until then holds everything twice.
-    """
+    """`x`, but not before the first number of `read` is there: XLA may else compute it far too early, or too late."""
     zero = jnp.minimum(jnp.abs(read[(0,) * read.ndim]), 0)  # for XLA not a constant, so x now depends on `read`
     return lax.optimization_barrier(x + zero.astype(x.dtype))
 

@@ -358,11 +358,11 @@ class Pipeline:
                     state, stale = run(denoise.warm_up, state, piece, donate=(1,))
                 else:
                     state = run(denoise.stateless, state, piece, donate=(1,))
+                progress.handed_over(stop - start, state.latents)
                 if callback is not None:
                     state = self._call_back(
                         loop.layout, callback, stop - 1, float(xs.scheduler.timestep[stop - 1]), state
                     )
-                progress.handed_over(stop - start, state.latents)
         return state
 
     def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):

@@ -138,7 +138,7 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
     for equation in _used(jaxpr):
         inner = [branch for value in equation.params.values() for branch in _programs(value)]
         if equation.params.get("branches_platforms"):
-            inner = inner[-1:]  # any platform's: what one of them does in a way of its own brings in as much
+            inner = inner[-1:]  # the default; other platforms' ways bring in as many bytes
         if equation.primitive.name == "cond":
             yield from max(
                 (list(_collectives(branch, sizes)) for branch in inner), key=lambda found: sum(n for *_, n in found)

@@ -39,8 +39,8 @@ Boundary rows, which are small, travel all together, or at 3840x3840 half of the
 product hides them, and take that of the first GroupNorm's moments.
 Products of matrices are cuBLAS's, which adds biases and residuals itself: XLA's own kernels need others around them.
 
-On TPUs the exchanges of a displaced step are all permutes, which travel beside any computing. libtpu lets few of them travel at
-a time: those that wait their turn then travel one after the other, where nothing hides them.
+On TPUs what is displaced comes by permutes, which can travel beside any computing. libtpu lets few of them travel at a time: those
+that wait their turn then travel one after the other, where nothing hides them.
 """
 
 SHARDED: dict[str, dict[str, Any]] = {

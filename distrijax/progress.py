@@ -11,8 +11,8 @@ from tqdm import tqdm
 class Progress:
     """tqdm's bar of the steps that the devices have done; a context.
 
-    The host waits for steps only after it has handed over those that follow: for a large model that takes it milliseconds,
-    in which the devices would have nothing to do.
+    The host waits for steps only after it has handed over those that follow, and for the last ones at the end: for a large
+    model handing over takes it milliseconds, in which the devices would have nothing to do.
     total: steps. settings: tqdm's.
     """
 
@@ -24,25 +24,31 @@ class Progress:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        if raised == (None, None, None):
-            self._wait()
-        self._bar.close()
+        try:
+            if raised[0] is None:
+                self._wait()
+        finally:
+            self._bar.close()
 
     def handed_over(self, steps: int, result: jax.Array) -> None:
         """The devices have so many more steps to do, of which `result` comes; waits for those before.
 
-        Whoever called may donate `result` to a program: what is waited for is a copy of the part of it on one device.
+        Whoever called may donate `result` to a program: what is waited for is a number out of it.
         """
         if not self._bar.disable:
-            part = result.addressable_shards[0]
-            copy = jax.device_put(part.data, part.device, may_alias=False)
+            number = _first(result.addressable_shards[0].data)
             self._wait()
-            self._running = steps, copy
+            self._running = steps, number
 
     def _wait(self) -> None:
         """Until what was handed over last is done."""
         if self._running is not None:
-            steps, copy = self._running
-            jax.block_until_ready(copy)
+            steps, number = self._running
+            jax.block_until_ready(number)
             self._bar.update(steps)
             self._running = None
+
+
+@jax.jit
+def _first(array: jax.Array) -> jax.Array:
+    return array[(0,) * array.ndim]

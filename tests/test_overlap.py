@@ -395,8 +395,9 @@ def test_every_transfer_of_a_displaced_step_is_hidden_on_tpus(unet, side, split_
 @tpu_compiler
 def test_weights_that_are_shared_out_are_mostly_gathered_behind_products_on_tpus():
     transfers, exposed = transfers_on_tpus(NARROW, 512, DistriConfig(split_batch=False, shard_weights=True))
-    assert {transfer.kind for transfer in exposed} <= {"all-gather", "collective-permute"}
-    assert sum(transfer.received for transfer in exposed) < 0.1 * sum(transfer.received for transfer in transfers)
+    weights = [transfer for transfer in exposed if transfer.kind == "all-gather"]
+    assert {(each.kind, each.received) for each in exposed if each not in weights} <= exceptions(512, False)
+    assert sum(transfer.received for transfer in weights) < 0.06 * sum(transfer.received for transfer in transfers)
 
 
 @tpu_compiler
@@ -406,6 +407,7 @@ def test_a_user_may_override_the_options_for_tpus():
     transfers, exposed = transfers_on_tpus(FLAT, 256, DistriConfig(split_batch=False), **one)
     assert {transfer.kind for transfer in transfers} == {"collective-permute"}
     assert len(exposed) > len(transfers) / 2
+    assert max(transfer.received for transfer in exposed) == max(transfer.received for transfer in transfers)  # tokens
     assert OPTIONS["tpu"].keys() >= one.keys()
 
 

@@ -183,8 +183,11 @@ def test_what_no_device_holds_is_not_read(module, folder):
         load(folder, place=reading(slice(5, 6), slice(3, 4)))
 
 
-OTHER = "of a type other than F64, F32, F16, BF16"
-EIGHT_BITS = "of 8 bits, of which `python -m distrijax.convert SOURCE DESTINATION --dtype float16` makes 16"
+OTHER = "does not hold the model its config.json describes; fetch the folder again: 1 of a type other than F64, F32, F16, BF16"
+EIGHT_BITS = (
+    "has weights of 8 bits, which are not read; convert it, `python -m distrijax.convert SOURCE DESTINATION --dtype float16`: "
+    "1 of 8 bits"
+)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_weights_of_other_types_are_refused(folder, kind, bits, told):
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     where = dict.fromkeys(tensors, "other.safetensors") | {"norm.bias": file.name}
     (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(DistriError, match=re.escape(f"1 {told} (norm.bias is {kind})")):
+    with pytest.raises(DistriError, match=re.escape(f"{folder} {told} (norm.bias is {kind})")):
         load(folder)
 
 
