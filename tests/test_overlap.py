@@ -395,9 +395,7 @@ def test_every_transfer_of_a_displaced_step_is_hidden_on_tpus(unet, side, split_
 @tpu_compiler
 def test_weights_that_are_shared_out_are_mostly_gathered_behind_products_on_tpus():
     transfers, exposed = transfers_on_tpus(NARROW, 512, DistriConfig(split_batch=False, shard_weights=True))
-    weights = [transfer for transfer in exposed if transfer.kind == "all-gather"]
-    assert {(each.kind, each.received) for each in exposed if each not in weights} <= exceptions(512, False)
-    assert sum(transfer.received for transfer in weights) < 0.06 * sum(transfer.received for transfer in transfers)
+    assert sum(transfer.received for transfer in exposed) < 0.06 * sum(transfer.received for transfer in transfers)
 
 
 @tpu_compiler
