@@ -30,17 +30,18 @@ READ = dict.fromkeys(WAYS, (0.8, 0.995)) | {
 LONG = 300  # seconds for what a loaded machine should have done by then
 
 STEPPING = """
-import functools, pathlib, sys
+import functools, pathlib, sys, time
 import generate
 from distrijax import DistriSDXLPipeline
 
 def step(pipe, number, *_):
     pathlib.Path(sys.argv[1], str(number)).touch()
+    time.sleep(0.05)
 
 DistriSDXLPipeline.__call__ = functools.partialmethod(DistriSDXLPipeline.__call__, callback_on_step_end=step)
 generate.main(sys.argv[2:])
 """
-"""generate.py that tells of its steps by files in a folder."""
+"""generate.py that tells of its steps by files in a folder, and is not done with them before it was interrupted twice."""
 
 
 def free_port() -> int:
