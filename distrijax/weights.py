@@ -43,8 +43,8 @@ Place = Callable[[ParamPath, Values], jax.Array]
 FLOATING = ("F64", "F32", "F16", "BF16")
 """What safetensors files call the types of weights that are read."""
 
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
-"""Types of weights that `distrijax.convert` makes others of."""
+EIGHT_BITS, OF_EIGHT_BITS = ("F8_E4M3", "F8_E5M2"), "of 8 bits"
+"""Types of weights that `distrijax.convert` makes others of, and what an error calls the trouble with them."""
 
 IGNORED = ("text_model.embeddings.position_ids",)
 """Tensors that some checkpoints carry and no model needs."""
@@ -122,7 +122,7 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
     missing = [name for name in wanted if name not in seen]
     if missing:
         problems["missing"] = missing
-    if problems.keys() == {"of 8 bits"}:
+    if problems.keys() == {OF_EIGHT_BITS}:
         command = "`python -m distrijax.convert SOURCE DESTINATION --dtype float16`"
         raise DistriError(
             f"{folder} has weights of 8 bits, which are not read; convert it, {command}: {summary(problems)}"
@@ -291,7 +291,7 @@ def _trouble(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, s
     if tensor.shape != needed:
         return "misshapen", f"{name} is {list(tensor.shape)} and should be {list(needed)}"
     if tensor.kind in EIGHT_BITS:
-        return "of 8 bits", f"{name} is {tensor.kind}"
+        return OF_EIGHT_BITS, f"{name} is {tensor.kind}"
     if tensor.kind not in FLOATING:
         return f"of a type other than {', '.join(FLOATING)}", f"{name} is {tensor.kind}"
     return None, name
