@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int32, Key, UInt32
 from distrijax.config import DistriConfig, Parallelism, SplitScheme
 from distrijax.exchange import (
     Exchange,
+    KeysValues,
     PartOfChannels,
     Stale,
     Strategy,
@@ -40,7 +41,6 @@ from distrijax.exchange import (
     own_branches,
     strategy_of,
 )
-from distrijax.layers import KeysValues
 from distrijax.mesh import CFG, DATA, PATCH, Bands
 from distrijax.placement import Form
 from distrijax.programs import Params

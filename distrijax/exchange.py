@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -38,6 +40,9 @@ from distrijax.config import Compression, DistriConfig, SyncMode
 from distrijax.mesh import CFG, EVERY_AXIS, PATCH, Bands
 
 Axis = str | tuple[str, ...]
+
+KeysValues = tuple[Array, Array]
+"""Keys and values, of the same shape."""
 
 Stale = dict[str, Array]
 """What one patch published at a step, keyed by the path of the layer (local shards, batch first):
@@ -67,6 +72,7 @@ MEMORY = 2 / 3
 class Exchange(Protocol):
     """The questions of a layer, and `exact`, with which a model asks them for values that must not be old.
 
+    tokens: takes the keys and values of a patch side by side, and returns everyone's, [b, T, c] each.
     channels, whole_sum: of layers whose input channels may be divided among devices: this device's `count` of the channels,
     and the sum of everyone's products with their part of the weights. context: keys or values of the prompt, of this device's
     part of their channels, for as many as the model has in all; every device has made its part.
@@ -74,7 +80,7 @@ class Exchange(Protocol):
 
     def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]: ...
 
-    def tokens(self, name: str, kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c2"]: ...
+    def tokens(self, name: str, kv: Float[Array, "b h w c2"]) -> KeysValues: ...
 
     def moments(self, name: str, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]: ...
 
@@ -96,7 +102,7 @@ class WholeImage:
         return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
 
     def tokens(self, name, kv):
-        return _flat(kv)
+        return _halves(_flat(kv))
 
     def moments(self, name, x, size):
         return _own_moments(x, size)
@@ -157,7 +163,7 @@ class Synchronous(WholeImage):
 
     def tokens(self, name, kv):
         own = self._publish(TOKENS, name, _flat(kv))
-        return self._image_tokens(lax.all_gather(own, self.axis, axis=1, tiled=True), kv)
+        return _halves(self._image_tokens(lax.all_gather(own, self.axis, axis=1, tiled=True), kv))
 
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._own(x, size))
@@ -210,7 +216,7 @@ class Synchronous(WholeImage):
         inside = self._in_image(x)
         return x if inside is None else jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
 
-    def _image_tokens(self, everyone: Float[Array, "b t c2"], kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c2"]:
+    def _image_tokens(self, everyone: Float[Array, "b t c"], kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c"]:
         return everyone[:, : self._rows(kv)[1] * kv.shape[2]]
 
     def _own(self, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]:
@@ -260,18 +266,15 @@ class Displaced(Synchronous):
 
     def tokens(self, name, kv):
         before, self._last_tokens = self._last_tokens, kv
-        everyone = _everyone(self._read(name), self.axis, before)
-        if self.strategy.compress:
-            ends = _everyone(self._read(name + ENDS), self.axis, before)
-            everyone = decode(everyone, ends, self.strategy.compress)
-        # what is published can take the stale value's place in memory as soon as that has been sent; XLA would leave such
-        # writing to the end of the step, and until then hold everything twice
-        own = self._publish(TOKENS, name, _after(_flat(kv), everyone))
-        self._check(name)
-        everyone = lax.dynamic_update_slice_in_dim(everyone, own[:, None], _own_place(self.axis), axis=1)
-        if self._in_image(kv) is not None:  # else attention does not depend on the order
-            everyone = _in_order(everyone, self.axis)
-        return self._image_tokens(everyone.reshape(own.shape[0], -1, own.shape[-1]), kv)
+        own, compression = _flat(kv), self.strategy.compress
+        stale = tuple(self._read(each) for each in ((name, name + ENDS) if compression else (name,)))
+        restore = partial(decode, compression=compression) if compression else lambda tokens: tokens
+        self._check(name, jax.eval_shape(restore, *stale), own)
+        padded = self._in_image(kv) is not None  # else attention does not depend on the order
+        own, *everyone = _own_among_all(own, stale, restore, self.axis, in_order=padded, after=before)
+        self._publish(TOKENS, name, own)
+        keys, values = (self._image_tokens(each, kv) for each in everyone)
+        return keys, values
 
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._own(x, size))
@@ -311,8 +314,9 @@ class Displaced(Synchronous):
         return self.stale[name]
 
     def _previous(self, name: str) -> Array:
-        self._check(name)
-        return self._read(name)
+        stale = self._read(name)
+        self._check(name, stale, self.fresh[name])
+        return stale
 
     def _stale_moments(self, name: str) -> Float[Array, "n b g 2"]:
         """All patches' stale moments of a layer; those of all layers travel together, for each is next to nothing."""
@@ -320,13 +324,13 @@ class Displaced(Synchronous):
             parts = {each: leaf for each, leaf in self.stale.items() if _is_moments(each, leaf)}
             ends = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
             own = jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()])
-            together = jnp.moveaxis(_in_order(_everyone(own, self.axis), self.axis), 1, 0)
+            together = _everyone(own, self.axis)
             gathered = zip(parts.items(), jnp.split(together, ends, axis=1), strict=True)
             self._moments = {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in gathered}
         return self._moments[name]
 
-    def _check(self, name: str) -> None:
-        stale, fresh = self._read(name), self.fresh[name]
+    @staticmethod
+    def _check(name: str, stale: Array | jax.ShapeDtypeStruct, fresh: Array) -> None:
         if (stale.shape, stale.dtype) != (fresh.shape, fresh.dtype):
             raise ValueError(
                 f"{name}: stale state is {stale.dtype}{list(stale.shape)} and this step's is {fresh.dtype}"
@@ -479,46 +483,68 @@ def _with_neighbours(x: Array, edges: dict[str, Array], axis: Axis, *, apart: bo
     return jnp.concatenate([*above, x, *below], 1)
 
 
-def _everyone(x: Shaped[Array, "b ..."], axis: Axis, after: Array | None = None) -> Shaped[Array, "b n ..."]:
-    """All patches' `x`, which is there long before it is read: in the patches' order, or on TPUs from this patch's on.
+def _everyone(x: Shaped[Array, "..."], axis: Axis) -> Shaped[Array, "n ..."]:
+    """All patches' `x`, which is there long before it is read. On TPUs by permutes (`_from_own_on`), on others by a gather."""
 
-    On TPUs each patch's comes by a permute of its own, which can travel beside any computing. A gather travels only inside
-    kernels of products there, and at SDXL's widths some find none. after: what is computed on TPUs before these permutes
-    begin. Without it XLA begins all permutes of a step at once, more than can be under way, and what they bring waits in memory.
+    def permuted(x):
+        return jnp.roll(jnp.stack(_from_own_on(x, axis)), lax.axis_index(axis), 0)
+
+    return lax.platform_dependent(x, tpu=permuted, default=lambda x: lax.all_gather(x, axis))
+
+
+def _own_among_all(
+    own: Float[Array, "b t c2"],
+    stale: tuple[Shaped[Array, "b ..."], ...],
+    restore: Callable[..., Array],
+    axis: Axis,
+    *,
+    in_order: bool,
+    after: Array | None,
+) -> tuple[Float[Array, "b t c2"], Float[Array, "b T c"], Float[Array, "b T c"]]:
+    """This patch's fresh tokens, for it to publish, and all patches' keys and values: these, and the others' stale ones.
+
+    stale: what the patches published of theirs, and `restore` makes tokens of. in_order: whether patch follows patch; on TPUs
+    they otherwise begin with this one. after: what is computed on TPUs before the permutes begin. Without it XLA begins all
+    permutes of a step at once, more than can be under way, and what they bring waits in memory.
     """
 
-    def gather(x, after):
-        return jnp.moveaxis(lax.all_gather(x, axis), 0, 1)
+    def gathered(own, stale, after):
+        everyone = restore(*(jnp.moveaxis(lax.all_gather(part, axis), 0, 1) for part in stale))
+        # what is published can take the stale value's place in memory as soon as that has been sent; XLA would leave such
+        # writing to the end of the step, and until then hold everything twice
+        own = _after(own, everyone)
+        everyone = lax.dynamic_update_slice_in_dim(everyone, own[:, None], lax.axis_index(axis), axis=1)
+        return own, *_halves(everyone.reshape(own.shape[0], -1, own.shape[-1]))
 
-    def permutes(x, after):
-        return _from_own_on(x if after is None else _after(x, after), axis)
+    def permuted(own, stale, after):
+        parts = (_from_own_on(part if after is None else _after(part, after), axis) for part in stale)
+        _, *others = zip(*parts, strict=True)
+        # keys apart from values: XLA would put all side by side, and then copy each out of that
+        everyone = zip(*map(_halves, (own, *(restore(*part) for part in others))), strict=True)
+        shift = lax.axis_index(axis) * own.shape[1] if in_order else 0
+        return own, *(jnp.roll(jnp.concatenate(each, 1), shift, 1) for each in everyone)
 
-    return lax.platform_dependent(x, after, tpu=permutes, default=gather)
-
-
-def _own_place(axis: Axis) -> Array:
-    """Where `_everyone` has this patch's."""
-    own = lax.axis_index(axis)
-    return lax.platform_dependent(own, tpu=jnp.zeros_like, default=lambda own: own)
-
-
-def _in_order(everyone: Shaped[Array, "b n ..."], axis: Axis) -> Shaped[Array, "b n ..."]:
-    """What `_everyone` returned, in the patches' order on all platforms."""
-    own = lax.axis_index(axis)
-    return lax.platform_dependent(everyone, tpu=lambda x: jnp.roll(x, own, 1), default=lambda x: x)
+    return lax.platform_dependent(own, stale, after, tpu=permuted, default=gathered)
 
 
-def _from_own_on(x: Shaped[Array, "b ..."], axis: Axis) -> Shaped[Array, "b n ..."]:
-    """This patch's `x`, that of the next one, and so on, round: each by a permute."""
+def _from_own_on(x: Shaped[Array, "..."], axis: Axis) -> list[Shaped[Array, "..."]]:
+    """This patch's `x`, that of the next one, and so on, round: each by a permute, which can travel beside any computing.
+
+    A gather travels only inside kernels of products on TPUs, and at SDXL's widths some find none.
+    """
     n = lax.axis_size(axis)
-    others = [lax.ppermute(x, axis, [((i + far) % n, i) for i in range(n)]) for far in range(1, n)]
-    return jnp.stack([x, *others], 1)
+    return [x, *(lax.ppermute(x, axis, [((i + far) % n, i) for i in range(n)]) for far in range(1, n))]
 
 
 def _after(x: Array, read: Array) -> Array:
     """`x`, but not before the first number of `read` is there: XLA may else compute it far too early, or too late."""
     zero = jnp.minimum(jnp.abs(read[(0,) * read.ndim]), 0)  # for XLA not a constant, so x now depends on `read`
     return lax.optimization_barrier(x + zero.astype(x.dtype))
+
+
+def _halves(kv: Float[Array, "b t c2"]) -> KeysValues:
+    keys, values = jnp.split(kv, 2, -1)
+    return keys, values
 
 
 def _split(moments: Array) -> tuple[Array, Array]:

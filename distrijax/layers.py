@@ -19,9 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from distrijax.convolution import convolve
-from distrijax.exchange import Exchange
+from distrijax.exchange import Exchange, KeysValues
 
-ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**20
+ATTENTION_CHUNK, TPU_ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**24, 2**20
 """Elements of the scores that an attention without cuDNN holds at a time. On CPUs more would be fresh memory in each call."""
 
 ATTENTION_ROWS = 128
@@ -161,9 +161,6 @@ class Embedding(nnx.Module):
         return self.embedding.get_value()[ids]
 
 
-KeysValues = tuple[Array, Array]
-
-
 class Attention(nnx.Module):
     """Multi-head attention of diffusers: `to_q`, `to_k`, `to_v`, `to_out.0`.
 
@@ -191,8 +188,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b ... c"]:
         query = self.to_q(x)
         if kv is None:
-            everyone = exchange.tokens(self.path, jnp.concatenate(self.project_context(x), -1))
-            kv = jnp.split(everyone, 2, -1)
+            kv = exchange.tokens(self.path, jnp.concatenate(self.project_context(x), -1))
         key, value = kv
         heads = [t.reshape(t.shape[0], -1, t.shape[-1] // self.head, self.head) for t in (query, key, value)]
         return self.to_out[0](attend(*heads).reshape(query.shape), exchange)
@@ -208,6 +204,7 @@ def attend(
     head = query.shape[-1]
     ways = {
         "cpu": functools.partial(_chunked_attention, chunk=CPU_ATTENTION_CHUNK),
+        "tpu": functools.partial(_chunked_attention, chunk=TPU_ATTENTION_CHUNK),
         "default": functools.partial(_chunked_attention, chunk=ATTENTION_CHUNK),
     }
     if query.dtype in (jnp.bfloat16, jnp.float16) and head % 8 == 0 and head <= 128 and _cudnn_is_there():

@@ -17,13 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distrijax.config import DistriError, ModelConfig, check_choice, per_block, positive
-from distrijax.exchange import Exchange
+from distrijax.exchange import Exchange, KeysValues
 from distrijax.layers import (
     Attention,
     Conv,
     Cut,
     GroupNorm,
-    KeysValues,
     LayerNorm,
     Linear,
     Side,

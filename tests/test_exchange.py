@@ -76,7 +76,7 @@ def test_halo_is_the_rows_of_the_whole_image(plan, axis, above, below):
 @AXES
 def test_tokens_are_those_of_the_whole_image_in_order(plan, axis):
     n, kv = plan.devices, normal(2, ROWS, 3, 6)
-    (got,) = on_bands(plan, axis, lambda kv: (Synchronous(axis).tokens("a", kv),), kv)
+    (got,) = on_bands(plan, axis, lambda kv: (side_by_side(Synchronous(axis).tokens("a", kv)),), kv)
     for band in bands(got, n):
         np.testing.assert_array_equal(band, kv.reshape(2, -1, 6))
 
@@ -172,7 +172,7 @@ def test_on_tpus_tokens_begin_with_the_own_ones(as_on_tpus, plan, axis):
         for name in names:
             earlier.tokens(name, previous)
         later = Displaced(earlier.finish(), axis)
-        return tuple(later.tokens(name, present) for name in names)
+        return tuple(side_by_side(later.tokens(name, present)) for name in names)
 
     for layer in on_bands(plan, axis, local, PREVIOUS, PRESENT, out=len(names)):
         for own, got in enumerate(bands(layer, n)):
@@ -183,7 +183,7 @@ def test_on_tpus_tokens_begin_with_the_own_ones(as_on_tpus, plan, axis):
 def test_one_device_needs_nothing():
     x, whole = jnp.asarray(normal(1, 4, 3, 2)), WholeImage()
     np.testing.assert_array_equal(whole.halo("a", x, 1, 0), np.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))))
-    np.testing.assert_array_equal(whole.tokens("b", x), x.reshape(1, 12, 2))
+    np.testing.assert_array_equal(side_by_side(whole.tokens("b", x)), x.reshape(1, 12, 2))
     np.testing.assert_allclose(whole.moments("c", x, SIZE), moments_of(np.asarray(x)), rtol=1e-5)
     assert whole.finish() == {}
 
@@ -205,10 +205,15 @@ def test_each_device_has_its_part_of_the_channels_and_sums_are_everyones():
     np.testing.assert_allclose(total, x.sum(), rtol=1e-5)
 
 
+def side_by_side(keys_values):
+    """Keys and values as they were asked for."""
+    return jnp.concatenate(keys_values, -1)
+
+
 def ask_everything(exchange, x):
     """All three questions, as a layer's results that have rows, and what was published."""
     halo = exchange.halo("halo", x, 1, 1)
-    tokens = exchange.tokens("tokens", x)
+    tokens = side_by_side(exchange.tokens("tokens", x))
     moments = exchange.moments("moments", x, SIZE)[:, None]
     return halo, tokens, moments, exchange.finish()
 
@@ -406,7 +411,7 @@ def test_stale_state_of_another_model_is_refused(call, error, sentence):
 
 def twice(kv):
     exchange = Synchronous()
-    return exchange.tokens("a", kv) + exchange.tokens("a", kv)
+    return jax.tree.map(jnp.add, exchange.tokens("a", kv), exchange.tokens("a", kv))
 
 
 def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_the_steps():
