@@ -23,6 +23,7 @@ def load_pipeline(
     scheduler_options: Mapping[str, Any] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    local_files_only: bool = False,
     compiler_options: Mapping[str, Any] | None = None,
     compile_for: Mapping[str, Any] | None = None,
 ) -> Pipeline:
@@ -30,7 +31,13 @@ def load_pipeline(
 
     Arguments are those of `from_pretrained`. Raises DistriError as it does, and for pipelines of other families.
     """
-    folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
+    folder = find_folder(
+        pretrained_model_name_or_path,
+        variant=variant,
+        revision=revision,
+        token=token,
+        local_files_only=local_files_only,
+    )
     family = find_family(folder)
     (kind,) = (kind for kind in (DistriSDPipeline, DistriSDXLPipeline) if kind.family is family)
     return kind.from_pretrained(

@@ -10,6 +10,9 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
+import numpy as np
+from jaxtyping import Float
+
 
 class DistriError(ValueError):
     """Bad input, told in one sentence: what was got, what is allowed, what to do."""
@@ -83,6 +86,17 @@ def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
         bound = "" if least == -math.inf else f" of at least {least}"
         raise DistriError(f"{name} is {value!r}; give a finite number{bound}")
     return float(value)
+
+
+def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
+    """A caller's array as float32 on the host; torch's of any dtype, too. Raises DistriError for what is no array of numbers."""
+    if value is None:
+        raise DistriError(f"{name} is None; give an array of numbers")
+    try:
+        # numpy knows no bfloat16 of torch's
+        return np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value, np.float32)
+    except (TypeError, ValueError):
+        raise DistriError(f"{name} is {value!r:.60}; give an array of numbers") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ from distrijax.mesh import CFG, DATA, PATCH, Bands
 from distrijax.placement import Form
 from distrijax.programs import Params
 from distrijax.schedulers import Scheduler
-from distrijax.unet import Conditioning, Times, UNet
+from distrijax.unet import Conditioning, Times, UNet, UNetConfig
 
 ALL_BRANCHES = P(None, DATA)
 """Guidance branches, images: what describes the prompt to all devices of an image."""
@@ -130,9 +130,10 @@ class Loop:
 
 
 def layout_of(
-    config: DistriConfig, mesh: Mesh | AbstractMesh, *, guided: bool, latent: tuple[int, int], levels: int
+    config: DistriConfig, mesh: Mesh | AbstractMesh, unet: UNetConfig, *, guided: bool, latent: tuple[int, int]
 ) -> Layout:
-    """How a call of this configuration lies on the mesh."""
+    """How a call of this configuration lies on the mesh. guided: whether the guidance scale is above 1."""
+    guided, levels = guided and unet.branches == 2, len(unet.block_out_channels)
     return Layout(mesh, guided, latent, levels, config.parallelism, config.split_scheme)
 
 
@@ -142,10 +143,14 @@ def loop_of(
     unet: Form,
     scheduler: Scheduler,
     dtype: Any,
+    steps: int | None = None,
 ) -> Loop:
-    """The loop of a call of this configuration: the one place that chooses which steps it has."""
-    patch = layout.parallelism is Parallelism.PATCH
-    strategy = strategy_of(config, layout.patches) if patch else None
+    """The loop of a call of this configuration: the one place that chooses which steps it has.
+
+    steps: how many; None is enough of them for some to be displaced. Where none is, nothing is kept for the next.
+    """
+    displaced = layout.parallelism is Parallelism.PATCH and (steps is None or not all(config.synchronous(steps)))
+    strategy = strategy_of(config, layout.patches) if displaced else None
     return Loop(layout, unet, scheduler, dtype, strategy)
 
 

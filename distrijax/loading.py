@@ -119,9 +119,16 @@ def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
     return jnp.dtype(DTYPES[name])
 
 
-def find_folder(name: str | Path, *, variant: str | None, revision: str | None, token: str | bool | None) -> Path:
+def find_folder(
+    name: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The local folder of a checkpoint; what is on the hub is fetched (only the files needed). See `hub.find`."""
-    path = hub.find(name, parts=PARTS, variant=variant, revision=revision, token=token)
+    path = hub.find(name, parts=PARTS, variant=variant, revision=revision, token=token, offline=local_files_only)
     if not path.is_dir():
         raise DistriError(
             f"{name} is a file; give a folder in the diffusers layout, which python -m distrijax.convert {name} FOLDER makes"

@@ -29,6 +29,8 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+_CYCLES = re.compile(r"\"estimated_cycles\":\"(\d+)\"")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CHAIN = re.compile(r"chain_id=\"(\d+)\"")
 _CUBLAS = re.compile(r"custom_call_target=\"__cublas.*?\"lhs_contracting_dimensions\":\[([^\]]*)\]")
 _ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
@@ -153,6 +155,23 @@ class Program:
             query, key = operands[:2]
             return 4 * math.prod(query) * key[1]
         return 0
+
+    def cycles(self, computation: str | None = None) -> int:
+        """Cycles of a computation's kernels (default: the step's), by the estimates that libtpu writes beside them.
+
+        Those of a loop count as often as it runs, which is the constant that its condition compares with.
+        """
+        total = 0
+        for instruction in self.step if computation is None else self.computations[computation]:
+            if instruction.opcode == "while":
+                condition, body = _LOOP.search(instruction.rest).groups()
+                limits = [
+                    int(each.rest.split(")")[0]) for each in self.computations[condition] if each.opcode == "constant"
+                ]
+                total += max(limits) * self.cycles(body)
+            elif estimate := _CYCLES.search(instruction.rest):
+                total += int(estimate.group(1))
+        return total
 
     def moved(self, instruction: Instruction) -> int:
         """Bytes that an instruction's kernel reads and writes; 0 where it has no kernel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +24,12 @@ from distrijax.config import (
     DistriWarning,
     check_choice,
     finite_number,
+    host_array,
     positive,
 )
 from distrijax.decode import Decoder, decode
 from distrijax.denoise import Inputs, Layout, Loop, Steps, layout_of, loop_of
+from distrijax.exchange import strategy_of
 from distrijax.loading import (
     Components,
     Family,
@@ -41,7 +44,8 @@ from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, p
 from distrijax.processes import connect, fetch, is_first, put
 from distrijax.programs import Programs
 from distrijax.progress import Progress
-from distrijax.prompt import Embeddings, Prompt, PromptEncoder, Texts, as_list
+from distrijax.prompt import Embeddings, PromptEncoder, Texts, as_list
+from distrijax.schedulers import Scheduler
 from distrijax.shapes import latents_of, prompt_of, steps_of
 from distrijax.unet import UNetConfig
 from distrijax.vae import VAEConfig
@@ -63,7 +67,11 @@ class PipelineOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """The arguments that the calls of all pipelines have; as in diffusers, except those below.
+    """The arguments that the calls of all pipelines have; as in diffusers, except those below and those that are not there.
+
+    Not there: generator (give `seed`); timesteps, sigmas and eta (give a scheduler, with its options); denoising_end;
+    cross_attention_kwargs and ip_adapter_image; callback_on_step_end_tensor_inputs (it is given the latents); return_dict.
+    To stop a call, raise an exception in `callback_on_step_end`.
 
     height, width: pixels. guidance_scale: above 1 both branches run; a UNet that is told the scale (`UNetConfig.branches`)
     has one, and negative prompts and guidance_rescale say nothing to it. seed: one for all images (image i draws from the
@@ -82,7 +90,7 @@ class Call:
     guidance_scale: float
     guidance_rescale: float
     num_images_per_prompt: int
-    clip_skip: int | None
+    clip_skip: int | None  # None is 0
     branches: int
     seed: int | Sequence[int] = 0
     latents: Any = None
@@ -95,11 +103,13 @@ class Call:
         finite_number(self.guidance_scale, "guidance_scale")
         finite_number(self.guidance_rescale, "guidance_rescale", least=0)
         for name in ("height", "width", "num_inference_steps", "num_images_per_prompt"):
-            positive(getattr(self, name), name)
+            object.__setattr__(self, name, positive(getattr(self, name), name))
         if self.chunk_size is not None:
-            positive(self.chunk_size, "chunk_size")
-        if self.clip_skip is not None:
-            positive(self.clip_skip, "clip_skip", least=0)
+            object.__setattr__(self, "chunk_size", positive(self.chunk_size, "chunk_size"))
+        skipped = 0 if self.clip_skip is None else self.clip_skip
+        object.__setattr__(self, "clip_skip", positive(skipped, "clip_skip", least=0))
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise DistriError(f"callback_on_step_end is {self.callback_on_step_end!r:.60}; give a function")
 
     @property
     def guided(self) -> bool:
@@ -150,6 +160,7 @@ class Pipeline:
         scheduler_options: Mapping[str, Any] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        local_files_only: bool = False,
         compiler_options: Mapping[str, Any] | None = None,
         compile_for: Mapping[str, Any] | None = None,
     ) -> Self:
@@ -157,12 +168,15 @@ class Pipeline:
 
         dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs. variant: of the weight
         files, e.g. "fp16". scheduler: a name out of `distrijax.schedulers.SCHEDULERS` instead of the checkpoint's.
-        scheduler_options: options instead of the checkpoint's, such as timestep_spacing="trailing".
+        scheduler_options: options instead of the checkpoint's, such as timestep_spacing="trailing". revision, token,
+        local_files_only: of the hub.
         compiler_options: XLA's for all programs, before `distrijax.programs.options_for`. compile_for: the arguments of the first
         call; its programs are compiled while the weights are read.
         Raises DistriError for a checkpoint that is not whole or of another family, and for devices that are not there.
         """
-        config = distri_config or DistriConfig()
+        config = DistriConfig() if distri_config is None else distri_config
+        if not isinstance(config, DistriConfig):
+            raise DistriError(f"distri_config is {config!r:.60}; give a DistriConfig, such as DistriConfig(devices=8)")
         devices = jax.devices()
         count = config.devices or len(devices)
         if count > len(devices):
@@ -170,7 +184,13 @@ class Pipeline:
                 f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
             )
         dtype = resolve_dtype(dtype, devices[0].platform)
-        folder = find_folder(pretrained_model_name_or_path, variant=variant, revision=revision, token=token)
+        folder = find_folder(
+            pretrained_model_name_or_path,
+            variant=variant,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
         configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
         mesh = plan_mesh(config, count, branches=configs.unet.branches).build(pick_devices(devices, count))
         connect(mesh)
@@ -185,55 +205,40 @@ class Pipeline:
         pipe = cls(components, mesh, config, dtype, compiler_options)
         try:
             if compile_for is not None:
-                pipe._prepare(**compile_for)
+                pipe._prepare(compile_for)
             pipe._take(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
         except BaseException:
             pipe.programs.abandon()
             raise
         return pipe
 
-    def _prepare(
-        self,
-        prompt: Prompt = "",
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        guidance_rescale: float = 0.0,
-        num_images_per_prompt: int = 1,
-        clip_skip: int = 0,
-        **_: Any,
-    ) -> None:
-        """Begins to compile what a call with these arguments will run, step by step; other arguments change no program."""
-        height, width = self._size(height, width)
-        call = Call(
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            num_images_per_prompt=num_images_per_prompt,
-            clip_skip=clip_skip,
-            branches=self.unet_config.branches,
-        )
-        self.scheduler.schedule(num_inference_steps)
-        prompts = len(as_list(prompt, "prompt"))
-        images = prompts * num_images_per_prompt
+    def _prepare(self, arguments: Mapping[str, Any]) -> None:
+        """Begins to compile what a call with these arguments will run, step by step.
+
+        Not what a `chunk_size` other than 1 or `latents` change; those programs compile in the call.
+        """
+        given = _bound(type(self).__call__, arguments)
+        height, width = self._size(given["height"], given["width"])
+        shared = {field.name: given[field.name] for field in dataclasses.fields(Call) if field.name in given}
+        call = Call(**{**shared, "height": height, "width": width}, branches=self.unet_config.branches)
+        prompt, embeds, unet = given["prompt"], given["prompt_embeds"], self.unet_config
+        prompts = len(as_list("" if prompt is None else prompt, "prompt") if embeds is None else embeds)
+        images = prompts * call.num_images_per_prompt
         check_images(images, self.mesh.shape[DATA])
-        loop = self._loop((height, width), guided=call.guided)
-        unet = self.unet_config
-        first, *displaced = steps_of(loop, unet, images, rescale=call.guided and guidance_rescale > 0)
-        steps = [first, *([] if all(self.config.synchronous(num_inference_steps)) else displaced)]
-        for step in steps:
+        _image_seeds(call.seed, images)
+        steps, _ = self.scheduler.schedule(call.num_inference_steps)
+        loop = self._loop(call, len(steps.timestep))
+        for step in steps_of(loop, unet, images, rescale=call.guided and call.guidance_rescale > 0):
             self.programs.prepare(step.function, loop, *step.placed(), donate=step.donate)
-        self._prompts.prepare(prompts, clip_skip=clip_skip)
+        if embeds is None:
+            self._prompts.prepare(prompts, clip_skip=call.clip_skip)
         self.programs.prepare(denoise.condition, loop, self._unet.params, *prompt_of(loop, unet, images))
         seeds = jax.ShapeDtypeStruct((images, 3), np.uint32, sharding=loop.layout.sharding(P(DATA)))
         sigma = jax.ShapeDtypeStruct((), np.float32, sharding=self._everywhere)
         self.programs.prepare(_begin, (loop, unet.in_channels), (), seeds, sigma, None)
-        latents = latents_of(loop, unet, images)
-        self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
+        if call.output_type != "latent":
+            latents = latents_of(loop, unet, images)
+            self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the tqdm progress bar, e.g. disable=True."""
@@ -249,8 +254,13 @@ class Pipeline:
 
         time_ids: SDXL's micro-conditioning of each branch.
         """
+        if not isinstance(self.scheduler, Scheduler):
+            raise DistriError(
+                f"the pipeline's scheduler is {self.scheduler!r:.60}; give one of distrijax.schedulers, such as "
+                'with_class(pipeline.scheduler, "euler")'
+            )
         steps, init_noise_sigma = self.scheduler.schedule(call.num_inference_steps)
-        loop = self._loop((call.height, call.width), guided=call.guided)
+        loop = self._loop(call, len(steps.timestep))
         self._warn_of_idle_options(loop, len(steps.timestep))
         layout = loop.layout
         images = len(branches[-1][0]) * call.num_images_per_prompt
@@ -260,7 +270,7 @@ class Pipeline:
         noise = None
         if call.latents is not None:
             noise = _to_canvas(layout, _given_latents(call.latents, (images, channels, *layout.latent)))
-        embeddings = self._prompts.encode(branches, clip_skip=call.clip_skip or 0)
+        embeddings = self._prompts.encode(branches, clip_skip=call.clip_skip)
         sigma = put(np.float32(init_noise_sigma), self._everywhere)
         keys, state = self.programs(_begin, (loop, channels), (), seeds, sigma, noise)
         inputs = self._inputs(loop, embeddings, time_ids, call, keys)
@@ -270,10 +280,13 @@ class Pipeline:
         pictures = self._decode(layout, state.latents)
         return PipelineOutput(pictures if call.output_type == "np" else to_pil(pictures))
 
-    def _loop(self, size: Size, *, guided: bool) -> Loop:
+    def _loop(self, call: Call, steps: int) -> Loop:
         """What the programs of a call depend on; raises DistriError for sizes that are no whole rows of the latent."""
-        layout = lay_out(self.config, self.mesh, self.unet_config, self.vae_config, size, guided=guided)
-        return loop_of(self.config, layout, self._unet.form, self.scheduler, self.dtype)
+        size = (call.height, call.width)
+        layout = lay_out(
+            self.config, self.mesh, self.unet_config, self.vae_config, size, guided=call.guidance_scale > 1
+        )
+        return loop_of(self.config, layout, self._unet.form, self.scheduler, self.dtype, steps)
 
     @property
     def default_size(self) -> Size:
@@ -296,7 +309,8 @@ class Pipeline:
     def _warn_of_idle_options(self, loop: Loop, total: int) -> None:
         """Tells which options of displaced steps are set for a call that has none."""
         names = [name for name in ("extrapolate", "compress", "sync_steps") if getattr(self.config, name)]
-        if names and loop.strategy is not None and all(self.config.synchronous(total)):
+        displaced = strategy_of(self.config, loop.layout.patches) is not None
+        if names and displaced and loop.strategy is None:
             _warn(
                 f"{', '.join(names)} changes nothing: with warmup_steps {self.config.warmup_steps} all {total} steps are "
                 "synchronous; use fewer warmup_steps or leave it out"
@@ -332,7 +346,6 @@ class Pipeline:
         """
         total = len(xs.number)
         synchronous = self.config.synchronous(total) if loop.strategy is not None else [True] * total
-        warm = synchronous.index(False) if not all(synchronous) else total
         at_once = chunk_size is None and callback is None
 
         def part(start: int, stop: int):
@@ -341,9 +354,9 @@ class Pipeline:
         def run(function, *arguments, donate):
             return self.programs(function, loop, self._unet.params, inputs, *arguments, donate=donate)
 
-        if at_once and warm == total:
+        if at_once and loop.strategy is None:
             return run(denoise.stateless, state, part(0, total), donate=(1,))
-        if at_once and not any(synchronous[warm:]):
+        if at_once and not any(synchronous[(warm := synchronous.index(False)) :]):
             return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
 
         stale = None
@@ -367,12 +380,16 @@ class Pipeline:
 
     def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
         before = self._visible(layout, state.latents)
-        after = (callback(self, step, timestep, {"latents": before}) or {}).get("latents", before)
+        returned = callback(self, step, timestep, {"latents": before})
+        if returned is not None and not isinstance(returned, Mapping):
+            raise DistriError(f"callback_on_step_end returned {type(returned).__name__}; return a dict, or None")
+        after = before if returned is None else returned.get("latents", before)
         if after is before:
             return state
-        if after.shape != before.shape:
-            raise DistriError(f"the callback's latents are {list(after.shape)} and {list(before.shape)} is needed")
-        return state._replace(latents=_to_canvas(layout, np.asarray(after, np.float32)))
+        latents = host_array(after, "the callback's latents")
+        if latents.shape != before.shape:
+            raise DistriError(f"the callback's latents are {list(latents.shape)} and {list(before.shape)} is needed")
+        return state._replace(latents=_to_canvas(layout, latents))
 
     def _visible(self, layout: Layout, latents: jax.Array) -> jax.Array:
         """Latents [b, c, h, w] without the canvas's padding; of several processes every one gets all of them."""
@@ -402,15 +419,24 @@ def lay_out(
 
     guided: whether the guidance scale is above 1.
     """
-    guided = guided and unet.branches == 2
     check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
     latent = size[0] // vae.scale, size[1] // vae.scale
-    return layout_of(config, mesh, guided=guided, latent=latent, levels=len(unet.block_out_channels))
+    return layout_of(config, mesh, unet, guided=guided, latent=latent)
 
 
 def _warn(sentence: str) -> None:
     if is_first():
         warnings.warn(sentence, DistriWarning, stacklevel=4)
+
+
+def _bound(call: Callable, arguments: Any) -> dict[str, Any]:
+    """All arguments of a pipeline's call, of those given for its first one."""
+    try:
+        bound = inspect.signature(call).bind(None, **dict(arguments))
+    except TypeError as error:
+        raise DistriError(f"compile_for: {error}; give a dict of arguments of the pipeline's call") from None
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def to_pil(pictures: np.ndarray) -> list[Image.Image]:
@@ -434,7 +460,7 @@ def _image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
     if len(seeds) != images:
         raise DistriError(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
     for value in seeds:
-        if not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
             raise DistriError(f"seed is {value!r}; give a whole number from 0 to 2**63 - 1")
     parts = [(int(s) & 0xFFFFFFFF, int(s) >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
     return np.array(parts, np.uint32)
@@ -442,10 +468,7 @@ def _image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
 
 def _given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray:
     """A caller's starting noise [b, c, h, w]."""
-    try:
-        latents = np.asarray(latents, np.float32)
-    except (TypeError, ValueError):
-        raise DistriError(f"latents is {latents!r:.60}; give an array of numbers") from None
+    latents = host_array(latents, "latents")
     if latents.shape != needed:
         raise DistriError(
             f"latents is {list(latents.shape)}; give [images, channels, rows, columns], here {list(needed)}"

@@ -45,7 +45,7 @@ class DistriSDXLPipeline(Pipeline):
         negative_original_size: Size | None = None,
         negative_crops_coords_top_left: Size = (0, 0),
         negative_target_size: Size | None = None,
-        clip_skip: int = 0,
+        clip_skip: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         chunk_size: int | None = 1,

@@ -121,10 +121,8 @@ def step_of(
     devices like which parameters lie (default: theirs, or a CPU's).
     """
     check_images(images, mesh.data)
-    levels = len(unet.block_out_channels)
     where = mesh.abstract() if devices is None else mesh.build(devices)
-    guided = guided and unet.branches == 2
-    layout = denoise.layout_of(config, where, guided=guided, latent=latent, levels=levels)
+    layout = denoise.layout_of(config, where, unet, guided=guided, latent=latent)
     platform = platform or (devices[0].platform if devices else "cpu")
     form = Form.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights, platform=platform)
     return steps_of(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]

@@ -1,8 +1,10 @@
-"""The command line of `python -m distrijax.plan`: a step compiled for GPUs that are not here, and what it would take on them.
+"""The command line of `python -m distrijax.plan`: a step compiled for devices that are not here, and what it would take on them.
 
     python -m distrijax.plan --gpu a100-sxm-80gb --devices 8 --image-size 3840
+    python -m distrijax.plan --tpu v5e --devices 8 --image-size 1024
 
-Nothing is run, no weights are read, and no GPU is needed; the extra `plan` has the compiler. Compiling takes a minute or two.
+Nothing is run, no weights are read, and no GPU or TPU is needed. The compiler for GPUs is in the extra `plan`, and takes a minute
+or two; that for TPUs in the extra `tpu`, and takes longer.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ from distrijax.mesh import check_sizes
 from distrijax.plan import megabytes
 from distrijax.projection import LINKS, CompiledStep, Event, compile_decoder, compile_step, seconds, timeline, waiting
 from distrijax.schedulers import Scheduler, load_scheduler
-from distrijax.targets import GPUS
+from distrijax.targets import GPUS, TPUS
 from distrijax.unet import SDXL_BASE, UNetConfig
 from distrijax.vae import SDXL_VAE, VAEConfig
 
@@ -49,6 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--gpu", default="a100-sxm-80gb", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
+    add("--tpu", choices=tuple(TPUS), help="a model of TPU, instead of GPUs")
     add("--devices", type=int, default=8, help="how many of them share a picture (default: %(default)s)")
     add("--image-size", type=int, nargs="+", default=[1024], metavar=("H", "W"), help="pixels (default: 1024)")
     add("--model", help="folder in the diffusers layout or hub id (default: the UNet of Stable Diffusion XL)")
@@ -72,18 +75,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _tell(arguments: argparse.Namespace) -> None:
     devices = positive(arguments.devices, "--devices")
     link = _link(arguments.link)
+    if arguments.tpu and (link or arguments.timeline):
+        raise DistriError("--link and --timeline are of the projection for GPUs; leave them out, or --tpu")
     run = _read(arguments)
     step = _compile(run, arguments, devices)
-    events = step.events(link)
     if arguments.hlo:
         _write(arguments.hlo, lambda path: path.write_text(step.program.hlo))
     if arguments.timeline:
-        _draw(arguments.timeline, step, events, arguments)
-    print(f"mesh     {step.mesh} of {step.gpu.name}, {arguments.dtype}")
+        _draw(arguments.timeline, step, step.events(link), arguments)
+    print(f"mesh     {step.mesh} of {step.target.name}, {arguments.dtype}")
     stages = ", ".join(f"{stage} {taken:.3g} s" for stage, taken in step.compiling.items())
     print(f"compiled {sum(step.compiling.values()):.3g} s: {stages}")
     print(
-        f"memory   {_memory(step.memory)} of {megabytes(step.gpu.memory)} on each device in a step: {_kinds(step.memory)}"
+        f"memory   {_memory(step.memory)} of {megabytes(step.target.memory)} on each device in a step: {_kinds(step.memory)}"
     )
     decoding = {"weights of the UNet": step.memory["weights"], **_decoding(run, arguments)}
     print(f"         {_memory(decoding)} while the picture is decoded: {_kinds(decoding)}")
@@ -91,12 +95,26 @@ def _tell(arguments: argparse.Namespace) -> None:
     print(f"received {megabytes(step.received)} by each device and step")
     for line in _hidden(step):
         print(f"         {line}")
-    print(
-        f"projection  {1e3 * seconds(events):.3g} ms a step, {1e3 * waiting(events):.2g} ms of them waiting for transfers"
-    )
-    if devices > 1 and not arguments.no_baseline:
-        alone = seconds(_compile(run, arguments, 1).events(link))
-        print(f"projection  {1e3 * alone:.3g} ms a step on one device: {alone / seconds(events):.2f} times as long")
+    alone = _compile(run, arguments, 1) if devices > 1 and not arguments.no_baseline else None
+    for line in _estimate(step, alone) if arguments.tpu else _projection(step, alone, link):
+        print(f"projection  {line}")
+
+
+def _projection(step: CompiledStep, alone: CompiledStep | None, link: float | None) -> Iterator[str]:
+    events = step.events(link)
+    taken = seconds(events)
+    yield f"{1e3 * taken:.3g} ms a step, {1e3 * waiting(events):.2g} ms of them waiting for transfers"
+    if alone is not None:
+        slower = seconds(alone.events(link))
+        yield f"{1e3 * slower:.3g} ms a step on one device: {slower / taken:.2f} times as long"
+
+
+def _estimate(step: CompiledStep, alone: CompiledStep | None) -> Iterator[str]:
+    cycles = step.program.cycles()
+    yield f"{cycles / 1e6:.3g} million cycles a step in kernels, by libtpu's own estimate; transfers are not in it"
+    if alone is not None:
+        more = alone.program.cycles()
+        yield f"{more / 1e6:.3g} million cycles a step on one device: {more / cycles:.2f} times as many"
 
 
 def _memory(kinds: dict[str, int]) -> str:
@@ -122,7 +140,7 @@ def _read(arguments: argparse.Namespace) -> _Run:
         raise DistriError(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
     unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
-        configs = read_configs(find_folder(arguments.model, variant=None, revision=None, token=None))
+        configs = read_configs(find_folder(arguments.model))
         unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)
@@ -142,7 +160,7 @@ def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> Compiled
         run.config,
         run.unet,
         run.scheduler,
-        arguments.gpu,
+        arguments.tpu or arguments.gpu,
         devices=devices,
         latent=run.latent,
         images=positive(arguments.batch, "--batch"),
@@ -154,12 +172,13 @@ def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> Compiled
 def _decoding(run: _Run, arguments: argparse.Namespace) -> dict[str, int]:
     return compile_decoder(
         run.config,
+        run.unet,
         run.vae,
-        arguments.gpu,
+        arguments.tpu or arguments.gpu,
         devices=arguments.devices,
         latent=run.latent,
         images=arguments.batch,
-        branches=run.unet.branches,
+        guided=not arguments.no_guidance,
         dtype=DTYPES[arguments.dtype],
     )
 
@@ -193,7 +212,7 @@ def _hidden(step: CompiledStep) -> list[str]:
 
 def _draw(path: Path, step: CompiledStep, events: list[Event], arguments: argparse.Namespace) -> None:
     size = "x".join(map(str, (arguments.image_size[0], arguments.image_size[-1])))
-    title = f"projection: one step at {size}, {step.mesh} of {step.gpu.name}"
+    title = f"projection: one step at {size}, {step.mesh} of {step.target.name}"
     try:
         figure = timeline(events, title)
     except ImportError:

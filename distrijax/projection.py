@@ -1,6 +1,7 @@
-"""What a step would take on GPUs that are not here: compiled for them by XLA, and projected from the schedule of the program.
+"""What a step would take on GPUs or TPUs that are not here: compiled for them by XLA, and projected from the program's schedule.
 
-Memory, bytes, operations and what hides what are those of the compiled program. Times are projections of a simple model:
+Memory, bytes, operations and what hides what are those of the compiled program. For TPUs libtpu itself estimates the cycles of
+each kernel. For GPUs times are projections of a simple model:
 
     product     its operations at PRODUCTS of the GPU's peak, or its bytes at MEMORY of the bandwidth, whichever takes longer
     other       its bytes at MEMORY of the bandwidth
@@ -37,7 +38,7 @@ from distrijax.plan import step_of
 from distrijax.programs import compiled, options_for, trace
 from distrijax.schedulers import Scheduler
 from distrijax.shapes import Step
-from distrijax.targets import GPUS, Gpu, compile_only_devices
+from distrijax.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
 from distrijax.unet import UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
 
@@ -64,14 +65,14 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """One displaced step (or stateless, where no step is displaced), compiled for some GPU.
+    """One displaced step (or stateless, where no step is displaced), compiled for some GPU or TPU.
 
     memory: bytes on each device: weights, stale state, other arguments, gathered (the most that is alive at once of what
     gathers brought), and work (the rest of what the program needs). flops: of the products, of one device. compiling: seconds
     of each stage of it, here; tracing is also of the step before, whose results this one takes.
     """
 
-    gpu: Gpu
+    target: Gpu | Tpu
     mesh: MeshPlan
     program: Program
     memory: dict[str, int]
@@ -86,15 +87,15 @@ class CompiledStep:
         return sum(transfer.received for transfer in self.program.transfers)
 
     def events(self, link: float | None = None) -> list[Event]:
-        """The projected time line. link: bytes per second that come in; None is the GPU's own."""
-        return _simulate(self.program, self.gpu, link or self.gpu.link)
+        """The projected time line on GPUs. link: bytes per second that come in; None is the GPU's own."""
+        return _simulate(self.program, self.target, link or self.target.link)
 
 
 def compile_step(
     config: DistriConfig,
     unet: UNetConfig,
     scheduler: Scheduler,
-    gpu: str,
+    target: str,
     *,
     devices: int,
     latent: tuple[int, int],
@@ -103,12 +104,12 @@ def compile_step(
     dtype: Any = jnp.bfloat16,
     options: dict[str, Any] | None = None,
 ) -> CompiledStep:
-    """Compiles the step that most of a run's steps are, for GPUs that need not be there.
+    """Compiles the step that most of a run's steps are, for GPUs or TPUs that need not be there.
 
-    gpu: a name out of `distrijax.targets.GPUS`. latent: its height and width. options: for XLA, before the pipeline's.
-    Raises DistriError for what cannot be shared out, and where the compiler for these GPUs is not installed.
+    target: a name out of `distrijax.targets.GPUS` or `TPUS`. latent: its height and width. options: for XLA, before the
+    pipeline's. Raises DistriError for what cannot be shared out, and where the compiler for these devices is not installed.
     """
-    mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(gpu, devices)
+    mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(target, devices)
     start = time.perf_counter()
     step = step_of(
         config,
@@ -122,57 +123,35 @@ def compile_step(
         devices=targets,
     )
     outlined = time.perf_counter() - start
-    executable, compiling = _compiled(step.function, step.loop, step.placed(), step.donate, config, options)
+    platform = targets[0].platform
+    executable, compiling = _compiled(step.function, step.loop, step.placed(), step.donate, config, options, platform)
     compiling["tracing"] += outlined
     program = Program(executable.as_text())
     temporaries = executable.memory_analysis().temp_size_in_bytes
-    return CompiledStep(GPUS[gpu], mesh, program, _memory(step, program, temporaries), compiling)
-
-
-def compile_schedule(
-    config: DistriConfig,
-    unet: UNetConfig,
-    scheduler: Scheduler,
-    tpu: str,
-    *,
-    devices: int,
-    latent: tuple[int, int],
-    options: dict[str, Any] | None = None,
-) -> Program:
-    """That step for TPUs that need not be there: its schedule alone, for what a step takes is projected for GPUs only.
-
-    tpu: a name out of `distrijax.targets.TPUS`. The other arguments, and what is raised, are as `compile_step`'s.
-    """
-    tpus = compile_only_devices(tpu, devices)
-    step = step_of(
-        config, unet, scheduler, plan_mesh(config, devices, branches=unet.branches), latent=latent, devices=tpus
-    )
-    executable, _ = _compiled(step.function, step.loop, step.placed(), step.donate, config, options, "tpu")
-    return Program(executable.as_text())
+    return CompiledStep({**GPUS, **TPUS}[target], mesh, program, _memory(step, program, temporaries), compiling)
 
 
 def compile_decoder(
     config: DistriConfig,
+    unet: UNetConfig,
     vae: VAEConfig,
-    gpu: str,
+    target: str,
     *,
     devices: int,
     latent: tuple[int, int],
     images: int = 1,
-    branches: int = 2,
+    guided: bool = True,
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, int]:
-    """Bytes on each device while latents become pictures, by kind: weights, pixels and work.
-
-    branches: of guidance (`UNetConfig.branches`); the other arguments as `compile_step`'s.
-    """
-    mesh = plan_mesh(config, devices, branches=branches).build(compile_only_devices(gpu, devices))
-    layout = denoise.layout_of(config, mesh, guided=True, latent=latent, levels=1)
-    form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform="gpu")
+    """Bytes on each device while latents become pictures, by kind: weights, pixels and work. Arguments as `compile_step`'s."""
+    targets = compile_only_devices(target, devices)
+    mesh, platform = plan_mesh(config, devices, branches=unet.branches).build(targets), targets[0].platform
+    layout = denoise.layout_of(config, mesh, unet, guided=guided, latent=latent)
+    form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform=platform)
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
     latents = placed(mesh, layout.latents, latents)
-    executable, _ = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {})
+    executable, _ = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {}, platform)
     analysis = executable.memory_analysis()
     return {
         "weights": _on_device(model.params),
@@ -188,7 +167,7 @@ def _compiled(
     donate: tuple[int, ...],
     config: DistriConfig,
     options: Any,
-    platform: str = "gpu",
+    platform: str,
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
     """The program, and seconds of each stage. donate: which of the arguments after the parameters."""
     ours = options_for(platform, shard_weights=config.shard_weights)

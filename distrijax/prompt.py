@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from distrijax.config import DistriError
+from distrijax.config import DistriError, host_array
 from distrijax.placement import Model
 from distrijax.processes import fetch, put
 from distrijax.programs import Programs
@@ -85,7 +85,7 @@ class PromptEncoder:
         needed = {"prompt_embeds": ("prompts", "tokens", sum(encoder.config.hidden_size for encoder in self.encoders))}
         if self.pooled:
             needed["pooled_prompt_embeds"] = ("prompts", self.encoders[-1].config.projection_dim)
-        values = [np.asarray(value) for value in (tokens, pooled)[: len(needed)]]
+        values = [host_array(*pair) for pair in zip((tokens, pooled), (name + label for label in needed), strict=False)]
         fits = [
             v.ndim == len(form) and v.shape[-1] == form[-1] for v, form in zip(values, needed.values(), strict=True)
         ]

@@ -193,7 +193,8 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
         dtype=job.loading["dtype"],
     )
     cut_apart = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
-    displaced = bool(planned.stale) and config.warmup_steps + 1 < job.call["num_inference_steps"]
+    steps = len(job.configs.scheduler.schedule(job.call["num_inference_steps"])[0].timestep)
+    displaced = bool(planned.stale) and not all(config.synchronous(steps))
     return {
         "exactness": "lossy" if cut_apart or displaced else "lossless",
         "received_bytes": sum(planned.received.values()),

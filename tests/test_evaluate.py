@@ -90,6 +90,7 @@ def test_each_setting_has_one_row_and_is_called_lossless_or_lossy(done):
         ({"devices": 2, "parallelism": "naive_patch", "split_scheme": "row", "split_batch": False}, "lossy"),
         ({"devices": 2, "sync_mode": "no_sync", "warmup_steps": STEPS - 1, "split_batch": False}, "lossless"),
         ({"devices": 2, "sync_mode": "no_sync", "warmup_steps": 0, "split_batch": True}, "lossless"),
+        ({"devices": 2, "warmup_steps": STEPS - 2, "sync_steps": (-1,), "split_batch": False}, "lossless"),
     ],
 )
 def test_a_setting_is_lossless_where_nothing_it_uses_is_stale_or_cut_off(setting, exactness, shallow_checkpoint):

@@ -16,7 +16,7 @@ from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, 
 from distrijax.overlap import Instruction, Program, Transfer, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
-from distrijax.projection import CompiledStep, compile_decoder, compile_schedule, compile_step, seconds, waiting
+from distrijax.projection import CompiledStep, compile_decoder, compile_step, seconds, waiting
 from distrijax.targets import GPUS, compile_only_devices, compiler_is_installed, tpu_compiler_is_installed
 from distrijax.unet import SDXL_BASE
 from distrijax.vae import SDXL_VAE
@@ -315,7 +315,7 @@ def test_the_whole_of_sdxl_at_3840_fits_in_less_than_the_originals_buffers(split
     exposed = [transfer for transfer in whole.program.transfers if not (transfer.asynchronous and transfer.behind)]
     assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(3840, split_batch)
     decoding = compile_decoder(
-        DistriConfig(split_batch=split_batch), SDXL_VAE, "a100-sxm-80gb", devices=8, latent=(480, 480)
+        DistriConfig(split_batch=split_batch), SDXL_BASE, SDXL_VAE, "a100-sxm-80gb", devices=8, latent=(480, 480)
     )
     assert decoding["weights"] == 2 * 83_653_863
     assert whole.memory["weights"] + sum(decoding.values()) < most
@@ -375,7 +375,7 @@ FLAT = dataclasses.replace(
 def transfers_on_tpus(unet, side: int, config: DistriConfig, **options) -> tuple[list[Transfer], list[Transfer]]:
     """Of a displaced step on eight TPU v5e: all, and those that are not asynchronous, or that no product hides."""
     latent = (side // 8, side // 8)
-    program = compile_schedule(config, unet, DDIM, "tpu-v5e", devices=8, latent=latent, options=options)
+    program = compile_step(config, unet, DDIM, "v5e", devices=8, latent=latent, options=options).program
     planned = plan(config, unet, DDIM, devices=8, latent=latent)
     assert sum(transfer.received for transfer in program.transfers) == sum(planned.received.values())
     exposed = [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.behind)]

@@ -112,6 +112,8 @@ def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe
         given = dict(zip(names, torch_pipe.encode_prompt(PROMPT, negative_prompt=OTHER), strict=True))
     got = paint(one, None, **{name: value.numpy() for name, value in given.items()})
     assert relative_error(got, paint(one, negative_prompt=OTHER)) < 1e-4
+    held = {name: value.bfloat16().requires_grad_() for name, value in given.items()}
+    assert relative_error(paint(one, None, **held), got) < 0.1
 
 
 def test_missing_negative_prompt_is_zeros_and_not_the_empty_prompt(one):
@@ -268,6 +270,19 @@ def test_fewer_steps_than_the_warm_up_are_all_exact(pipe_on, stale):
     assert relative_error(paint(stale, num_inference_steps=1), wanted) > 1e-3
 
 
+def test_a_call_whose_steps_are_all_exact_keeps_nothing_for_a_next_one(shallow_checkpoint):
+    call = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 4}
+    pipe = DistriSDXLPipeline.from_pretrained(
+        shallow_checkpoint, DistriConfig(devices=2, split_batch=False), compile_for=call
+    )
+    pipe.set_progress_bar_config(disable=True)
+    count = pipe.programs.count
+    pipe(**call)
+    assert pipe.programs.count == count
+    ran = {function.__name__ for function, *_ in pipe.programs._compiled}
+    assert "stateless" in ran and not {"warm_up", "displaced"} & ran
+
+
 def test_only_new_shapes_compile(one, stale):
     for pipe in (one, stale):
         paint(pipe, kind="np", negative_prompt=OTHER)
@@ -331,6 +346,13 @@ def test_callback_sees_every_step_and_may_change_the_latents(one):
 def test_callback_with_latents_of_another_shape_is_refused(one):
     with pytest.raises(DistriError, match=r"the callback's latents are \[1, 4, 4, 4\] and \[1, 4, 32, 8\] is needed"):
         paint(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, 4, 4, 4))})
+
+
+@pytest.mark.parametrize("returned", [[1], {"latents": None}, {"latents": "noise"}])
+def test_a_callback_that_returns_no_latents_is_refused(one, returned):
+    told = "returned list; return a dict, or None" if returned == [1] else "latents is .*; give an array of numbers"
+    with pytest.raises(DistriError, match=told):
+        paint(one, callback_on_step_end=lambda *_: returned)
 
 
 def test_progress_bar_counts_the_steps(monkeypatch, capsys, one):

@@ -208,6 +208,16 @@ LOADING = {
     "unknown dtype": ({"dtype": "float8"}, "dtype is 'float8'; use one of: float32, bfloat16, float16"),
     "unusable dtype": ({"dtype": np.int32}, "dtype is 'int32'; use one of"),
     "dtype of another library": ({"dtype": object()}, "dtype is .*; use one of"),
+    "a dict for a DistriConfig": (
+        {"distri_config": {"devices": 8}},
+        r"distri_config is \{'devices': 8\}; give a DistriConfig, such as",
+    ),
+    "first call misspelt": (
+        {"compile_for": {"heigth": 64}},
+        "compile_for: got an unexpected keyword argument 'heigth'; give a dict of arguments of the pipeline's call",
+    ),
+    "first call that is none": ({"compile_for": [64, 64]}, "compile_for: .*; give a dict of arguments"),
+    "first call with a wrong seed": ({"compile_for": {"seed": -1}}, "seed is -1; give a whole number"),
     "too many devices": ({"distri_config": DistriConfig(devices=9)}, r"devices is 9 and JAX shows 8 \(cpu\); ask for"),
     "wrong product": (
         {"distri_config": DistriConfig(devices=8, cfg=2, patch=3)},
@@ -313,9 +323,16 @@ CALLS = {
         r"negative embeddings are \[2, 50, 64\] and the prompt's are \[2, 77, 64\]; give",
     ),
     "latents": ({"latents": np.zeros((2, 4, 9, 8))}, r"latents is \[2, 4, 9, 8\]; give .*, here \[2, 4, 8, 8\]"),
+    "ragged latents": ({"latents": [[1], [2, 3]]}, r"latents is \[\[1\], \[2, 3\]\]; give an array of numbers"),
+    "embeddings of text": (
+        {"prompt": None, **embeds(), "pooled_prompt_embeds": "a"},
+        "^pooled_prompt_embeds is 'a'; give an array of numbers",
+    ),
+    "callback": ({"callback_on_step_end": 3}, "callback_on_step_end is 3; give a function"),
     "latents of text": ({"latents": "noise"}, "latents is 'noise'; give"),
     "too few seeds": ({"seed": [1]}, "seed has 1 entries for 2 images; give one, or one for each"),
     "negative seed": ({"seed": -1}, "seed is -1; give a whole number from 0"),
+    "seed of truth": ({"seed": True}, "seed is True; give a whole number"),
     "no seed": ({"seed": None}, "seed is None; give a whole number"),
     "seed of text": ({"seed": ["a", "b"]}, "seed is 'a'; give a whole number"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps is 0; give a whole number"),
@@ -346,6 +363,13 @@ def test_a_wrong_call_is_refused(kind, pipe):
         pipe(**{"prompt": ["a", "b"], "height": 64, "width": 64, "num_inference_steps": 2, **arguments})
     assert_one_sentence(str(error.value), pattern)
     assert pipe.programs.count == 0
+
+
+def test_a_scheduler_that_is_none_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", "euler")
+    with pytest.raises(DistriError) as error:
+        pipe("a", height=64, width=64)
+    assert_one_sentence(str(error.value), "^the pipeline's scheduler is 'euler'; give one of distrijax.schedulers")
 
 
 # A wrong command -------------------------------------------------------------------------------------------------------
