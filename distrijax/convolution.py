@@ -21,8 +21,8 @@ Four times the input is held, which costs more the fewer channels share in it; a
 the tenth of a second that its sums take to compile.
 """
 
-TPU_SUMS, TPU_PARTS = 2**21, 8
-"""Sums that TPUs have room for in the chip's own memory, and the most parts in which a picture is computed for that."""
+TPU_SUMS = 3 * 2**22
+"""Elements of a result up to which TPUs have room for its sums in the chip's own memory."""
 
 
 def convolve(
@@ -33,9 +33,16 @@ def convolve(
     XLA's own on GPUs. On CPUs it takes up to three times as long as products of matrices that give the same. On TPUs it first
     makes a batch of a small batch's columns, and by libtpu's own estimate these copies alone take longer than the products.
     """
-    plain, shifted = (functools.partial(way, stride=stride, sides=sides) for way in (_plain, _shifted))
-    cpu = _way_of_cpus(x, kernel, stride, sides) or plain
-    return lax.platform_dependent(x, kernel, cpu=cpu, tpu=shifted, default=plain)
+    ways = {"cpu": _way_of_cpus(x, kernel, stride, sides), "tpu": _way_of_tpus(x, kernel, stride, sides)}
+    plain = functools.partial(_plain, stride=stride, sides=sides)
+    return lax.platform_dependent(x, kernel, **{name: way or plain for name, way in ways.items()}, default=plain)
+
+
+def _way_of_tpus(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Callable | None:
+    """Products in the place of XLA's convolution, or None."""
+    if x.size // stride**2 * kernel.shape[-1] > TPU_SUMS * x.shape[-1]:
+        return None
+    return functools.partial(_shifted, stride=stride, sides=sides)
 
 
 def _way_of_cpus(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Callable | None:
@@ -73,27 +80,17 @@ def _shifted(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Ar
 
     jit: this is traced once for convolutions of the same shapes, on other platforms in vain.
     """
-    height, width, _, features = kernel.shape
+    height, width, *_ = kernel.shape
     x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
-    rows, columns = (x.shape[1] - height) // stride + 1, (x.shape[2] - width) // stride + 1
-    parts = min(TPU_PARTS, math.ceil(x.shape[0] * rows * columns * features / TPU_SUMS))
-    some = math.ceil(rows / parts)
-
-    def band(first: int, last: int) -> Array:
-        down, right = stride * (last - first - 1) + 1, stride * (columns - 1) + 1
-        seen = x[:, stride * first :]
-        products = (
-            jnp.matmul(
-                seen[:, i : i + down : stride, j : j + right : stride],
-                kernel[i, j],
-                preferred_element_type=jnp.float32,
-            )
-            for i in range(height)
-            for j in range(width)
+    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
+    products = (
+        jnp.matmul(
+            x[:, i : i + down : stride, j : j + right : stride], kernel[i, j], preferred_element_type=jnp.float32
         )
-        return functools.reduce(jnp.add, products).astype(x.dtype)
-
-    return jnp.concatenate([band(first, min(first + some, rows)) for first in range(0, rows, some)], 1)
+        for i in range(height)
+        for j in range(width)
+    )
+    return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -30,7 +30,7 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _CYCLES = re.compile(r"\"estimated_cycles\":\"(\d+)\"")
-_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CHAIN = re.compile(r"chain_id=\"(\d+)\"")
 _CUBLAS = re.compile(r"custom_call_target=\"__cublas.*?\"lhs_contracting_dimensions\":\[([^\]]*)\]")
 _ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
@@ -125,7 +125,7 @@ class Program:
         """Floating-point operations of the products in an instruction; 0 where there is none."""
         if instruction.opcode in ("fusion", "call", "while", "conditional"):
             inner = (each for name in instruction.called for each in self.computations.get(name, ()))
-            return sum(map(self.flops, inner))
+            return sum(map(self.flops, inner)) * self._turns(instruction)
         operands = [
             _sizes(self._by_name[name].arrays[0]) for name in instruction.operands if self._by_name[name].arrays
         ]
@@ -157,21 +157,21 @@ class Program:
         return 0
 
     def cycles(self, computation: str | None = None) -> int:
-        """Cycles of a computation's kernels (default: the step's), by the estimates that libtpu writes beside them.
-
-        Those of a loop count as often as it runs, which is the constant that its condition compares with.
-        """
+        """Cycles of a computation's kernels (default: the step's), by the estimates that libtpu writes beside them."""
         total = 0
         for instruction in self.step if computation is None else self.computations[computation]:
             if instruction.opcode == "while":
-                condition, body = _LOOP.search(instruction.rest).groups()
-                limits = [
-                    int(each.rest.split(")")[0]) for each in self.computations[condition] if each.opcode == "constant"
-                ]
-                total += max(limits) * self.cycles(body)
+                total += self._turns(instruction) * sum(map(self.cycles, instruction.called))
             elif estimate := _CYCLES.search(instruction.rest):
                 total += int(estimate.group(1))
         return total
+
+    def _turns(self, instruction: Instruction) -> int:
+        """How often an instruction's computations run: those of a loop up to the constant that its condition compares with."""
+        if instruction.opcode != "while":
+            return 1
+        condition = self.computations[_CONDITION.search(instruction.rest).group(1)]
+        return max((int(each.rest.split(")")[0]) for each in condition if each.opcode == "constant"), default=1)
 
     def moved(self, instruction: Instruction) -> int:
         """Bytes that an instruction's kernel reads and writes; 0 where it has no kernel."""

@@ -100,21 +100,32 @@ def test_winograds_derivatives_are_torchs(winograd):
     assert relative_error(module.kernel.get_value(), source.weight.grad.permute(2, 3, 1, 0)) < EXACT
 
 
-@pytest.mark.parametrize("sums", [2**21, 2 * 6 * 9, 1], ids=["at once", "in parts", "row by row"])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 6), (7, 5)], ids=["even", "odd"])
 @pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
-def test_on_tpus_a_product_for_each_place_of_the_kernel_equals_torch(kernel, stride, trailing, sums, monkeypatch):
-    """TPUs are not here, but what is done for them can be done by CPUs; no other shapes are traced for them in these tests."""
-    monkeypatch.setattr(convolution, "TPU_SUMS", sums)
+def test_on_tpus_a_product_for_each_place_of_the_kernel_equals_torch(
+    kernel, stride, trailing, rows, columns, monkeypatch
+):
+    """TPUs are not here, but what is done for them can be done by CPUs."""
     source = torch.nn.Conv2d(4, 6, kernel, stride, padding=0 if trailing else kernel // 2)
     ours = port(Conv(4, 6, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
-    x = torch.randn(2, 4, 7, 9)
+    x = torch.randn(2, 4, rows, columns)
     padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
-    jax.clear_caches()
-    traced = jitted().trace(ours, nhwc(x))
-    text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("stablehlo.dot_general ") % kernel**2 == 0 and "stablehlo.convolution(" not in text
+    assert _products_on_tpus(ours, nhwc(x)) == kernel**2
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, **_: tpu(*operands))
     assert relative_error(jitted()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+
+
+def test_on_tpus_large_pictures_are_convolved_by_xla():
+    module = Conv(320, 320, rngs=nnx.Rngs(0))
+    shapes = [jax.ShapeDtypeStruct((2, rows, 480, 320), np.float32) for rows in (30, 60)]
+    assert [_products_on_tpus(module, shape) for shape in shapes] == [9, 0]
+
+
+def _products_on_tpus(module, x) -> int:
+    text = jitted().trace(module, x).lower(lowering_platforms=("tpu",)).as_text()
+    products, convolutions = text.count("stablehlo.dot_general "), text.count("stablehlo.convolution(")
+    assert bool(products) != bool(convolutions)
+    return products
 
 
 @pytest.mark.parametrize("way", ["_product", "_winograd"])

@@ -71,6 +71,29 @@ ENTRY %main (x: bf16[8,32], y: bf16[32,16], b: bf16[16]) -> bf16[8,16] {{
 }}
 """
 
+LOOP = """
+%four (i: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(4), metadata={op_name="lt"}
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%turn (i: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %i = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  %square = f32[8,8]{1,0} bitcast(%i)
+  %product = f32[8,8]{1,0} dot(%square, %square), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %sum = f32[8]{0:T(128)} fusion(%i), kind=kLoop, calls=%add, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %next = (s32[], f32[8]{0}) tuple(%i, %sum)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0:T(128)} parameter(0)
+  %one = f32[8]{0:T(128)} fusion(%x), kind=kLoop, calls=%add, backend_config={"window_config":{"estimated_cycles":"30"}}
+  %free = f32[8]{0:T(128)} bitcast(%one)
+  %loop = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%one), condition=%four, body=%turn, metadata={op_name="while"}
+  ROOT %out = f32[8]{0:T(128)} get-tuple-element(%loop), index=1
+}
+"""
+
 GATHER = 'all-gather(%own), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="4"}'
 
 CHAIN = """
@@ -153,6 +176,13 @@ def test_convolutions_count_neither_padding_nor_holes():
     assert program.flops(padded) == 2 * 2 * 7 * (3 * 8 - 2)
 
 
+def test_what_is_in_a_loop_counts_as_often_as_it_runs():
+    program = Program(LOOP)
+    assert program.cycles("main") == 30 + 4 * 100
+    (loop,) = (each for each in program.computations["main"] if each.opcode == "while")
+    assert program.flops(loop) == 4 * 2 * 8 * 8 * 8
+
+
 def test_operations_and_bytes_of_kernels():
     program = Program(HLO)
     by_name = {instruction.name: instruction for instruction in program.step}
@@ -197,14 +227,14 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_a_slice_of_tpus_that_is_not_lent_is_refused():
-    with pytest.raises(DistriError, match="no slice of tpu-v5e has 6 chips; use one of: 4, 8, 16, 32, 64"):
-        compile_only_devices("tpu-v5e", 6)
+    with pytest.raises(DistriError, match="no slice of TPU v5e has 6 chips; use one of: 1, 4, 8, 16, 32, 64"):
+        compile_only_devices("v5e", 6)
 
 
 def test_a_compiler_for_tpus_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(targets, "tpu_compiler_is_installed", lambda: False)
-    with pytest.raises(DistriError, match="compiling for tpu-v5e needs libtpu; install the extra `tpu`"):
-        compile_only_devices("tpu-v5e", 8)
+    with pytest.raises(DistriError, match="compiling for TPU v5e needs libtpu; install the extra `tpu`"):
+        compile_only_devices("v5e", 8)
 
 
 # Compiled for GPUs ------------------------------------------------------------------------------------------------------
@@ -399,6 +429,17 @@ def test_weights_that_are_shared_out_are_mostly_gathered_behind_products_on_tpus
 
 
 @tpu_compiler
+def test_the_command_tells_what_a_step_would_take_on_tpus(capsys):
+    plan_command.main(["--tpu", "v5e", "--model", str(DEFAULT_MODEL), "--devices", "4", "--image-size", "256"])
+    mesh, _, memory, *_, step, baseline = capsys.readouterr().out.splitlines()
+    assert mesh == "mesh     data 1 x cfg 2 x patch 2 of TPU v5e, bfloat16"
+    assert " of 17.2 GB on each device in a step: weights 8.34 MB" in memory
+    cycles = r"projection  ([\d.]+) million cycles a step "
+    few, many = (float(re.match(cycles, line).group(1)) for line in (step, baseline))
+    assert few < many
+
+
+@tpu_compiler
 def test_a_user_may_override_the_options_for_tpus():
     """With one permute at a time, most of these are exposed: what the test above looks for can be missed."""
     one = {"xla_max_concurrent_async_collective_permutes": 1}
@@ -416,6 +457,10 @@ def test_a_user_may_override_the_options_for_tpus():
         (["--devices", "0"], "--devices is 0; give a whole number of at least 1"),
         (["--image-size", "1001"], "height is 1001 and this model needs a multiple of 8; use 1000 or 1008"),
         (["--image-size", "8", "8", "8"], "--image-size takes H or H W, not 3 numbers"),
+        (
+            ["--tpu", "v5e", "--link", "pcie"],
+            "--link and --timeline are of the projection for GPUs; leave them out, or --tpu",
+        ),
         (["--link", "fast"], "--link is 'fast'; use nvlink, pcie, network, or GB/s"),
         (["--link", "-3"], "--link is '-3'; use nvlink, pcie, network, or GB/s"),
     ],
