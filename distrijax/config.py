@@ -74,10 +74,21 @@ def choose(kind: type[Choice], value: str, name: str) -> Choice:
 
 
 def positive(value: Any, name: str, *, least: int = 1) -> int:
-    """`value` as an int of at least `least`; raises DistriError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """`value` as an int of at least `least`, whatever library it is a whole number of; raises DistriError otherwise."""
+    if not _is_whole(value) or value < least:
         raise DistriError(f"{name} is {value!r}; give a whole number of at least {least}")
-    return value
+    return int(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def flag(value: Any, name: str) -> bool:
+    """`value` as a bool; raises DistriError for what is neither true nor false."""
+    if not isinstance(value, bool | np.bool_):
+        raise DistriError(f"{name} is {value!r}; use true or false")
+    return bool(value)
 
 
 def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
@@ -142,14 +153,16 @@ class DistriConfig:
         object.__setattr__(self, "split_scheme", choose(SplitScheme, self.split_scheme, "split_scheme"))
         if self.compress is not None:
             object.__setattr__(self, "compress", choose(Compression, self.compress, "compress"))
-        positive(self.warmup_steps, "warmup_steps", least=0)
+        for name in ("extrapolate", "shard_weights", "split_batch"):
+            object.__setattr__(self, name, flag(getattr(self, name), name))
+        object.__setattr__(self, "warmup_steps", positive(self.warmup_steps, "warmup_steps", least=0))
         object.__setattr__(self, "sync_steps", _step_numbers(self.sync_steps))
         for name in self._idle_options():
             mode = self.sync_mode if self.parallelism is Parallelism.PATCH else self.parallelism
             raise DistriError(f"{name} is set and changes nothing in {mode}; leave it out or choose another mode")
         for name in ("devices", "data", "cfg", "patch"):
             if getattr(self, name) is not None:
-                positive(getattr(self, name), name)
+                object.__setattr__(self, name, positive(getattr(self, name), name))
         if self.cfg not in (None, 1, 2):
             raise DistriError(f"cfg is {self.cfg}; guidance has two branches, so use 1 or 2")
         if self.cfg == 2 and not self.split_batch:
@@ -175,10 +188,10 @@ class DistriConfig:
 
 def _step_numbers(value: Any) -> tuple[int, ...]:
     """Numbers of steps as a tuple; raises DistriError for what is none."""
-    numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
+    steps = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    if not all(map(_is_whole, steps)):
         raise DistriError(f"sync_steps is {value!r}; give whole numbers, from 0 on or from -1 back, such as (20, -1)")
-    return numbers
+    return tuple(map(int, steps))
 
 
 class ModelConfig:

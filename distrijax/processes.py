@@ -59,7 +59,7 @@ def start(
     Raises DistriError for arguments that cannot be. A process that is missing is no exception: JAX aborts this one.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    positive(timeout, "timeout")
+    timeout = positive(timeout, "timeout")
     if all(value is None for value in given.values()):
         count = tasks()
         if count != 1:
@@ -69,8 +69,8 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if missing:
         raise DistriError(f"{' and '.join(missing)} is missing; give all of {', '.join(given)}, or none")
-    positive(num_processes, "num_processes")
-    if positive(process_id, "process_id", least=0) >= num_processes:
+    num_processes, process_id = positive(num_processes, "num_processes"), positive(process_id, "process_id", least=0)
+    if process_id >= num_processes:
         raise DistriError(f"process_id is {process_id} of {num_processes} processes; give 0 to {num_processes - 1}")
     port = _port(coordinator)
     if num_processes == 1:

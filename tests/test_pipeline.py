@@ -318,6 +318,14 @@ def test_what_the_first_call_needs_is_compiled_while_weights_are_read(
     assert not [message for message in caplog.messages if "XLA compilation" in message]
 
 
+def test_numpys_whole_numbers_are_as_good_as_pythons(stale):
+    wanted = paint(stale)
+    count = stale.programs.count
+    given = {name: np.int64(value) for name, value in {**SIZE, "num_inference_steps": 4, "chunk_size": 1}.items()}
+    np.testing.assert_array_equal(paint(stale, **given), wanted)
+    assert stale.programs.count == count
+
+
 def test_another_size_compiles_again_and_only_once(one):
     before = one.programs.count
     first = paint(one, height=32, width=32)

@@ -239,6 +239,14 @@ def test_wrong_coordinates_are_refused_in_a_sentence(arguments, told):
         processes.start(*arguments[:3], devices=arguments[3] if arguments[3:] else None)
 
 
+def test_numpys_numbers_reach_jax_as_pythons(monkeypatch):
+    given = []
+    monkeypatch.setattr(processes, "_initialize", lambda *values, **_: given.extend(values))
+    processes.start("h:1", np.int64(2), np.int64(1), timeout=np.int64(5))
+    assert given == [5, "h:1", 2, 1]
+    assert [type(value) for value in given] == [int, str, int, int]
+
+
 @pytest.mark.parametrize(
     ("variables", "count"),
     [

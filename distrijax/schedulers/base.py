@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.config import DistriError, ModelConfig, choose, freeze, positive
+from distrijax.config import DistriError, ModelConfig, choose, flag, freeze, positive
 from distrijax.schedulers import common
 
 ELSEWHERE = frozenset(
@@ -182,9 +182,7 @@ class Scheduler(ModelConfig, abc.ABC):
     def _flag(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, bool):
-                raise DistriError(f"{name} is {value!r}; use true or false")
-            object.__setattr__(self, name, bool(value))
+            object.__setattr__(self, name, value is not None and flag(value, name))
 
     def _positive_number(self, name: str) -> None:
         value = getattr(self, name)
