@@ -107,13 +107,17 @@ class Configs(NamedTuple):
 
 
 def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
-    """The dtype to compute in: the one asked for, else bfloat16 on accelerators and float32 on CPUs."""
+    """The dtype to compute in: the one asked for, else bfloat16 on accelerators and float32 on CPUs.
+
+    dtype: a name, or JAX's, NumPy's or torch's dtype. Raises DistriError for one that is not computed in.
+    """
     if dtype is None:
         return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     try:
         name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     except TypeError:
-        name = type(dtype).__name__
+        kind = type(dtype)
+        name = str(dtype).removeprefix("torch.") if kind.__module__ == "torch" else kind.__name__
     if name not in DTYPES:
         raise DistriError(f"dtype is {name!r}; use one of: {', '.join(DTYPES)}")
     return jnp.dtype(DTYPES[name])

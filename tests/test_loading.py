@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 
+from distrijax import DistriError
 from distrijax.clip import CLIPTextEncoder
-from distrijax.loading import SD, default_size, read_configs
+from distrijax.loading import SD, default_size, read_configs, resolve_dtype
 from distrijax.schedulers import DDIM, PNDM
 from distrijax.vae import AutoencoderKL
 
@@ -177,3 +181,25 @@ def test_a_model_without_a_size_has_its_familys(tiny_sd_checkpoints, tmp_path):
     configs = read_configs(folder)
     assert configs.family is SD
     assert default_size(configs.family, configs.unet, configs.vae) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [
+        (torch.float16, np.float16),
+        (torch.bfloat16, jnp.bfloat16),
+        (torch.float32, np.float32),
+        (jnp.bfloat16, jnp.bfloat16),
+        (np.float16, np.float16),
+        (np.dtype(np.float32), np.float32),
+        ("bfloat16", jnp.bfloat16),
+        (None, np.float32),
+    ],
+)
+def test_dtypes_of_any_library_are_taken(dtype, wanted):
+    assert resolve_dtype(dtype, "cpu") == np.dtype(wanted)
+
+
+def test_a_dtype_of_torch_that_is_not_computed_in_is_refused_by_its_name():
+    with pytest.raises(DistriError, match="dtype is 'float64'; use one of: float32, bfloat16, float16"):
+        resolve_dtype(torch.float64, "cpu")
