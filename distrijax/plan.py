@@ -40,24 +40,29 @@ KINDS = {
 class Plan:
     """What one device does at a step.
 
-    patches: bands of rows. rows: of the latent, in each. padding: the part of all patches' rows that is no part of the image.
-    stale: bytes that it keeps of its own for the next step, by kind. received: bytes that come in from the others, by kind,
-    on the device that receives most; an all-reduce counts as a ring's.
+    patches: bands of rows. rows: of the latent, in each. height: all rows of the latent. stale: bytes that it keeps of its own
+    for the next step, by kind. received: bytes that come in from the others, by kind, on the device that receives most; an
+    all-reduce counts as a ring's.
     """
 
     mesh: MeshPlan
     patches: int
     rows: int
-    padding: float
+    height: int
     stale: dict[str, int]
     received: dict[str, int]
+
+    @property
+    def padding(self) -> float:
+        """The part of all patches' rows that is no part of the image."""
+        return 1 - self.height / (self.patches * self.rows)
 
     def __str__(self) -> str:
         kept, received = (
             ", ".join(f"{kind} {megabytes(count)}" for kind, count in sorted(part.items())) or "nothing"
             for part in (self.stale, self.received)
         )
-        filled = math.ceil(self.patches * (1 - self.padding))
+        filled = -(-self.height // self.rows)
         idle = f"; {filled} patches would take as long" if filled < self.patches else ""
         rows = f"padding  {self.padding:.1%} of the rows that the devices compute{idle}\n" if self.padding else ""
         return (
@@ -96,10 +101,8 @@ def plan(
     stale = Counter()
     for leaf in step.stale.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
-    rows = layout.bands.band
-    padding = 1 - latent[0] / (layout.patches * rows)
     rounded = {kind: round(count) for kind, count in received.items()}
-    return Plan(mesh, layout.patches, rows, padding, dict(stale), rounded)
+    return Plan(mesh, layout.patches, layout.bands.band, latent[0], dict(stale), rounded)
 
 
 def step_of(

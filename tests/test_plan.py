@@ -152,6 +152,7 @@ def received_by_hlo(text: str) -> int:
         (1024, 8, 0, None),
         (1000, 3, 1 - 125 / 132, "padding  5.3% of the rows that the devices compute\n"),
         (128, 8, 0.5, "padding  50.0% of the rows that the devices compute; 4 patches would take as long\n"),
+        (96, 10, 0.7, "padding  70.0% of the rows that the devices compute; 3 patches would take as long\n"),
     ],
 )
 def test_rows_that_are_padding_are_told(side, devices, padding, told):
