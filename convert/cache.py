@@ -54,16 +54,23 @@ def prepared(recipe: Recipe, *, token: str | bool | None = None, offline: bool =
 @contextmanager
 def _locked(destination: Path) -> Iterator[None]:
     """Of several processes on a host one converts, and the others wait."""
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(destination.parent):
         lock = FileLock(destination.with_suffix(".lock"))
         lock.acquire()
-    except OSError as error:
-        raise DistriError(
-            f"{destination.parent} can't be written ({error.strerror}); set XDG_CACHE_HOME to a folder with room for the model"
-        ) from None
     with lock:
         yield
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes a folder of the cache; raises DistriError where it, or what is written within, can't be had."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DistriError(
+            f"{folder} can't be written ({error.strerror}); set XDG_CACHE_HOME to a folder with room for the model"
+        ) from None
 
 
 def needs_no_conversion(path: Path) -> bool:
@@ -97,10 +104,10 @@ def digest(path: Path) -> str:
         return memo.read_text()
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    beside = memo.with_suffix(f".{os.getpid()}")
-    beside.write_text(found)
-    beside.replace(memo)
+    with _writing(memo.parent):
+        beside = memo.with_suffix(f".{os.getpid()}")
+        beside.write_text(found)
+        beside.replace(memo)
     return found
 
 

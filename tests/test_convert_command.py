@@ -28,7 +28,10 @@ from safetensors.torch import load_file as load_torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import latency
 
+from distrijax import DistriError
 from distrijax.convert.__main__ import main
+from distrijax.convert.cache import prepared
+from distrijax.convert.sources import Recipe
 
 FORMATS = ("diffusers", "single", "flax")
 PAIRS = [*itertools.product(FORMATS, FORMATS), ("orbax", "diffusers"), ("single", "orbax"), ("orbax", "flax")]
@@ -257,6 +260,15 @@ def test_generate_takes_a_single_file_and_converts_it_once(model, single, paint,
     moved = shutil.copy(single, tmp_path / "elsewhere.safetensors")
     monkeypatch.setattr("distrijax.convert.cache.write_folder", None)  # what is there is taken
     assert psnr(paint("--model", moved, "--config", model), wanted) > 50
+
+
+@pytest.mark.parametrize("obstacle", ["distrijax", "distrijax/digests", "distrijax/converted"])
+def test_a_cache_that_cannot_be_made_is_told_in_a_sentence(single, tmp_path, monkeypatch, obstacle):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / obstacle).parent.mkdir(exist_ok=True)
+    (tmp_path / obstacle).touch()  # a file, where a folder is needed
+    with pytest.raises(DistriError, match=r"can't be written \(.*\); set XDG_CACHE_HOME to a folder with room"):
+        prepared(Recipe(str(single)))
 
 
 def test_generate_merges_what_it_is_given_and_says_so_in_the_picture(model, paint, tmp_path):
