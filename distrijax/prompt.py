@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,16 +13,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from distrijax.config import DistriError, host_array
+from distrijax.config import DistriError, DistriWarning, host_array
 from distrijax.placement import Model
-from distrijax.processes import fetch, put
+from distrijax.processes import fetch, is_first, put
 from distrijax.programs import Programs
 from distrijax.tokenizer import CLIPTokenizer
 
 Prompt = str | Sequence[str]
 
 Prompts = tuple[Prompt | None, ...]
-"""What a caller gives for each encoder: SDXL's prompt and prompt_2, the prompt alone of a model with one encoder."""
+"""What a caller gives for each encoder: SDXL's prompt and prompt_2, the prompt alone of a model with one encoder. Those after the
+first are the first's where they are None or "", as in diffusers."""
 
 Texts = tuple[list[str], ...]
 """Prompts for each encoder, equally many."""
@@ -107,8 +109,9 @@ class PromptEncoder:
         """The branches of guidance, checked but not encoded, unconditional first; without guidance the text branch alone.
 
         given, given_negative: embeddings that take the place of prompts. None among the branches stands for zeros. Raises
-        DistriError for prompts that contradict each other or are missing.
+        DistriError for prompts that contradict each other or are missing, and warns (DistriWarning) of those that say nothing.
         """
+        prompts, negative_prompts = _without_empty(prompts), _without_empty(negative_prompts)
         for name, ones, other in (("prompt", prompts, given), ("negative_prompt", negative_prompts, given_negative)):
             for label, one in zip(_labels(name, ones), ones, strict=True):
                 if one is not None and other is not None:
@@ -122,6 +125,13 @@ class PromptEncoder:
             return given_negative, text
         first, *others = negative_prompts
         if first is None and self.zeros_for_empty:
+            if any(other is not None for other in others) and is_first():
+                warnings.warn(
+                    "negative_prompt_2 changes nothing: without negative_prompt this model takes zeros for both encoders; "
+                    "give negative_prompt, '' at least",
+                    DistriWarning,
+                    stacklevel=3,
+                )
             return None, text
         return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
 
@@ -151,6 +161,12 @@ def as_list(value: Prompt, name: str) -> list[str]:
     if not texts:
         raise DistriError(f"{name} is an empty list; give at least one string")
     return list(texts)
+
+
+def _without_empty(prompts: Prompts) -> Prompts:
+    """None in the place of an empty prompt after the first."""
+    first, *others = prompts
+    return first, *(None if isinstance(other, str) and not other else other for other in others)
 
 
 def _check_alike(negative: Embeddings, text: Embeddings) -> None:

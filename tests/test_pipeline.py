@@ -67,6 +67,7 @@ ORACLES = {
         EulerDiscreteScheduler,
         {
             "negative_prompt": "a blue square",
+            "negative_prompt_2": "",
             "original_size": (512, 300),
             "crops_coords_top_left": (16, 8),
             "target_size": (240, 80),
@@ -86,7 +87,7 @@ ORACLES = {
         DPMSolverMultistepScheduler,
         {"prompt_2": OTHER, "negative_prompt": "", "negative_prompt_2": "a circle", "clip_skip": 1},
     ),
-    "euler-karras": (EulerDiscreteScheduler, {"guidance_scale": 1.0, "num_inference_steps": 5}),
+    "euler-karras": (EulerDiscreteScheduler, {"prompt_2": "", "guidance_scale": 1.0, "num_inference_steps": 5}),
 }
 
 
