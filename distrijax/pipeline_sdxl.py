@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from distrijax.config import DistriError, finite_number
+from distrijax.config import DistriError, DistriWarning, finite_number
 from distrijax.loading import SDXL
 from distrijax.pipeline import Call, Callback, Pipeline, PipelineOutput, Size
+from distrijax.processes import is_first
 from distrijax.prompt import Prompt
 
 
@@ -72,11 +74,20 @@ class DistriSDXLPipeline(Pipeline):
             callback_on_step_end=callback_on_step_end,
             chunk_size=chunk_size,
         )
+        size, negative_crop = (height, width), negative_crops_coords_top_left
+        time_ids = _time_ids(size, original_size, crops_coords_top_left, target_size)
+        negative_ids = _time_ids(size, negative_original_size, negative_crop, negative_target_size, "negative_")
+        negative_sizes = {
+            "negative_original_size": negative_original_size,
+            "negative_crops_coords_top_left": negative_crop if any(negative_crop) else None,
+            "negative_target_size": negative_target_size,
+        }
         self._warn_of_single_branch(
             negative_prompt=negative_prompt,
             negative_prompt_2=negative_prompt_2,
             negative_prompt_embeds=negative_prompt_embeds,
             guidance_rescale=guidance_rescale or None,
+            **negative_sizes,
         )
         branches = self._prompts.read(
             (prompt, prompt_2),
@@ -85,20 +96,34 @@ class DistriSDXLPipeline(Pipeline):
             self._prompts.given(negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_", self.dtype),
             guided=call.guided,
         )
-        size = (height, width)
-        time_ids = _time_ids(size, original_size, crops_coords_top_left, target_size)
-        negative_ids = time_ids
-        if negative_original_size is not None and negative_target_size is not None:
-            crop = negative_crops_coords_top_left
-            negative_ids = _time_ids(size, negative_original_size, crop, negative_target_size)
+        if negative_original_size is None or negative_target_size is None:
+            negative_ids = time_ids
+            if call.guided:
+                _warn_of_idle_sizes(negative_sizes)
         return self._paint(call, branches, (negative_ids, time_ids) if call.guided else (time_ids,))
 
 
-def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None) -> list[float]:
-    """SDXL's micro-conditioning: original size, top left corner of the crop, target size."""
+def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None, prefix: str = "") -> list[float]:
+    """SDXL's micro-conditioning: original size, top left corner of the crop, target size.
+
+    prefix: before the arguments' names in errors.
+    """
     original, target = (size if given is None else given for given in (original, target))
-    pairs = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
+    names = (f"{prefix}{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
+    pairs = dict(zip(names, (original, crop, target), strict=True))
     for name, pair in pairs.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise DistriError(f"{name} is {pair!r}; give two numbers, (height, width)")
     return [finite_number(value, name) for name, pair in pairs.items() for value in pair]
+
+
+def _warn_of_idle_sizes(given: dict[str, Size | None]) -> None:
+    """Tells which of the negative prompt's sizes say nothing, as in diffusers, for want of both sizes."""
+    names = [name for name, size in given.items() if size is not None]
+    if names and is_first():
+        warnings.warn(
+            f"{', '.join(names)} changes nothing without both negative_original_size and negative_target_size; "
+            "give both or leave it out",
+            DistriWarning,
+            stacklevel=3,
+        )

@@ -229,8 +229,12 @@ def test_more_steps_than_the_model_was_distilled_on_are_refused(one):
     [
         ({"negative_prompt": "a square"}, "negative_prompt changes nothing: this UNet is told the guidance scale"),
         ({"negative_prompt_2": "a", "guidance_rescale": 0.5}, "negative_prompt_2, guidance_rescale changes nothing"),
+        (
+            {"negative_original_size": (64, 64), "negative_target_size": (9, 9)},
+            "negative_original_size, negative_target_size changes nothing: this UNet",
+        ),
     ],
-    ids=["negative prompt", "both"],
+    ids=["negative prompt", "both", "negative sizes"],
 )
 def test_what_only_two_branches_would_heed_is_told(given, words, one):
     with pytest.warns(DistriWarning, match=words):

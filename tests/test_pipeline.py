@@ -16,7 +16,7 @@ from oracle import psnr, relative_error
 from PIL import Image
 from tiny_pipeline import load_torch_pipeline
 
-from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
+from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
 from distrijax.exchange import KINDS
 from distrijax.schedulers import with_class
 
@@ -119,6 +119,24 @@ def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe
 
 def test_missing_negative_prompt_is_zeros_and_not_the_empty_prompt(one):
     assert relative_error(paint(one), paint(one, negative_prompt="")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"negative_original_size": (128, 100)},
+        {"negative_crops_coords_top_left": (4, 2), "negative_target_size": (200, 50)},
+    ],
+)
+def test_negative_sizes_without_both_change_nothing_and_are_told(one, given):
+    told = f"{', '.join(given)} changes nothing without both negative_original_size and negative_target_size; give both"
+    with pytest.warns(DistriWarning, match=told) as caught:
+        got = paint(one, num_inference_steps=1, **given)
+    assert [warning.filename for warning in caught] == [__file__]
+    np.testing.assert_array_equal(got, paint(one, num_inference_steps=1))
+    paint(
+        one, num_inference_steps=1, guidance_scale=1.0, **given
+    )  # warnings are errors: no word of what no branch would heed
 
 
 @pytest.mark.parametrize(

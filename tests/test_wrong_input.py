@@ -349,6 +349,15 @@ CALLS = {
     "original size": ({"original_size": (64,)}, r"original_size is \(64,\); give two numbers"),
     "crop of text": ({"crops_coords_top_left": ("a", 0)}, "crops_coords_top_left is 'a'; give a finite number"),
     "target size": ({"target_size": 64}, "target_size is 64; give two numbers"),
+    "negative original size": ({"negative_original_size": 64}, "^negative_original_size is 64; give two numbers"),
+    "negative crop": (
+        {"negative_crops_coords_top_left": (0,), "negative_original_size": (64, 64), "negative_target_size": (64, 64)},
+        r"^negative_crops_coords_top_left is \(0,\); give two numbers",
+    ),
+    "negative target size of text": (
+        {"negative_target_size": ("a", 64), "negative_original_size": (64, 64)},
+        "^negative_target_size is 'a'; give a finite number",
+    ),
     "clip skip": ({"clip_skip": 9}, "clip_skip is 9; .* takes 0 to 2"),
     "clip skip of text": ({"clip_skip": "1"}, "clip_skip is '1'; give a whole number of at least 0"),
     "images beside each other": ({"prompt": ["a"] * 3}, "3 images do not divide among data=2; make a multiple of 2"),
