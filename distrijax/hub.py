@@ -73,9 +73,13 @@ def find(
     if (path := Path(name).expanduser()).exists():
         return path
     remote = parse(str(name))
-    missing = path.parent != Path() and path.parent.is_dir()  # of a folder here
-    if remote is None or missing:
+    if remote is None:
         raise DistriError(f"{name} is neither a file nor a folder; give one, or a hub id like owner/model")
+    if path.parent != Path() and path.parent.is_dir():
+        raise DistriError(
+            f"{path.parent} is a folder here and has no {path.name}; "
+            f"give a path that is there, or hf://{name} to fetch it from the hub"
+        )
     remote = remote._replace(revision=revision or remote.revision, file=remote.file or file)
     offline = offline or constants.HF_HUB_OFFLINE
     options = {"revision": remote.revision, "token": token}

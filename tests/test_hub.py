@@ -112,6 +112,19 @@ def test_what_is_neither_here_nor_a_name_on_the_hub_is_refused(name):
         find(name, parts=PARTS)
 
 
+def test_a_hub_id_whose_owner_is_also_a_folder_here_is_told_how_to_be_fetched(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    fetched = repository(["model_index.json"])
+    with pytest.raises(
+        DistriError, match="^owner is a folder here and has no model; give .* or hf://owner/model to fetch"
+    ):
+        find("owner/model", parts=PARTS)
+    assert not fetched
+    find("hf://owner/model", parts=PARTS)
+    assert fetched == ["model_index.json"]
+
+
 def test_a_file_is_fetched_alone(monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", lambda repository, file, **_: f"/cache/{repository}/{file}")
     assert find("hf://owner/model/a.safetensors", parts=PARTS) == Path("/cache/owner/model/a.safetensors")
