@@ -15,7 +15,7 @@ from distrijax.convert.flax_files import write_flax
 from distrijax.convert.flax_names import from_flax, to_flax
 from distrijax.convert.safetensors_files import write_safetensors
 from distrijax.convert.tensors import Tensors
-from distrijax.weights import STEMS, current_name, read_json, weight_files
+from distrijax.weights import STEMS, check_variant, current_name, read_json, weight_files
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -27,8 +27,8 @@ LARGEST = 64 << 20
 def from_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
     """The parts of a folder in the diffusers layout.
 
-    variant: of the weights, such as fp16. What paints no picture (safety checker, feature extractor, image encoder) is left
-    out. Raises DistriError for parts that are absent or can't be read.
+    variant: of the weights, such as fp16, in those parts that have it. What paints no picture (safety checker, feature
+    extractor, image encoder) is left out. Raises DistriError for parts that are absent or can't be read.
     """
     index = _without_flax(read_json(folder / "model_index.json"))
     there = [part for part, library in index.items() if isinstance(library, list) and library and library[0]]
@@ -37,6 +37,7 @@ def from_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
         raise DistriError(
             f"{folder} has no unet and vae in its model_index.json; a pipeline of Stable Diffusion is needed"
         )
+    check_variant(folder, models, variant, formats=tuple(STEMS))
     others = [part for part in there if part not in (*MODELS, *TOKENIZERS, "scheduler")]
     configs = {part: _without_flax(read_json(folder / part / "config.json")) for part in models}
     configs["scheduler"] = _without_flax(read_json(folder / "scheduler" / "scheduler_config.json"))

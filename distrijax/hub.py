@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from distrijax.config import DistriError
-from distrijax.weights import SAFE, STEMS
+from distrijax.weights import SAFE, STEMS, no_weights
 
 Result = TypeVar("Result")
 
@@ -67,8 +67,8 @@ def find(
     name: a path, a hub id, `hf://owner/model[@revision][/file]`, or an address of the hub. parts: the folders of a pipeline
     that are needed ("" for a model that lies in no folder of its own). index: the file that such a repository must have.
     file: its path, where a repository is named and one file of it is meant. formats: keys of `STEMS`, the better ones first.
-    variant: of the weights, such as fp16. offline: take what was fetched before. Raises DistriError where it is not to be
-    had.
+    variant: of the weights, such as fp16, in those parts that have it. offline: take what was fetched before. Raises
+    DistriError where it is not to be had.
     """
     if (path := Path(name).expanduser()).exists():
         return path
@@ -107,28 +107,53 @@ def _listing(repository: str, **options) -> list[str] | None:
 def needed_files(
     files: Sequence[str], parts: Sequence[str], formats: Sequence[str], variant: str | None, *, index: str, name: str
 ) -> list[str]:
-    """Which of a repository's files make the model. Raises DistriError where it holds none that could be read."""
+    """Which of a repository's files make the model; of a part without weights of the variant the plain ones, as in diffusers.
+
+    formats: none where configurations are all that is needed. Raises DistriError where a part holds no weights that could be
+    read, and where no part holds any of the variant.
+    """
     if index not in files:
         single = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
         raise DistriError(
             f"{name} has no {index}, as a model in the diffusers layout has; "
             + (f"name one of its files, such as {name}/{single[0]}" if single else "choose another repository")
         )
-    needed = [index]
+    needed, found, honoured = [index], [], False
     for part in parts:
         inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(part)]
         needed += [file for file in inside if file.endswith((".json", ".txt"))]
-        weights = {kind: [file for file in inside if _holds_weights(file, kind, variant)] for kind in STEMS}
-        there = [kind for kind in STEMS if weights[kind]]
-        chosen = next((kind for kind in formats if weights[kind]), None)
-        if chosen:
-            needed += weights[chosen]
-        elif there:
-            raise DistriError(
-                f"{name} has the weights of {part} as {', '.join(there)} only; convert it first: "
-                f"python -m distrijax.convert {name} FOLDER"
-            )
+        if formats:
+            needed += _needed_weights(inside, part, formats, variant, name)
+        found += _with_weights(inside)
+        honoured = honoured or any(_holds_weights(file, kind, variant) for file in inside for kind in formats)
+    if variant and found and formats and not honoured:
+        raise no_weights(name, found, variant, formats)
     return needed
+
+
+def _needed_weights(
+    inside: Sequence[str], part: str, formats: Sequence[str], variant: str | None, name: str
+) -> list[str]:
+    """Of the files of a part those with the weights to take, if it is a model. inside: their paths. name: of the whole."""
+    held = {
+        (each, kind): [file for file in inside if _holds_weights(file, kind, each)]
+        for each in (variant, None)
+        for kind in STEMS
+    }
+    there = [kind for kind in STEMS if held[variant, kind] or held[None, kind]]
+    chosen = next((held[each, kind] for each in (variant, None) for kind in formats if held[each, kind]), [])
+    if there and not chosen:
+        raise DistriError(
+            f"{name} has the weights of {part} as {', '.join(there)} only; convert it first: "
+            f"python -m distrijax.convert {name} FOLDER"
+        )
+    if not chosen and "config.json" in (PurePosixPath(file).name for file in inside):
+        raise no_weights(f"{name}/{part}".rstrip("/"), _with_weights(inside), variant, formats)
+    return chosen
+
+
+def _with_weights(files: Iterable[str]) -> list[str]:
+    return [PurePosixPath(file).name for file in files if file.endswith(tuple(STEMS))]
 
 
 def _holds_weights(file: str, kind: str, variant: str | None) -> bool:

@@ -20,7 +20,7 @@ from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.tokenizer import CLIPTokenizer
 from distrijax.unet import UNet, UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import load_module, read_json
+from distrijax.weights import check_variant, load_module, read_json
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -131,12 +131,16 @@ def find_folder(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The local folder of a checkpoint; what is on the hub is fetched (only the files needed). See `hub.find`."""
+    """The local folder of a checkpoint; what is on the hub is fetched (only the files needed). See `hub.find`.
+
+    Raises DistriError for what is not to be had, and where no part has weights of the variant.
+    """
     path = hub.find(name, parts=PARTS, variant=variant, revision=revision, token=token, offline=local_files_only)
     if not path.is_dir():
         raise DistriError(
             f"{name} is a file; give a folder in the diffusers layout, which python -m distrijax.convert {name} FOLDER makes"
         )
+    check_variant(path, PARTS, variant)
     return path
 
 

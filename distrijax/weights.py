@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -172,10 +172,39 @@ def _axes(leaf: str, rank: int) -> tuple[int, ...]:
 def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = SAFE) -> list[Path]:
     """The files with a model's weights: one, or the shards its index names, of the first format that is there.
 
-    formats: keys of `STEMS`. Raises DistriError where there are none, and for shards that lie elsewhere.
+    variant: where the folder has none of it the plain ones are taken, as in diffusers (see `check_variant`). formats: keys of
+    `STEMS`. Raises DistriError where there are none, and for shards that lie elsewhere.
     """
     if not folder.is_dir():
         raise DistriError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
+    for each in (variant, None):
+        if (files := _files_of(folder, each, formats)) is not None:
+            return files
+    raise no_weights(str(folder), _holding_weights(folder), variant, formats)
+
+
+def check_variant(folder: Path, parts: Iterable[str], variant: str | None, formats: Sequence[str] = SAFE) -> None:
+    """Raises DistriError where parts of a folder have weights, and none of them has any of the variant."""
+    folders = [folder / part for part in parts if (folder / part).is_dir()]
+    found = [name for each in folders for name in _holding_weights(each)]
+    if variant and found and all(_files_of(each, variant, formats) is None for each in folders):
+        raise no_weights(str(folder), found, variant, formats)
+
+
+def no_weights(where: str, found: Iterable[str], variant: str | None, formats: Sequence[str]) -> DistriError:
+    """The error for a place without the weights that are wanted. found: names of the files with weights that are there."""
+    names = sorted(set(found))
+    listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
+    return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); choose a variant that is there")
+
+
+def _holding_weights(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix in STEMS]
+
+
+def _files_of(folder: Path, variant: str | None, formats: Sequence[str]) -> list[Path] | None:
+    """The files with weights of just this variant; None where there are none."""
     for end in formats:
         for stem in STEMS[end]:
             for index in _index_names(stem + end, variant):
@@ -184,9 +213,7 @@ def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str
             single = folder / (f"{stem}.{variant}{end}" if variant else stem + end)
             if single.exists():
                 return [single]
-    found = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in STEMS))
-    wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
-    raise DistriError(f"{folder} has no {wanted} (found: {found or 'no weights'}); choose a variant that is there")
+    return None
 
 
 def _index_names(file: str, variant: str | None) -> list[str]:

@@ -60,6 +60,54 @@ def test_of_a_pipeline_only_what_is_needed_is_fetched(repository, variant):
     assert sorted(fetched) == sorted([*TEXTS, "model_index.json", *[stem + end for stem in STEM[:3]]])
 
 
+def test_of_parts_without_the_variant_the_plain_weights_are_fetched(repository):
+    files = [f"unet/{STEM[0][5:]}.{end}" for end in ("safetensors", "fp16.safetensors", "fp16.bin")]
+    files += [f"vae/diffusion_pytorch_model.{end}" for end in ("safetensors", "bin", "fp16.bin")]
+    files += ["text_encoder/model.safetensors", "text_encoder/config.json", "model_index.json"]
+    fetched = repository(files)
+    find("owner/model", parts=PARTS, variant="fp16")
+    both = {"model_index.json", "text_encoder/config.json", "text_encoder/model.safetensors", files[1]}
+    assert set(fetched) == {*both, "vae/diffusion_pytorch_model.safetensors"}
+    fetched.clear()
+    find("owner/model", parts=PARTS, variant="fp16", formats=tuple(STEMS))
+    assert set(fetched) == {*both, "vae/diffusion_pytorch_model.fp16.bin"}
+
+
+@pytest.mark.parametrize(
+    ("files", "variant", "told"),
+    [
+        (SD15, "fp8", r"^owner/model has no safetensors of variant 'fp8' \(found: .*and 2 more\); choose a variant"),
+        (
+            ["vae/config.json", "vae/model.fp16.safetensors", "model_index.json"],
+            None,
+            r"^owner/model/vae has no safetensors \(found: model.fp16.safetensors\); choose",
+        ),
+        (
+            ["vae/config.json", "vae/model.fp16.safetensors", "unet/model.bf16.safetensors", "model_index.json"],
+            "bf16",
+            r"^owner/model/vae has no safetensors of variant 'bf16' \(found: model.fp16.safetensors\); choose",
+        ),
+        (["unet/config.json", "model_index.json"], "fp16", r"unet has no safetensors of .* \(found: no weights\)"),
+        (
+            ["vae/pytorch_model.fp16.bin", "vae/model.safetensors", "unet/model.safetensors", "model_index.json"],
+            "fp16",
+            r"^owner/model has no safetensors of variant 'fp16' \(found: model.safetensors, pytorch_model.fp16.bin\); choose",
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_told_before_any_is_fetched(repository, files, variant, told):
+    fetched = repository(files)
+    with pytest.raises(DistriError, match=told):
+        find("owner/model", parts=PARTS, variant=variant)
+    assert not fetched
+
+
+def test_configurations_are_fetched_without_weights(repository):
+    fetched = repository(SD15)
+    find("owner/model", parts=PARTS, formats=())
+    assert sorted(fetched) == sorted([*TEXTS, "model_index.json"])
+
+
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.fp16-00001-of-00002.safetensors"])
 def test_shards_of_the_variant_are_fetched_with_their_index(repository, name):
     variant = "fp16" if "fp16" in name else None

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 
-from distrijax import DistriError
+from distrijax import DistriError, DistriSDPipeline
 from distrijax.clip import CLIPTextEncoder
 from distrijax.loading import SD, default_size, read_configs, resolve_dtype
 from distrijax.schedulers import DDIM, PNDM
@@ -172,6 +172,18 @@ def test_old_scheduler_configs_are_corrected_as_in_diffusers(tiny_sd_checkpoints
     ours = read_configs(folder).scheduler
     assert (ours.steps_offset, ours.clip_sample) == (theirs.steps_offset, theirs.clip_sample) == (1, False)
     assert read_configs(folder, "euler").scheduler.steps_offset == 1
+
+
+def test_a_variant_of_some_parts_is_loaded_as_in_diffusers(tiny_sd_checkpoints, tmp_path):
+    folder = shutil.copytree(tiny_sd_checkpoints[1], tmp_path / "model")
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_suffix(".fp16.safetensors"))
+    for kind in (StableDiffusionPipeline, DistriSDPipeline):
+        kind.from_pretrained(folder, variant="fp16")
+    with pytest.raises(ValueError, match="no such modeling files"):
+        StableDiffusionPipeline.from_pretrained(folder, variant="bf16")
+    with pytest.raises(DistriError, match="has no safetensors of variant 'bf16'"):
+        DistriSDPipeline.from_pretrained(folder, variant="bf16")
 
 
 def test_a_model_without_a_size_has_its_familys(tiny_sd_checkpoints, tmp_path):

@@ -18,7 +18,7 @@ from tensor_files import everything
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.config import DistriError
 from distrijax.layers import Conv, Embedding, GroupNorm, Linear, abstract
-from distrijax.weights import finite, load_module, read_json, save_module, weight_files
+from distrijax.weights import check_variant, finite, load_module, read_json, save_module, weight_files
 
 STEM = "diffusion_pytorch_model"
 
@@ -119,9 +119,26 @@ def test_variant_is_its_own_file_and_is_cast(module, folder):
         np.testing.assert_array_equal(value, wanted)
 
 
-def test_missing_variant_lists_what_is_there(folder):
-    with pytest.raises(DistriError, match=rf"no safetensors of variant 'bf16' \(found: {STEM}.safetensors\)"):
-        load(folder, variant="bf16")
+def test_plain_weights_take_the_place_of_a_variant_that_is_not_there(module, folder):
+    assert_same(load(folder, variant="bf16"), module)
+    (folder / f"{STEM}.safetensors").rename(folder / f"{STEM}.fp16.safetensors")
+    for variant, kind in ((None, "safetensors"), ("bf16", "safetensors of variant 'bf16'")):
+        with pytest.raises(DistriError, match=rf"small has no {kind} \(found: {STEM}.fp16.safetensors\)"):
+            load(folder, variant=variant)
+
+
+def test_a_variant_of_no_part_is_refused_with_what_is_there(folder):
+    def check(variant, formats=(".safetensors",)):
+        check_variant(folder.parent, ("small", "second", "absent"), variant, formats)
+
+    (folder.parent / "second").mkdir()
+    (folder.parent / "second" / "pytorch_model.fp16.bin").touch()
+    check(None)
+    check("fp16", formats=(".safetensors", ".bin"))
+    for variant in ("bf16", "fp16"):
+        told = rf"no safetensors of variant '{variant}' \(found: {STEM}.safetensors, pytorch_model.fp16.bin\); choose"
+        with pytest.raises(DistriError, match=told):
+            check(variant)
 
 
 def test_host_holds_one_tensor_at_a_time(folder):

@@ -203,7 +203,7 @@ LOADING = {
         "/nowhere/at/all is neither a file nor a folder; give",
     ),
     "not on the hub": ({"pretrained_model_name_or_path": "no-such-owner/no-such-model"}, "no-such-owner/no-such-model"),
-    "unknown variant": ({"variant": "fp8"}, "no safetensors of variant 'fp8'.*found: model.safetensors"),
+    "unknown variant": ({"variant": "fp8"}, "no safetensors of variant 'fp8' .found: .*, model.safetensors.; choose"),
     "unknown scheduler": ({"scheduler": "heun"}, "scheduler is 'heun'; use one of: ddim"),
     "unknown dtype": ({"dtype": "float8"}, "dtype is 'float8'; use one of: float32, bfloat16, float16"),
     "unusable dtype": ({"dtype": np.int32}, "dtype is 'int32'; use one of"),
