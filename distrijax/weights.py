@@ -196,7 +196,10 @@ def no_weights(where: str, found: Iterable[str], variant: str | None, formats: S
     names = sorted(set(found))
     listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
     wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
-    return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); choose a variant that is there")
+    advice = "choose a variant that is there"
+    if names and not any(name.endswith(tuple(formats)) for name in names):
+        advice = "convert the model first: python -m distrijax.convert FOLDER DESTINATION"
+    return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
 
 
 def _holding_weights(folder: Path) -> list[str]:
