@@ -37,8 +37,9 @@ SHARE, SPARE = 4, 32 << 20
 NODE = 16 << 20
 """What a node of the tree may become; those of tensorstore are split at 8 MB."""
 
-BLOCK = 128 << 10
-"""What a block of zstd becomes at most."""
+BLOCK, SPLIT = 128 << 10, 32 << 10
+"""What a block of zstd becomes at most, and at least where orbax wrote it, but for the last one: where the statistics change, zstd
+cuts what would be a block in up to four. Only blocks of one byte, and those that are not packed, tell what they become."""
 
 WINDOW = 4 << 20
 """Bytes of a file in which nodes are looked for at a time."""
@@ -105,14 +106,16 @@ def _check_node(source: Source, at: int) -> None:
 
 
 def check_unpacked(data: bytes, most: int) -> None:
-    """Raises ValueError for what isn't zstd throughout, and what could become more than `most` bytes and a block."""
-    if _blocks(data, most // BLOCK + 1) > most // BLOCK + 1:
+    """Raises ValueError for what isn't zstd throughout, and what can't be `most` bytes: it has more of what tells its size, or too
+    many blocks. What passes becomes at most four times as much and a few blocks.
+    """
+    if _least(data, most + BLOCK) > most + BLOCK:
         raise ValueError(f"{len(data)} bytes of it would become more than {most}")
 
 
-def _blocks(data: bytes, most: int) -> int:
-    """The blocks of all frames (RFC 8878, 3.1.1), counted until there are more than `most`."""
-    at = count = 0
+def _least(data: bytes, most: int) -> int:
+    """What the blocks of all frames (RFC 8878, 3.1.1) become where zstd wrote them, added until it is more than `most`."""
+    at = least = 0
     while at < len(data):
         if data[at : at + 4] != ZSTD or at + 5 > len(data):
             raise ValueError("what should be packed by zstd isn't")
@@ -124,10 +127,12 @@ def _blocks(data: bytes, most: int) -> int:
             block = int.from_bytes(data[at : at + 3], "little")
             last, kind, size = block & 1, block >> 1 & 3, block >> 3
             at += 3 + (1 if kind == 1 else size)
-            count += 1
+            least += (
+                SPLIT if kind == 2 else size
+            )  # of the others, one byte again and again or as they are, it is what they become
             if at > len(data) or size > BLOCK or kind == 3:
                 raise ValueError("what is packed in it is cut off")
-            if count > most:
-                return count
+            if least > most:
+                return least
         at += 4 * (flags >> 2 & 1)
-    return count
+    return least

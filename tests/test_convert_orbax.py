@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import weakref
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,12 +14,14 @@ import orbax.checkpoint as ocp
 import pytest
 from adapters import checkpoint_of
 
+import distrijax
 from distrijax.config import DistriError
 from distrijax.convert import orbax_files
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
 from distrijax.convert.flax_files import write_flax
 from distrijax.convert.flax_names import from_flax, to_flax
+from distrijax.convert.folder import from_folder
 from distrijax.convert.orbax_files import is_orbax, read_orbax, write_orbax
 from distrijax.convert.safetensors_files import DTYPES
 from distrijax.convert.tensors import Tensor, Tensors, of_array
@@ -89,6 +92,25 @@ def test_every_type_of_tensor_comes_back(tmp_path):
     tensors["transposed"] = of_array(rng.normal(size=(3, 4, 5, 2)).transpose(3, 2, 0, 1))
     write_orbax(small(tensors), tmp_path / "orbax")
     check_same(read_orbax(tmp_path / "orbax").tensors["unet"], tensors)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_weights_whose_rows_differ_come_back(tmp_path, dtype):
+    """Zstd cuts its blocks where the statistics change."""
+    rng = np.random.default_rng(0)
+    weight, scales = rng.normal(size=(640, 640)), np.exp(2 * rng.normal(size=(640, 1)))
+    kept = np.repeat(rng.random((40, 1)) < 0.5, 16, 0)
+    tensors = {"scaled": of_array((weight * scales).astype(dtype)), "pruned": of_array((weight * kept).astype(dtype))}
+    write_orbax(small(tensors), tmp_path / "orbax")
+    check_same(read_orbax(tmp_path / "orbax").tensors["unet"], tensors)
+
+
+def test_a_trained_model_comes_back(tmp_path):
+    """The embedded one, in bfloat16."""
+    trained = from_folder(Path(distrijax.__file__).parent / "tiny")
+    bfloat16 = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in trained.tensors["unet"].items()}
+    write_orbax(small(bfloat16), tmp_path / "orbax")
+    check_same(read_orbax(tmp_path / "orbax").tensors["unet"], bfloat16)
 
 
 def test_from_flax_through_orbax_to_flax_a_file_is_the_same(checkpoints, tmp_path):

@@ -157,6 +157,16 @@ def test_blocks_are_counted_over_all_frames():
         check_unpacked(frame(3) * 3, 6 * 128 << 10)
 
 
+def test_of_blocks_that_do_not_tell_their_size_there_are_at_most_four_times_as_many():
+    def packed(blocks: int) -> bytes:
+        run = [(1 << 3 | 2 << 1 | (number == blocks - 1)).to_bytes(3, "little") + b"\0" for number in range(blocks)]
+        return ZSTD + b"\x00\x58" + b"".join(run)
+
+    check_unpacked(packed(4 * 7), 6 * 128 << 10)  # one may be cut off
+    with pytest.raises(ValueError, match="would become"):
+        check_unpacked(packed(4 * 7 + 1), 6 * 128 << 10)
+
+
 def rewritten(folder: Path, key: str, change: Callable[[bytes], bytes | None]) -> None:
     """Changes a value of the tree, by the library."""
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
