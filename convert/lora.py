@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distrijax.config import DistriError
+from distrijax.config import DistriError, DistriWarning
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.kinds import recognise
-from distrijax.convert.lora_names import FOREIGN, Key, Target, read_key, spellings
-from distrijax.convert.lora_settings import read_settings
+from distrijax.convert.lora_names import FOREIGN, Key, Target, is_pefts, read_key, spellings
+from distrijax.convert.lora_settings import PEFT_SETTINGS, Settings, read_settings
 from distrijax.convert.merging import COMMON, Change, fits, lengths_fit, merged
 from distrijax.convert.tensors import Shape, Tensor, Tensors
 from distrijax.weights import shown, summary
@@ -87,7 +88,18 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
     # some trainers write a module in both layouts; diffusers takes that of its own, too
     ordered = sorted(found.items(), key=lambda item: not item[0].original)
     settings = read_settings(lora.metadata, lora.what)
+    _warn_of_no_alpha(lora, found, settings)
     return {target._replace(original=False): settings.applied(change, target) for target, change in ordered}
+
+
+def _warn_of_no_alpha(lora: Lora, found: Changes, settings: Settings) -> None:
+    if is_pefts(lora.tensors) and not settings.parts and not any("alpha" in each.factors for each in found.values()):
+        warnings.warn(
+            f"{lora.what} is PEFT's and has no {PEFT_SETTINGS} beside it, which holds its alpha; it is merged as if alpha were its "
+            "rank: put that file there, or give another weight",
+            DistriWarning,
+            stacklevel=2,
+        )
 
 
 def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:

@@ -11,7 +11,7 @@ base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.default.weight       
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from distrijax.convert.checkpoint import Checkpoint
@@ -79,6 +79,11 @@ def read_key(name: str) -> Key | None:
             module = found["module"].replace("base_model.model.", "").replace(".processor.", ".")
             return Key(module, method, role or found["role"], leaf)
     return None
+
+
+def is_pefts(names: Iterable[str]) -> bool:
+    """Whether they are those that PEFT gives, which writes no alpha beside them."""
+    return any("base_model.model." in name for name in names)
 
 
 def spellings(checkpoint: Checkpoint) -> dict[tuple[str, str], list[Target]]:

@@ -15,6 +15,9 @@ from distrijax.convert.merging import FULL, Change
 KEY = "lora_adapter_metadata"
 """Where diffusers writes the settings of all parts, in the metadata of a safetensors file, as JSON."""
 
+PEFT_SETTINGS = "adapter_config.json"
+"""Where PEFT writes them, beside the adapter's file."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PartSettings:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.folder import from_folder, read_files, read_model
 from distrijax.convert.inversion import A1111, Embedding, with_embeddings
 from distrijax.convert.lora import Lora, with_loras
+from distrijax.convert.lora_names import is_pefts
+from distrijax.convert.lora_settings import KEY, PEFT_SETTINGS
 from distrijax.convert.orbax_files import is_orbax, read_orbax
 from distrijax.convert.original import convert_original, unet_from, vae_from
 from distrijax.convert.replace import with_unet, with_vae
@@ -28,8 +31,9 @@ from distrijax.weights import STEMS, read_json
 
 Config = dict[str, Any]
 
-LORA_FILE, EMBEDDING_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
-"""What diffusers calls them: taken where only a repository is named."""
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
+EMBEDDING_FILE = "learned_embeds.safetensors"
+"""What diffusers calls them, and PEFT: taken where only a repository is named, or for a LoRA a folder."""
 
 _TAIL = re.compile(r"(.+):([^/\\:]+)")
 """A file and what stands after its last colon; a colon before a slash belongs to hf:// or a drive."""
@@ -42,8 +46,8 @@ class Recipe:
     source: a single file, a folder (diffusers layout or orbax), a hub id, an `hf://` path. variant, revision: of a folder on
     the hub. ema: take the averaged weights of a single file. config: a folder in the diffusers layout whose configurations
     take the place of the family's. prediction_type: what the UNet predicts, where tensors can't tell (Stable Diffusion 2).
-    unet, vae: that take the place of the source's. loras: files and their weights, merged in this order. embeddings: files
-    of textual inversion and the words they stand for, None for the word that a file names.
+    unet, vae: that take the place of the source's. loras: files, or folders of one, and their weights, merged in this order.
+    embeddings: files of textual inversion and the words they stand for, None for the word that a file names.
     """
 
     source: str
@@ -103,11 +107,15 @@ class Found:
     vae: Path | None
     loras: tuple[Path, ...]
     embeddings: tuple[Path, ...]
+    lora_settings: tuple[Path | None, ...]
+    """PEFT's, of each LoRA that has a file of them beside it."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Found:
         """Looks for them here and on the hub. Raises DistriError for one that is not to be had."""
         find = partial(hub.find, token=token, offline=offline)
+        loras = tuple(_find_lora(file, find) for file, _ in recipe.loras)
+        beside = [path.with_name(PEFT_SETTINGS) for path in loras]
         model = partial(find, parts=("",), index="config.json", formats=tuple(STEMS))
         return cls(
             source=find(
@@ -120,14 +128,16 @@ class Found:
             config=None if recipe.config is None else find(recipe.config, parts=PARTS, formats=()),
             unet=None if recipe.unet is None else model(recipe.unet),
             vae=None if recipe.vae is None else model(recipe.vae),
-            loras=tuple(find(file, parts=(), file=LORA_FILE) for file, _ in recipe.loras),
+            loras=loras,
             embeddings=tuple(find(file, parts=(), file=EMBEDDING_FILE) for file, _ in recipe.embeddings),
+            lora_settings=tuple(path if path.is_file() else None for path in beside),
         )
 
     @property
     def paths(self) -> list[Path | None]:
-        """Those with weights; which is which is told by the place."""
-        return [self.source, self.unet, self.vae, *self.loras, None, *self.embeddings]
+        """Those that make the weights; which is which is told by the place."""
+        settings = (None, *self.lora_settings) if any(self.lora_settings) else ()
+        return [self.source, self.unet, self.vae, *self.loras, None, *self.embeddings, *settings]
 
 
 def assemble(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
@@ -143,8 +153,8 @@ def assemble(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
         config, tensors = _model(found.vae, recipe.vae, vae_from)
         checkpoint = with_vae(checkpoint, tensors, recipe.vae, config)
     loras = [
-        Lora(open_tensors(path), file, weight, metadata_of(path))
-        for path, (file, weight) in zip(found.loras, recipe.loras, strict=True)
+        _lora(path, settings, file, weight)
+        for path, settings, (file, weight) in zip(found.loras, found.lora_settings, recipe.loras, strict=True)
     ]
     embeddings = [
         _embedding(open_tensors(path), path, file, word)
@@ -184,6 +194,35 @@ def _model(
     if path.is_dir():
         return read_json(path / "config.json"), read_model(path)
     return taken_from(open_tensors(path), what)
+
+
+def _find_lora(file: str, find: Callable[..., Path]) -> Path:
+    """The file of a LoRA, or of a folder or repository of one; PEFT's settings are fetched with it."""
+    remote = None if Path(file).expanduser().exists() else hub.parse(file)
+    if remote is None:
+        path = find(file, parts=())
+        held = [path / name for name in LORA_FILES if (path / name).is_file()]
+        if path.is_dir() and not held:
+            raise DistriError(f"{file} is a folder without {' or '.join(LORA_FILES)}; name the file of the LoRA")
+        return held[0] if held else path
+    try:
+        path = find(file, parts=(), file=LORA_FILES[0])
+    except DistriError:
+        if remote.file:
+            raise
+        path = find(file, parts=(), file=LORA_FILES[1])
+    if path.name in LORA_FILES[1:]:
+        with suppress(DistriError):  # a repository may have none
+            find(f"{file.rpartition('/')[0]}/{PEFT_SETTINGS}" if remote.file else file, parts=(), file=PEFT_SETTINGS)
+    return path
+
+
+def _lora(path: Path, settings: Path | None, file: str, weight: float) -> Lora:
+    """With PEFT's settings, where its names are PEFT's and it has none of its own."""
+    tensors, metadata = open_tensors(path), metadata_of(path)
+    if settings is not None and KEY not in metadata and is_pefts(tensors):
+        metadata = read_json(settings)
+    return Lora(tensors, file, weight, metadata)
 
 
 def _embedding(tensors: Tensors, path: Path, file: str, word: str | None) -> Embedding:

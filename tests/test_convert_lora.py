@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub.errors import EntryNotFoundError
 from original_layouts import original, unread
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -39,7 +41,9 @@ from safetensors.torch import load_file
 from tiny_pipeline import load_torch_pipeline
 from torch.nn.functional import conv2d
 
-from distrijax.config import DistriError
+from distrijax import hub
+from distrijax.config import DistriError, DistriWarning
+from distrijax.convert.cache import fingerprint
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.family import UNET
 from distrijax.convert.lora import Lora, with_loras
@@ -47,6 +51,7 @@ from distrijax.convert.lora_names import spellings
 from distrijax.convert.merging import LORA, Change, merged
 from distrijax.convert.original import from_original
 from distrijax.convert.original_unet import UNetLayout, unet_table
+from distrijax.convert.sources import Found, Recipe, assemble
 from distrijax.convert.tensors import Tensor, Tensors, of_array
 
 Weights = dict[str, dict[str, np.ndarray]]
@@ -318,6 +323,69 @@ def test_peft_names_and_settings_find_their_part(sd, tiny_sd_checkpoints):
         for tensors in (state, named):
             assert all(name.startswith("base_model.model.") for name in tensors)
             assert largest_difference(with_loras(sd, [Lora(tensors, part, metadata=settings)]), expected) < CLOSE
+
+
+@pytest.fixture(scope="module")
+def peft_adapter(tiny_sd_checkpoints, tmp_path_factory) -> tuple[Path, Weights]:
+    """A folder that PEFT saved, and the weights that it merges; copy it before changing it."""
+    unet = load_torch_pipeline(tiny_sd_checkpoints[1]).unet
+    model = get_peft_model(
+        unet, LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k"], alpha_pattern={"to_k": 3})
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("peft") / "style"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder)
+    return folder, {"unet": {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}}
+
+
+def assembled(model: Path, *loras: Path | str) -> Checkpoint:
+    recipe = Recipe(str(model), loras=tuple((str(lora), 1.0) for lora in loras))
+    return assemble(recipe, Found.of(recipe))[0]
+
+
+@pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
+def test_pefts_folder_merges_as_by_peft(tiny_sd_checkpoints, peft_adapter, file):
+    folder, expected = peft_adapter
+    assert largest_difference(assembled(tiny_sd_checkpoints[1], folder / file), expected) < CLOSE
+
+
+@pytest.mark.parametrize("file", ["", "/adapter_model.safetensors"])
+def test_pefts_settings_are_fetched_with_its_file(tiny_sd_checkpoints, peft_adapter, tmp_path, monkeypatch, file):
+    folder, expected = peft_adapter
+
+    def download(repository: str, name: str, **_) -> str:
+        if not (folder / name).exists():
+            raise EntryNotFoundError.__new__(EntryNotFoundError)
+        return shutil.copy(folder / name, tmp_path / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert largest_difference(assembled(tiny_sd_checkpoints[1], f"owner/style{file}"), expected) < CLOSE
+
+
+def test_pefts_adapter_without_alpha_is_merged_with_a_warning(tiny_sd_checkpoints, peft_adapter, tmp_path):
+    file = shutil.copy(peft_adapter[0] / "adapter_model.safetensors", tmp_path)
+    with pytest.warns(DistriWarning, match=r"is PEFT's and has no adapter_config.json beside it.* put that file there"):
+        assembled(tiny_sd_checkpoints[1], file)
+
+
+def test_a_folder_without_a_lora_is_refused(tiny_sd_checkpoints, tmp_path):
+    with pytest.raises(DistriError, match="is a folder without pytorch_lora_weights.safetensors or adapter_model"):
+        assembled(tiny_sd_checkpoints[1], tmp_path)
+
+
+def test_another_alpha_is_another_model_in_the_cache(tiny_sd_checkpoints, peft_adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(peft_adapter[0], tmp_path / "style")
+    recipe = Recipe(str(tiny_sd_checkpoints[1]), loras=((str(folder / "adapter_model.safetensors"), 1.0),))
+    before = fingerprint(recipe, Found.of(recipe))
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
+    assert fingerprint(recipe, Found.of(recipe)) != before
 
 
 @pytest.mark.parametrize(
