@@ -18,6 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from distrijax.convert.original import to_original
 from distrijax.convert.progress import watched
 from distrijax.convert.safetensors_files import write_safetensors
 from distrijax.convert.sources import Found, Recipe, add_flags, assemble
+from distrijax.convert.tensors import FLOATS, Tensor
 from distrijax.loading import DTYPES
 
 
@@ -125,8 +127,24 @@ def write(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
 
 
 def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
+    """In another precision. Reading a tensor raises DistriError where that has no numbers for it."""
+
+    def checked(name: str, array: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            result = array.astype(dtype)
+        if not np.isfinite(result).all() and np.isfinite(array).all():
+            raise DistriError(
+                f"{name} has numbers that {dtype} does not hold; choose another --dtype, or a smaller weight of a LoRA"
+            )
+        return result
+
+    def cast(name: str, tensor: Tensor) -> Tensor:
+        same = tensor.dtype == dtype or tensor.dtype not in FLOATS
+        return tensor if same else tensor.then(partial(checked, name), dtype=dtype)
+
     tensors = {
-        part: {name: tensor.astype(dtype) for name, tensor in held.items()} for part, held in checkpoint.tensors.items()
+        part: {name: cast(f"{part}.{name}", tensor) for name, tensor in held.items()}
+        for part, held in checkpoint.tensors.items()
     }
     return dataclasses.replace(checkpoint, tensors=tensors)
 

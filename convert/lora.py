@@ -150,7 +150,7 @@ def _change(lora: Lora, module: str, factors: dict[str, tuple[Key, Tensor]], pro
     if "magnitude" in tensors:  # flat, which tells it from LyCORIS' lengths of the inputs
         size = tensors["magnitude"].size
         tensors["magnitude"] = tensors["magnitude"].then(lambda array: array.reshape(-1), shape=(size,))
-    return Change(method, tensors, float(lora.weight))
+    return Change(method, tensors, float(lora.weight), what=lora.what)
 
 
 def _target(

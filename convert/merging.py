@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from distrijax.config import DistriError
 from distrijax.convert.tensors import Shape, Tensor, Tensors
 
 Arrays = Mapping[str, np.ndarray]
@@ -159,7 +160,8 @@ FULL = Method(
 class Change:
     """What one adapter does to one weight.
 
-    factors: by role, alpha and DoRA's lengths among them. weight: of the adapter. alpha: where no tensor holds it.
+    factors: by role, alpha and DoRA's lengths among them. weight: of the adapter. alpha: where no tensor holds it. what: the
+    adapter, for an error.
     """
 
     method: Method
@@ -167,6 +169,7 @@ class Change:
     weight: float
     alpha: float | None = None
     rank_stabilised: bool = False
+    what: str = "the LoRA"
 
     def of(self, base: np.ndarray) -> np.ndarray:
         """What is to be added to a weight, in float32 as it is itself."""
@@ -227,11 +230,22 @@ def _without_ones(shape: Shape) -> Shape:
 
 
 def merged(base: Tensor, changes: Sequence[Change]) -> Tensor:
-    """A weight with all changes, each of which is made of the weight as it was; computed when it is read, in its own dtype."""
+    """A weight with all changes, each of which is made of the weight as it was; computed when it is read, in its own dtype.
+
+    Reading it raises DistriError, which names the adapter, where that dtype has no numbers for what comes out.
+    """
 
     def add(array: np.ndarray) -> np.ndarray:
         weight = array.astype(np.float32)
-        total = sum((change.of(weight) for change in changes), np.zeros_like(weight))
-        return (weight + total).astype(array.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = sum((change.of(weight) for change in changes), np.zeros_like(weight))
+            result = (weight + total).astype(array.dtype)
+            if not np.isfinite(result).all() and np.isfinite(weight).all():
+                largest = max(changes, key=lambda change: np.nan_to_num(np.abs(change.of(weight)), nan=np.inf).max())
+                raise DistriError(
+                    f"{largest.what} with the weight {largest.weight:g} makes numbers that {array.dtype} does not hold; "
+                    "give a smaller weight, or another LoRA"
+                )
+        return result
 
     return base.then(add)

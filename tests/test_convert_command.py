@@ -246,6 +246,36 @@ def test_a_variant_of_some_parts_is_converted_with_the_others_plain(model, tmp_p
     )
 
 
+@pytest.fixture
+def style(tmp_path) -> Path:
+    """A LoRA for a layer with 64 inputs and outputs."""
+    module = "unet.mid_block.attentions.0.proj_in"
+    factors = {"lora_A": np.ones((1, 64), np.float32), "lora_B": np.ones((64, 1), np.float32)}
+    save_file({f"{module}.{role}.weight": array for role, array in factors.items()}, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+@pytest.mark.parametrize("target", ["out", "out.safetensors", "out --format flax", "out --format orbax"])
+def test_a_lora_that_is_too_much_for_16_bits_is_named_and_nothing_is_written(model, style, tmp_path, target):
+    half = tmp_path / "half"
+    convert(model, half, "--dtype", "float16")
+    held = {*tmp_path.iterdir()}
+    name, *flags = target.split()
+    told = refused(half, tmp_path / name, *flags, "--lora", f"{style}:1e9")
+    assert f"{style} with the weight 1e+09 makes numbers that float16 does not hold; give a smaller weight" in told
+    told = refused(model, tmp_path / name, *flags, "--lora", f"{style}:1e9", "--dtype", "float16")
+    assert "unet.mid_block.attentions.0.proj_in.weight has numbers that float16 does not hold" in told
+    assert {*tmp_path.iterdir()} == held
+
+
+def test_a_lora_that_is_too_much_leaves_no_model_in_the_cache(model, style, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    convert(model, tmp_path / "half", "--dtype", "float16")
+    with pytest.raises(DistriError, match=r"style.safetensors with the weight 1e\+09 makes numbers that float16"):
+        prepared(Recipe(str(tmp_path / "half"), loras=((str(style), 1e9),)))
+    assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir())
+
+
 PAINT = ["--devices", "2", "--image-size", "64", "--num-inference-steps", "2", "--prompt", "a red circle"]
 
 
