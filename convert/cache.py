@@ -42,6 +42,7 @@ def prepared(recipe: Recipe, *, token: str | bool | None = None, offline: bool =
     found = Found.of(recipe, token=token, offline=offline)
     if recipe.plain and needs_no_conversion(found.source):
         return Prepared(found.source, recipe.variant)
+    found.check_folders()
     destination = cache_folder() / "converted" / fingerprint(recipe, found)
     with _locked(destination):
         if not destination.exists():

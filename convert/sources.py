@@ -133,6 +133,13 @@ class Found:
             lora_settings=tuple(path if path.is_file() else None for path in beside),
         )
 
+    def check_folders(self) -> None:
+        """Raises DistriError for a folder that holds no model, before all that it holds is looked at."""
+        indexes = ((self.source, "model_index.json"), (self.unet, "config.json"), (self.vae, "config.json"))
+        for path, index in indexes:
+            if path is not None and path.is_dir() and not is_orbax(path):
+                read_json(path / index)
+
     @property
     def paths(self) -> list[Path | None]:
         """Those that make the weights; which is which is told by the place."""

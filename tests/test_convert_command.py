@@ -276,6 +276,15 @@ def test_a_lora_that_is_too_much_leaves_no_model_in_the_cache(model, style, tmp_
     assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir())
 
 
+@pytest.mark.parametrize("flag", ["source", "unet", "vae"])
+def test_a_folder_that_holds_no_model_is_refused_before_it_is_hashed(model, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("distrijax.convert.cache.digest", None)
+    recipe = Recipe(**{"source": str(model), flag: str(tmp_path)})
+    index = "model_index.json" if flag == "source" else "config.json"
+    with pytest.raises(DistriError, match=f"/{index} does not exist; give a folder in the diffusers layout"):
+        prepared(recipe)
+
+
 PAINT = ["--devices", "2", "--image-size", "64", "--num-inference-steps", "2", "--prompt", "a red circle"]
 
 
