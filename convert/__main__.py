@@ -46,6 +46,13 @@ class Format(enum.StrEnum):
     ORBAX = "orbax"
 
 
+SINGLE = ".safetensors"
+"""How a single file ends that is written."""
+
+FILES = (SINGLE, ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".gguf", ".onnx")
+"""How files of weights end; a folder of such a name would be taken for one."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     arguments = _parse(argv)
@@ -92,6 +99,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, and tells or writes. Raises DistriError for what can't be read, converted or written."""
     recipe = Recipe.of(arguments.source, arguments)
+    if arguments.destination:
+        _format(arguments)
     if arguments.destination and arguments.destination.exists() and not (arguments.force or arguments.dry_run):
         raise DistriError(f"{arguments.destination} exists; choose another name, or --force to replace it")
     found = Found.of(recipe, token=arguments.token, offline=arguments.offline)
@@ -109,11 +118,7 @@ def convert(arguments: argparse.Namespace) -> None:
 def write(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     """Writes in the format that the flags ask for."""
     destination: Path = arguments.destination
-    single = destination.suffix == ".safetensors"
-    kind = Format(arguments.format) if arguments.format else Format.SINGLE if single else Format.DIFFUSERS
-    if single != (kind is Format.SINGLE):
-        needed = "a file that ends in .safetensors" if kind is Format.SINGLE else "a folder"
-        raise DistriError(f"DESTINATION is {destination} and --format is {kind.value}; name {needed}")
+    kind = _format(arguments)
     if arguments.dtype:
         checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
     with watched(checkpoint, destination.name) as seen, appearing(destination, force=arguments.force) as beside:
@@ -124,6 +129,22 @@ def write(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
         else:
             size = arguments.max_shard_size
             write_folder(seen, beside, flax=kind is Format.FLAX, max_shard_size=_bytes(size))
+
+
+def _format(arguments: argparse.Namespace) -> Format:
+    """What is asked for. Raises DistriError for a destination whose name says something else."""
+    destination: Path = arguments.destination
+    single = destination.suffix == SINGLE
+    kind = Format(arguments.format) if arguments.format else Format.SINGLE if single else Format.DIFFUSERS
+    if single != (kind is Format.SINGLE):
+        needed = f"a file that ends in {SINGLE}" if kind is Format.SINGLE else "a folder"
+        raise DistriError(f"DESTINATION is {destination} and --format is {kind.value}; name {needed}")
+    if not single and destination.suffix.lower() in FILES:
+        raise DistriError(
+            f"DESTINATION is {destination}, and single files are written with the ending {SINGLE} only; "
+            f"name {destination.with_suffix(SINGLE).name}, or a folder"
+        )
+    return kind
 
 
 def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:

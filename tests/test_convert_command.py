@@ -225,6 +225,9 @@ def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, ca
         "MODEL OUT --max-shard-size 5": "--max-shard-size is 5; give a whole number of KB, MB",
         "MODEL OUT.safetensors --format flax": "--format is flax; name a folder",
         "MODEL OUT --format single": "--format is single; name a file that ends in .safetensors",
+        "MODEL OUT.ckpt": "single files are written with the ending .safetensors only; name out.safetensors, or a folder",
+        "MODEL OUT.bin --dry-run": "single files are written with the ending .safetensors only",
+        "nowhere/y.ckpt OUT.ckpt --format flax": "single files are written with the ending .safetensors only",
         "MODEL OUT --vae MODEL/unet": "of its vae|is .* and holds no VAE|lacks the tensor",
     }.items(),
 )
