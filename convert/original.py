@@ -236,7 +236,8 @@ def _tokenizers(family: OriginalFamily, configs: Mapping[str, Config], what: str
         size = configs[text.part]["vocab_size"]
         if size < SIZE:
             raise DistriError(
-                f"{what}: the {text.part} knows {size} tokens and CLIP's vocabulary has {SIZE}; give the tokenizer it was made with"
+                f"{what}: the {text.part} knows {size} tokens and CLIP's vocabulary has {SIZE}; "
+                "give the tokenizer it was made with (--config FOLDER)"
             )
         files |= tokenizer_files(f"tokenizer{text.suffix}", pad_token=text.pad_token)
     return files
@@ -292,8 +293,8 @@ def _warn_of_losses(
             lost += [] if agree(value, read[part].get(key, default)) else [f"{part}: {key} {value!r}"]
     if lost:
         warnings.warn(
-            f"a file in the original layout holds no configs, and is read as {family.kind}; to be given with it: "
-            f"{', '.join(sorted(lost))}",
+            f"a file in the original layout holds no configs, and is read as {family.kind}; "
+            f"to be given with it (--config FOLDER): {', '.join(sorted(lost))}",
             DistriWarning,
             stacklevel=3,
         )

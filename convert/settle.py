@@ -48,7 +48,7 @@ def settle(
     if unknown:
         raise DistriError(
             f"{what}: {', '.join(unknown)} of the {part} can't be told from the tensors' shapes in a model of this size; "
-            "give the configs it was made with"
+            "give the configs it was made with (--config FOLDER)"
         )
     return config
 
