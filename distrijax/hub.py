@@ -31,6 +31,10 @@ _HF = re.compile(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _ID = re.compile(r"([\w.\-]+/[\w.\-]+)()(?:/(.+))?")
 
 
+FILES = (".safetensors", ".ckpt", ".bin")
+"""How files end and no repository does: `folder/model.safetensors` is mistyped, not a hub id."""
+
+
 class Remote(NamedTuple):
     """A model on the hub, or one file of it. repository: owner/name. file: its path there."""
 
@@ -73,7 +77,7 @@ def find(
     if (path := Path(name).expanduser()).exists():
         return path
     remote = parse(str(name))
-    if remote is None:
+    if remote is None or (remote.file is None and path.suffix in FILES):
         raise DistriError(f"{name} is neither a file nor a folder; give one, or a hub id like owner/model")
     if path.parent != Path() and path.parent.is_dir():
         raise DistriError(
@@ -175,15 +179,18 @@ def _asked(name: str | Path, ask: Callable[[], Result]) -> Result:
         raise DistriError(f"{name} has no such revision on the hub; give a branch, a tag or a commit of it") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise DistriError(f"{name} is neither here nor a model on the hub; check the spelling") from None
-    except LocalEntryNotFoundError as error:
+    except LocalEntryNotFoundError:  # whose advice is for programs
         raise DistriError(
-            f"{name} was not fetched before and the hub can't be asked ({first_line(error)}); give a path, or go online"
+            f"{name} is no file or folder here, was not fetched before, and the hub can't be asked; check the path, or go online"
         ) from None
     except EntryNotFoundError:
-        raise DistriError(f"{name} is not among the files of that repository; check the spelling") from None
+        raise DistriError(
+            f"{name} is no file here, and not among the files of that repository; check the spelling"
+        ) from None
     except Exception as error:  # of whichever HTTP client the library has
         raise DistriError(
-            f"{name} could not be fetched from the hub ({first_line(error)}); try again or give a path"
+            f"{name} is no file or folder here and could not be fetched from the hub ({first_line(error)}); "
+            "check the path, or try again"
         ) from None
 
 

@@ -154,7 +154,18 @@ def test_names_on_the_hub_are_told_from_paths(name, remote):
     assert parse(name) == remote
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "nowhere", "~/nowhere", "https://example.org/owner/model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./nowhere",
+        "nowhere",
+        "nowhere/a.safetensors",
+        "nowhere/a.ckpt",
+        "nowhere/a.bin",
+        "~/nowhere",
+        "https://example.org/owner/model",
+    ],
+)
 def test_what_is_neither_here_nor_a_name_on_the_hub_is_refused(name):
     with pytest.raises(DistriError, match="neither a file nor a folder; give one, or a hub id"):
         find(name, parts=PARTS)
@@ -189,9 +200,9 @@ def test_a_file_where_a_folder_is_needed_says_what_to_do(tmp_path):
     {
         GatedRepoError: "is gated",
         RepositoryNotFoundError: "check the spelling",
-        EntryNotFoundError: "not among the files",
-        LocalEntryNotFoundError: "not fetched before",
-        ConnectionError: "could not be fetched from the hub .no network.",
+        EntryNotFoundError: "is no file here, and not among the files",
+        LocalEntryNotFoundError: "is no file or folder here, was not fetched before, and the hub can't be asked; check the path",
+        ConnectionError: "is no file or folder here and could not be fetched from the hub .no network.",
     }.items(),
 )
 def test_the_hubs_refusals_are_sentences(monkeypatch, kind, told):
@@ -208,5 +219,6 @@ def test_the_hubs_refusals_are_sentences(monkeypatch, kind, told):
 
 def test_offline_takes_what_was_fetched_before():
     """The tests run with HF_HUB_OFFLINE."""
-    with pytest.raises(DistriError, match="owner/model was not fetched before"):
+    with pytest.raises(DistriError, match="owner/model is no file or folder here, was not fetched before") as caught:
         find("owner/model", parts=PARTS)
+    assert "local_files_only" not in str(caught.value)
