@@ -107,6 +107,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.image_size = parser.size(arguments.image_size)
     if arguments.batch < 1:
         parser.error(f"--batch is {arguments.batch}; give at least 1")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed is {arguments.seed}; give a whole number from 0 to 2**63 - 1")
     return arguments
 
 

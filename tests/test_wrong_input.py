@@ -435,6 +435,14 @@ def test_a_wrong_command_ends_in_one_line_and_writes_nothing(kind, tiny_checkpoi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_wrong_seed_is_refused_before_anything_is_loaded(seed, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(SystemExit):
+        generate.main(["--seed", str(seed)])
+    assert capsys.readouterr().err == f"error: --seed is {seed}; give a whole number from 0 to 2**63 - 1\n"
+
+
 def test_a_folder_without_permission_is_found_out_before_loading(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
