@@ -46,8 +46,9 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
+from distrijax.denoise import Layout
 from distrijax.loading import DTYPES, Configs, default_size, read_configs
-from distrijax.mesh import check_images
+from distrijax.mesh import CFG, check_images
 from distrijax.pipeline import lay_out
 from distrijax.processes import is_first
 
@@ -136,9 +137,9 @@ def generate(arguments: argparse.Namespace) -> None:
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices), branches=configs.unet.branches)
     dtype = find_dtype(arguments.dtype)
-    image = share(arguments, config, configs, size, plan)
-    print(f"mesh     {plan} on {plan.devices} x {device_kind()}, {dtype.name}")
-    print(f"image    {image}", flush=True)
+    layout = share(arguments, config, configs, size, plan)
+    print(f"mesh     {axes(plan, layout)} on {plan.devices} x {device_kind()}, {dtype.name}")
+    print(f"image    {parts(layout, arguments.batch, configs.vae.scale)}", flush=True)
 
     call = {
         "prompt": arguments.prompt,
@@ -177,7 +178,7 @@ def generate(arguments: argparse.Namespace) -> None:
         **{key: value for key, value in dataclasses.asdict(recipe).items() if key != "source" and value},
         "dtype": dtype.name,
         "devices": plan.devices,
-        "mesh": plan,
+        "mesh": axes(plan, layout),
         "sync_mode": config.sync_mode.value,
         "warmup_steps": config.warmup_steps,
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
@@ -200,7 +201,7 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
     devices = config.devices or found
     dtype = find_dtype(arguments.dtype)
     mesh = plan_mesh(config, devices, branches=configs.unet.branches)
-    image = share(arguments, config, configs, size, mesh)
+    layout = share(arguments, config, configs, size, mesh)
     planned = planning.plan(
         config,
         configs.unet,
@@ -211,20 +212,36 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Con
         guided=arguments.guidance_scale > 1,
         dtype=dtype,
     )
-    print(f"mesh     {mesh}, {dtype.name}\nimage    {image}\n{planned}")
+    print(f"mesh     {axes(mesh, layout)}, {dtype.name}")
+    print(f"image    {parts(layout, arguments.batch, configs.vae.scale)}\n{planned}")
 
 
 def share(
     arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan
-) -> str:
-    """The picture, and the part of it that one device works on; raises DistriError where it cannot be shared out."""
+) -> Layout:
+    """How the picture lies on the devices; raises DistriError where it cannot be shared out."""
     check_images(arguments.batch, mesh.data)
     guided = arguments.guidance_scale > 1
-    rows = lay_out(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided).bands.band
-    several = f", {arguments.batch} of them" if arguments.batch > 1 else ""
-    return (
-        f"{size[0]}x{size[1]}{several}; each device has {rows * configs.vae.scale} rows of pixels, {rows} of the latent"
-    )
+    return lay_out(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided)
+
+
+def axes(mesh: MeshPlan, layout: Layout) -> MeshPlan:
+    """The axes as the call uses them: without guidance `cfg` cuts the rows, as `patch` does."""
+    return MeshPlan(mesh.data, 1, layout.patches) if CFG in layout.rows else mesh
+
+
+def parts(layout: Layout, batch: int, scale: int) -> str:
+    """The picture, the part of it that one device works on, and the padding; scale: pixels for a row of the latent."""
+    sides = {name: (layout.latent[axis], layout.canvas[axis]) for axis, name in enumerate(("rows", "columns"))}
+    scheme = layout.split_scheme if layout.parallelism is Parallelism.NAIVE_PATCH else SplitScheme.ROW
+    cut = {SplitScheme.ROW: ["rows"], SplitScheme.COLUMN: ["columns"]}.get(scheme, list(sides))
+    bands = [(name, sides[name][1] // layout.patches) for name in cut]
+    each = " and, in turn, ".join(f"{band * scale} {name} of pixels, {band} of the latent" for name, band in bands)
+    added = {name: (whole - own, whole) for name, (own, whole) in sides.items() if whole > own}
+    told = " and ".join(f"{more * scale} of {whole * scale} {name}" for name, (more, whole) in added.items())
+    picture = "x".join(str(own * scale) for own, _ in sides.values())
+    several = f", {batch} of them" if batch > 1 else ""
+    return f"{picture}{several}; each device has {each}{f'; {told} are padding' if told else ''}"
 
 
 def output_files(output: Path, batch: int) -> list[Path]:

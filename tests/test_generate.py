@@ -121,3 +121,49 @@ def test_compression_without_a_name_is_int8(flags, compress):
 def test_a_plan_that_cannot_be_is_refused_before_anything_is_loaded(shallow_checkpoint):
     with pytest.raises(SystemExit, match="height is 65 and this model needs a multiple of 8; use 64 or 72"):
         generate_script.main(["--model", str(shallow_checkpoint), "--plan", "--devices", "16", "--image-size", "65"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "mesh", "image"),
+    [
+        (
+            "--devices 2 --guidance-scale 1",
+            "data 1 x cfg 1 x patch 2",
+            "128x128; each device has 64 rows of pixels, 8 of the latent",
+        ),
+        (
+            "--devices 2 --guidance-scale 1 --parallelism tensor",
+            "data 1 x cfg 2 x patch 1",
+            "128x128; each device has 128 rows of pixels, 16 of the latent",
+        ),
+        (
+            "--devices 4 --parallelism naive_patch --split-scheme row",
+            "data 1 x cfg 2 x patch 2",
+            "128x128; each device has 64 rows of pixels, 8 of the latent",
+        ),
+        (
+            "--devices 4 --parallelism naive_patch --split-scheme column --image-size 128 256",
+            "data 1 x cfg 2 x patch 2",
+            "128x256; each device has 128 columns of pixels, 16 of the latent",
+        ),
+        (
+            "--devices 4 --parallelism naive_patch --image-size 128 256",
+            "data 1 x cfg 2 x patch 2",
+            "128x256; each device has 64 rows of pixels, 8 of the latent and, in turn, 128 columns of pixels, 16 of the latent",
+        ),
+        (
+            "--devices 9 --image-size 64",
+            "data 1 x cfg 1 x patch 9",
+            "64x64; each device has 16 rows of pixels, 2 of the latent; 80 of 144 rows are padding",
+        ),
+        (
+            "--devices 9 --parallelism naive_patch --split-scheme column --image-size 64 288 --batch 2",
+            "data 1 x cfg 1 x patch 9",
+            "64x288, 2 of them; each device has 32 columns of pixels, 4 of the latent; 80 of 144 rows are padding",
+        ),
+    ],
+)
+def test_what_each_device_has_is_told_as_it_is(flags, mesh, image, shallow_checkpoint, capsys):
+    generate_script.main(["--model", str(shallow_checkpoint), "--plan", *flags.split()])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"mesh     {mesh}, float32", f"image    {image}"]
