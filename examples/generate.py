@@ -168,7 +168,8 @@ def generate(arguments: argparse.Namespace) -> None:
     waited = pipe.programs.waited
     running = time.perf_counter() - loaded - waited
     print(f"compile  {waited:.1f} s more for {pipe.programs.count} programs")
-    print(f"run      {running:.1f} s for {arguments.num_inference_steps} steps, text encoders and decoder")
+    steps = f"{arguments.num_inference_steps} step{'s' if arguments.num_inference_steps > 1 else ''}"
+    print(f"run      {running:.1f} s for {steps}, text encoders and decoder")
 
     settings = {
         **call,
