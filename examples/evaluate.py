@@ -242,14 +242,16 @@ def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
     with written_whole(results.folder / "sheet.png") as beside:
         figures.contact_sheet(results, min(SHOWN, prompts)).save(beside, format="PNG")
     title = f"{prompts} prompts, {arguments.num_inference_steps} steps of {arguments.scheduler}"
+    written = ["sheet.png"]
     try:
         with written_whole(results.folder / "plot.png") as beside:
             figures.plot(results.rows, title).savefig(beside, format="png")
+        written.insert(0, "plot.png")
     except ImportError as error:
         print(f"plot.png: {NOT_AVAILABLE} ({error}); install the extra `eval`", file=sys.stderr)
     print(f"{title}, guidance {arguments.guidance_scale:g}; PSNR, SSIM, LPIPS and FID against one device's pictures\n")
     print(figures.table(results.rows))
-    print(f"\nwrote {results.table} and, beside it, plot.png, sheet.png and the pictures")
+    print(f"\nwrote {results.table} and, beside it, {', '.join(written)} and the pictures")
 
 
 if __name__ == "__main__":

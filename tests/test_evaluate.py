@@ -415,6 +415,7 @@ def test_without_matplotlib_the_table_is_still_printed(painted, shallow_checkpoi
     run(shallow_checkpoint, painted)
     printed = capsys.readouterr()
     assert "plot.png: not available" in printed.err and "| `full_sync` |" in printed.out
+    assert printed.out.endswith("beside it, sheet.png and the pictures\n")
     assert not (painted / "plot.png").exists()
 
 
