@@ -7,6 +7,7 @@ smaller one), is written to --folder, which needs room for two and a half of it,
 `python -m distrijax.convert` and diffusers' from_single_file with save_pretrained, each in a process of its own, and compares them.
 Time is of the whole process, imports included. Memory is the most that the process held, the pages of mapped files among it; beside
 it what was its own alone (as Linux tells it, asked every 20 ms). The file is in the disk's cache.
+Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Writes the file, runs both in turn, and tells how they compare; raises DistriError where there is no folder or no room."""
+    """Writes the file, runs both in turn, and tells how they compare; raises DistriError for what is missing."""
     check_positive(arguments, "repeats")
+    if not all(map(find_spec, ("diffusers", "torch"))):
+        raise DistriError("this benchmark needs diffusers and torch; install the extra `test`")
     if not arguments.folder.is_dir():
         raise DistriError(f"--folder {arguments.folder} is no folder; give one that exists")
     tell = json_lines(arguments.output)

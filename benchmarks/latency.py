@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import jax
 from command_line import (
     Parser,
     add_model_flags,
+    check_file,
     check_positive,
     device_kind,
     find_devices,
@@ -92,6 +94,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     check_positive(arguments, "warmup_times", "test_times")
     if not 0 <= arguments.ignore_ratio < 1:
         raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a part of all, from 0 to less than 1")
+    if arguments.plot and is_first():
+        check_plot(arguments.plot)
     tell = json_lines(arguments.output if is_first() else None)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
@@ -182,12 +186,17 @@ def peak_memory(devices: Sequence[jax.Device]) -> int | None:
     return max(stat["peak_bytes_in_use"] for stat in stats) if all(stats) else None
 
 
+def check_plot(path: Path) -> None:
+    """Raises DistriError, before anything is measured, where `draw` lacks matplotlib or could not write."""
+    if find_spec("matplotlib") is None:
+        raise DistriError("--plot needs matplotlib; install the extra `eval`")
+    check_file(path, "--plot")
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Speed-up over the fewest devices; raises DistriError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DistriError("--plot needs matplotlib; install the extra `eval`") from None
+    """Speed-up over the fewest devices."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     rows = sorted(rows, key=lambda row: row["devices"])

@@ -24,11 +24,15 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the same GPU
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+
+try:
+    import diffusers
+    import torch
+except ImportError:
+    raise SystemExit("error: this benchmark needs diffusers and torch; install the extra `test`") from None
 
 from distrijax import DEFAULT_MODEL
 from distrijax.convert.sdxl import SDXL

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ from typing import Any
 from command_line import (
     Parser,
     add_model_flags,
+    check_file,
     device_kind,
     find_devices,
     find_dtype,
@@ -252,12 +252,7 @@ def output_files(output: Path, batch: int) -> list[Path]:
     names = [output.name] if batch == 1 else [f"{output.stem}-{index}{output.suffix}" for index in range(batch)]
     outputs = [output.with_name(name) for name in names]
     for path in outputs:
-        if path.is_dir():
-            raise DistriError(f"--output {path} is a folder; give the name of a file")
-    try:
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        raise DistriError(f"--output {output} cannot be written ({error.strerror}); choose another folder") from None
+        check_file(path, "--output")
     return outputs
 
 

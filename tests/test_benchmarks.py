@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def test_the_mean_leaves_out_both_ends():
             "--output nowhere/x.jsonl",
             "--output nowhere/x.jsonl cannot be written (No such file or directory); choose another file",
         ),
+        (
+            "--plot nowhere/x.png",
+            "--plot nowhere/x.png cannot be written (No such file or directory); choose another folder",
+        ),
+        ("--plot .", "--plot . is a folder; give the name of a file"),
         ("--ignore-ratio 1", "--ignore-ratio is 1.0; give a part of all, from 0 to less than 1"),
         ("--devices 9", "--devices is 9 and this machine shows 8 (virtual CPU); use --devices 8 or fewer"),
     ],
@@ -73,6 +79,21 @@ def test_the_mean_leaves_out_both_ends():
 def test_latency_refuses_wrong_flags_in_one_line(flags, told):
     with pytest.raises(SystemExit, match=f"^error: {re.escape(told)}$"):
         latency.main(flags.split())
+
+
+def test_what_is_not_installed_is_told_before_anything_is_measured(monkeypatch):
+    for module in ("matplotlib", "diffusers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(latency, "find_model", lambda *_: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(convert_file, "random_checkpoint", lambda *_: pytest.fail("the file was made"))
+    with pytest.raises(SystemExit, match="^error: --plot needs matplotlib; install the extra `eval`$"):
+        latency.main(["--plot", "x.png"])
+    needed = "^error: this benchmark needs diffusers and torch; install the extra `test`$"
+    with pytest.raises(SystemExit, match=needed):
+        convert_file.main([])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the script sets it
+    with pytest.raises(SystemExit, match=needed):
+        runpy.run_path(str(Path(latency.__file__).with_name("unet_vs_torch.py")))
 
 
 def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic(monkeypatch):

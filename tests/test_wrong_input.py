@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import command_line
 import generate
 import numpy as np
 import pytest
@@ -447,7 +448,7 @@ def test_a_folder_without_permission_is_found_out_before_loading(tmp_path, monke
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(generate.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(command_line.tempfile, "TemporaryFile", refuse)
     with pytest.raises(DistriError, match=r"cannot be written \(Permission denied\); choose another folder"):
         generate.output_files(tmp_path / "picture.png", 1)
 
