@@ -41,6 +41,7 @@ from generate import PROMPT
 from together import add_flags, ending_together, join
 
 from distrijax import SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
+from distrijax.config import positive
 from distrijax.convert.cache import Prepared
 from distrijax.loading import DTYPES
 from distrijax.processes import is_first
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     arguments = parse(argv)
     with ending_together(), plain_errors():
+        positive(min(arguments.devices), "--devices")
         join(arguments, max(arguments.devices))
         benchmark(arguments)
 

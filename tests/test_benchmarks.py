@@ -73,6 +73,7 @@ def test_the_mean_leaves_out_both_ends():
         ),
         ("--plot .", "--plot . is a folder; give the name of a file"),
         ("--ignore-ratio 1", "--ignore-ratio is 1.0; give a part of all, from 0 to less than 1"),
+        ("--devices 1 0", "--devices is 0; give a whole number of at least 1"),
         ("--devices 9", "--devices is 9 and this machine shows 8 (virtual CPU); use --devices 8 or fewer"),
     ],
 )
