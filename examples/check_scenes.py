@@ -138,6 +138,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image-size is {args.image_size}; sides must be multiples of 8 from 64 to 512")
     if min(args.captions, args.batch, args.devices) < 1 or args.seed < 0:
         parser.error("--captions, --batch and --devices must be at least 1, --seed at least 0")
+    if args.at_least is not None and not 0 <= args.at_least <= 1:
+        parser.error(f"--at-least is {args.at_least}; give a share from 0 to 1")
+    if args.contact_sheet and (args.contact_sheet.suffix.lower() != ".png" or args.contact_sheet.is_dir()):
+        parser.error(f"--contact-sheet is {args.contact_sheet}; give the name of a file that ends in .png")
     if args.contact_sheet and not args.contact_sheet.absolute().parent.is_dir():
         parser.error(f"--contact-sheet: there is no folder {args.contact_sheet.absolute().parent}; create it first")
     return args

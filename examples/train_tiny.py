@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from command_line import check_positive
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scenes import PLACES, all_captions_vocabulary, example
@@ -35,6 +36,7 @@ from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
 from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
+from distrijax.config import DistriError, positive
 from distrijax.exchange import WholeImage
 from distrijax.layers import Attention, Linear, gelu
 from distrijax.schedulers import common
@@ -428,6 +430,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--small-steps", type=int, default=4500, help="steps of the UNet at 128x128")
     parser.add_argument("--large-steps", type=int, default=5000, help="steps of the UNet at 256x256 and other shapes")
     args = parser.parse_args(argv)
+    try:
+        check_positive(args, "devices", *(f"{stage}_steps" for stage in ("vae", "decoder", "text", "small", "large")))
+        positive(args.seed, "--seed", least=0)
+    except DistriError as error:
+        parser.error(str(error))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output} cannot be made ({error.strerror}); choose another folder")
     if args.devices:
         jax.config.update("jax_num_cpu_devices", args.devices)
     if jax.config.jax_compilation_cache_dir is None:

@@ -213,10 +213,14 @@ def test_the_script_writes_its_sheet_and_fails_below_the_asked_share(tmp_path, m
         ["--image-size", "250"],
         ["--image-size", "64", "64", "64"],
         ["--captions", "0"],
+        ["--at-least", "2"],
+        ["--at-least", "nan"],
+        ["--contact-sheet", "sheet.txt"],
         ["--contact-sheet", "/no/such/folder/sheet.png"],
     ],
 )
-def test_wrong_arguments_are_refused_before_any_work(arguments, capsys):
+def test_wrong_arguments_are_refused_before_any_work(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(check_scenes, "pipeline_generator", lambda args: pytest.fail("a picture was painted"))
     with pytest.raises(SystemExit) as error:
         check_scenes.main(arguments)
     assert error.value.code == 2 and arguments[0] in capsys.readouterr().err

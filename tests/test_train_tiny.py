@@ -27,6 +27,25 @@ def trained(tmp_path_factory):
         yield folder
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--output file", "--output file cannot be made (File exists); choose another folder"),
+        ("--output new --vae-steps -1", "--vae-steps is -1; give a whole number of at least 1"),
+        ("--output new --large-steps 0", "--large-steps is 0; give a whole number of at least 1"),
+        ("--output new --seed -1", "--seed is -1; give a whole number of at least 0"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_written(flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_tiny, "train_tokenizer", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        train_tiny.main(flags.split())
+    assert capsys.readouterr().err.endswith(f"error: {told}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def weights(folder) -> dict[str, np.ndarray]:
     return {
         f"{path.parent.name}.{name}": tensor
