@@ -16,12 +16,14 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the same GPU
 
 import jax
@@ -33,6 +35,8 @@ try:
     import torch
 except ImportError:
     raise SystemExit("error: this benchmark needs diffusers and torch; install the extra `test`") from None
+
+from command_line import Parser
 
 from distrijax import DEFAULT_MODEL
 from distrijax.convert.sdxl import SDXL
@@ -52,11 +56,13 @@ PAUSE = 0.05  # seconds; OpenMP's idle threads spin for a while before they slee
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a folder in the diffusers layout")
     source.add_argument("--config", choices=tuple(CONFIGS), help="random weights instead of a model")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[256], metavar="PIXELS", help="height [width]")
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"), help="pixels (default: 256)"
+    )
     parser.add_argument("--batch", type=int, default=2, help="UNet batch; 2 is one image with guidance")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on GPUs, float32 on CPUs)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for either, on CPUs")
@@ -65,7 +71,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile, too, besides eager torch")
     parser.add_argument("--compile-mode", default="default", help="torch.compile's (default: %(default)s)")
     parser.add_argument("--channels-last", action="store_true", help="give torch its other memory layout")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.image_size = parser.size(args.image_size)
+    return args
 
 
 def main() -> None:
@@ -140,7 +148,7 @@ def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
 def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """What a UNet is called with, pictures NHWC."""
     rng = np.random.default_rng(0)
-    height, width = args.image_size[0], args.image_size[-1]
+    height, width = args.image_size
     shapes = {
         "sample": (height // VAE_SCALE, width // VAE_SCALE, config.in_channels),
         "encoder_hidden_states": (TOKENS, config.context(0)),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from command_line import Parser
 from PIL import Image, ImageDraw, ImageFont
 from scenes import Scene, found, held_out_example
 
@@ -119,21 +120,21 @@ def pipeline_generator(args: argparse.Namespace) -> Callable[[list[str], int], n
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", help="folder in the diffusers layout; the embedded default model unless said")
     parser.add_argument("--captions", type=int, default=64, help="how many held-out captions (default 64)")
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"))
+    parser.add_argument(
+        "--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"), help="pixels (default 256)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="captions per call of the pipeline (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the captions and the starting noise")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write all pictures into one file")
     parser.add_argument("--at-least", type=float, metavar="SHARE", help="exit 1 when fewer named shapes are found")
     args = parser.parse_args(argv)
-    if len(args.image_size) > 2:
-        parser.error(f"--image-size got {len(args.image_size)} numbers; give one, or height and width")
-    args.image_size = (args.image_size * 2)[:2]
+    args.image_size = parser.size(args.image_size)
     if any(side % 8 or not 64 <= side <= 512 for side in args.image_size):
         parser.error(f"--image-size is {args.image_size}; sides must be multiples of 8 from 64 to 512")
     if min(args.captions, args.batch, args.devices) < 1 or args.seed < 0:

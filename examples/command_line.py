@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         summary, _, rest = doc.partition("\n")
-        super().__init__(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=summary, epilog=rest, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
@@ -59,6 +59,13 @@ def find_model(arguments: argparse.Namespace) -> tuple[Recipe, Prepared]:
     """What those flags say, and the folder to load it from. Raises DistriError for what can't be had or converted."""
     recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
     return recipe, prepared(recipe, token=arguments.token, offline=arguments.offline)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows what `Parser.size` takes, where argparse would promise any number of numbers."""
+
+    def _format_args(self, action, default_metavar):
+        return "H [W]" if action.metavar == ("H", "W") else super()._format_args(action, default_metavar)
 
 
 class _Values(argparse.Action):

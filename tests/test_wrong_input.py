@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import check_scenes
 import command_line
+import evaluate
 import generate
 import numpy as np
 import pytest
@@ -434,6 +436,13 @@ def test_a_wrong_command_ends_in_one_line_and_writes_nothing(kind, tiny_checkpoi
         assert end.value.code == 2
     assert re.fullmatch(rf"error: [^\n]*{pattern}[^\n]*\n", printed), printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("script", [generate, evaluate, check_scenes])
+def test_the_help_shows_no_more_sizes_than_are_taken(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert "  --image-size H [W] " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
