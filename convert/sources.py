@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 from distrijax import hub
 from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
@@ -214,11 +216,12 @@ def _find_lora(file: str, find: Callable[..., Path]) -> Path:
         return held[0] if held else path
     try:
         path = find(file, parts=(), file=LORA_FILES[0])
-    except DistriError:
+    except DistriError as error:
         if remote.file:
             raise
-        path = find(file, parts=(), file=LORA_FILES[1])
-    if path.name in LORA_FILES[1:]:
+        unreachable = isinstance(error.__context__, LocalEntryNotFoundError)  # no need to wait for the hub again
+        path = find(file, parts=(), file=LORA_FILES[1], **({"offline": True} if unreachable else {}))
+    if path.name in LORA_FILES[1:] and not path.with_name(PEFT_SETTINGS).exists():
         with suppress(DistriError):  # a repository may have none
             find(f"{file.rpartition('/')[0]}/{PEFT_SETTINGS}" if remote.file else file, parts=(), file=PEFT_SETTINGS)
     return path

@@ -33,7 +33,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from diffusers.utils import convert_state_dict_to_kohya
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from original_layouts import original, unread
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -365,6 +365,20 @@ def test_pefts_settings_are_fetched_with_its_file(tiny_sd_checkpoints, peft_adap
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     assert largest_difference(assembled(tiny_sd_checkpoints[1], f"owner/style{file}"), expected) < CLOSE
+
+
+def test_the_hub_is_waited_for_once_where_it_can_not_be_asked(tiny_sd_checkpoints, monkeypatch):
+    asked = []
+
+    def download(repository: str, name: str, *, local_files_only: bool, **_) -> str:
+        asked.append((name, local_files_only))
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "constants", SimpleNamespace(HF_HUB_OFFLINE=False))
+    with pytest.raises(DistriError, match="owner/style is no file or folder here"):
+        assembled(tiny_sd_checkpoints[1], "owner/style")
+    assert asked == [("pytorch_lora_weights.safetensors", False), ("adapter_model.safetensors", True)]
 
 
 def test_pefts_adapter_without_alpha_is_merged_with_a_warning(tiny_sd_checkpoints, peft_adapter, tmp_path):
