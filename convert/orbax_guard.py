@@ -127,9 +127,7 @@ def _least(data: bytes, most: int) -> int:
             block = int.from_bytes(data[at : at + 3], "little")
             last, kind, size = block & 1, block >> 1 & 3, block >> 3
             at += 3 + (1 if kind == 1 else size)
-            least += (
-                SPLIT if kind == 2 else size
-            )  # of the others, one byte again and again or as they are, it is what they become
+            least += SPLIT if kind == 2 else size  # what is not packed, or one byte again and again, tells its size
             if at > len(data) or size > BLOCK or kind == 3:
                 raise ValueError("what is packed in it is cut off")
             if least > most:

@@ -22,6 +22,7 @@ from distrijax.config import (
     DistriConfig,
     DistriError,
     DistriWarning,
+    Parallelism,
     check_choice,
     finite_number,
     host_array,
@@ -307,13 +308,18 @@ class Pipeline:
             )
 
     def _warn_of_idle_options(self, loop: Loop, total: int) -> None:
-        """Tells which options of displaced steps are set for a call that has none."""
+        """Tells which options of displaced steps are set for a call that has none, and of devices that do others' work again."""
         names = [name for name in ("extrapolate", "compress", "sync_steps") if getattr(self.config, name)]
         displaced = strategy_of(self.config, loop.layout.patches) is not None
         if names and displaced and loop.strategy is None:
             _warn(
                 f"{', '.join(names)} changes nothing: with warmup_steps {self.config.warmup_steps} all {total} steps are "
                 "synchronous; use fewer warmup_steps or leave it out"
+            )
+        if self.config.parallelism is Parallelism.TENSOR and self.mesh.shape[CFG] > 1 and not loop.layout.guided:
+            _warn(
+                "half of the devices do what the others do: tensor parallelism has no use for the axis cfg without guidance; "
+                "give split_batch=False"
             )
 
     def _inputs(self, loop: Loop, branches: Sequence[Embeddings], time_ids, call: Call, keys: jax.Array) -> Inputs:

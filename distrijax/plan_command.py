@@ -53,7 +53,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gpu", default="a100-sxm-80gb", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
     add("--tpu", choices=tuple(TPUS), help="a model of TPU, instead of GPUs")
     add("--devices", type=int, default=8, help="how many of them share a picture (default: %(default)s)")
-    add("--image-size", type=int, nargs="+", default=[1024], metavar=("H", "W"), help="pixels (default: 1024)")
+    add(
+        "--image-size",
+        type=int,
+        nargs="+",
+        default=[1024],
+        metavar=("H", "W"),
+        help="pixels, one or two (default: 1024)",
+    )
     add("--model", help="folder in the diffusers layout or hub id (default: the UNet of Stable Diffusion XL)")
     add("--batch", type=int, default=1, help="pictures (default: %(default)s)")
     add("--no-guidance", action="store_true", help="as with a --guidance-scale of 1 or less")

@@ -68,7 +68,9 @@ def start(
         return
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        raise DistriError(f"{' and '.join(missing)} is missing; give all of {', '.join(given)}, or none")
+        raise DistriError(
+            f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} missing; give all of {', '.join(given)}, or none"
+        )
     num_processes, process_id = positive(num_processes, "num_processes"), positive(process_id, "process_id", least=0)
     if process_id >= num_processes:
         raise DistriError(f"process_id is {process_id} of {num_processes} processes; give 0 to {num_processes - 1}")

@@ -164,6 +164,11 @@ def test_without_guidance_both_halves_of_the_mesh_share_the_rows(pipe_on, one):
     assert relative_error(got, paint(one, guidance_scale=1.0)) < 1e-4
 
 
+def test_devices_that_repeat_the_work_of_others_are_told(pipe_on):
+    with pytest.warns(DistriWarning, match="half of the devices do what the others do: .*; give split_batch=False"):
+        paint(pipe_on(devices=2, parallelism="tensor"), guidance_scale=1.0, num_inference_steps=1)
+
+
 def test_guidance_of_one_or_less_runs_the_text_branch_alone(one):
     np.testing.assert_array_equal(paint(one, guidance_scale=1.0), paint(one, guidance_scale=0.0))
     np.testing.assert_array_equal(paint(one, guidance_scale=1.0), paint(one, guidance_scale=1.0, negative_prompt=OTHER))

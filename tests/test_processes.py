@@ -225,7 +225,7 @@ def test_a_coordinator_in_use_is_refused():
     ("arguments", "told"),
     [
         (("h:1", 2, None), "process_id is missing; give all of coordinator, num_processes, process_id, or none"),
-        ((None, None, 0), "coordinator and num_processes is missing"),
+        ((None, None, 0), "coordinator and num_processes are missing"),
         (("h:1", 2, 2), "process_id is 2 of 2 processes; give 0 to 1"),
         (("h:1", 2, -1), "process_id is -1; give a whole number of at least 0"),
         (("h:1", 0, 0), "num_processes is 0; give a whole number of at least 1"),
