@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distrijax import hub
 from distrijax.config import DistriError, DistriWarning
 from distrijax.convert.appearing import appearing
 from distrijax.convert.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ class Format(enum.StrEnum):
 SINGLE = ".safetensors"
 """How a single file ends that is written."""
 
-FILES = (SINGLE, ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".gguf", ".onnx")
+FILES = (*hub.FILES, ".pt", ".pth", ".msgpack", ".gguf", ".onnx")
 """How files of weights end; a folder of such a name would be taken for one."""
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -67,11 +68,7 @@ def _plain(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Arra
 
 def _product(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Array:
     """All that a kernel sees at a pixel side by side, times the kernel."""
-    height, width, _, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
-    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
-    seen = [x[:, i : i + down : stride, j : j + right : stride] for i in range(height) for j in range(width)]
-    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, features)
+    return jnp.concatenate(list(_seen(x, kernel, stride, sides)), -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "sides"))
@@ -80,17 +77,18 @@ def _shifted(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Ar
 
     jit: this is traced once for convolutions of the same shapes, on other platforms in vain.
     """
-    height, width, *_ = kernel.shape
-    x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
-    down, right = x.shape[1] - height + 1, x.shape[2] - width + 1
     products = (
-        jnp.matmul(
-            x[:, i : i + down : stride, j : j + right : stride], kernel[i, j], preferred_element_type=jnp.float32
-        )
-        for i in range(height)
-        for j in range(width)
+        jnp.matmul(pixels, kernel[place], preferred_element_type=jnp.float32)
+        for place, pixels in zip(np.ndindex(kernel.shape[:2]), _seen(x, kernel, stride, sides), strict=True)
     )
     return functools.reduce(jnp.add, products).astype(x.dtype)
+
+
+def _seen(x: Array, kernel: Array, stride: int, sides: tuple[int, int]) -> Iterator[Array]:
+    """For each place in a kernel, row by row, the pixels that it sees."""
+    x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
+    down, right = x.shape[1] - kernel.shape[0] + 1, x.shape[2] - kernel.shape[1] + 1
+    return (x[:, i : i + down : stride, j : j + right : stride] for i, j in np.ndindex(kernel.shape[:2]))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

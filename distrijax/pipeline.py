@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,7 +20,6 @@ from distrijax import denoise
 from distrijax.config import (
     DistriConfig,
     DistriError,
-    DistriWarning,
     Parallelism,
     check_choice,
     finite_number,
@@ -42,7 +40,7 @@ from distrijax.loading import (
     resolve_dtype,
 )
 from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, plan_mesh
-from distrijax.processes import connect, fetch, is_first, put
+from distrijax.processes import connect, fetch, is_first, put, warn
 from distrijax.programs import Programs
 from distrijax.progress import Progress
 from distrijax.prompt import Embeddings, PromptEncoder, Texts, as_list
@@ -303,7 +301,7 @@ class Pipeline:
         """Tells which of the arguments that are not None a UNet with a single branch of guidance ignores."""
         names = [name for name, value in given.items() if value is not None]
         if self.unet_config.branches == 1 and names:
-            _warn(
+            warn(
                 f"{', '.join(names)} changes nothing: this UNet is told the guidance scale and runs a single branch; leave it out"
             )
 
@@ -312,12 +310,12 @@ class Pipeline:
         names = [name for name in ("extrapolate", "compress", "sync_steps") if getattr(self.config, name)]
         displaced = strategy_of(self.config, loop.layout.patches) is not None
         if names and displaced and loop.strategy is None:
-            _warn(
+            warn(
                 f"{', '.join(names)} changes nothing: with warmup_steps {self.config.warmup_steps} all {total} steps are "
                 "synchronous; use fewer warmup_steps or leave it out"
             )
         if self.config.parallelism is Parallelism.TENSOR and self.mesh.shape[CFG] > 1 and not loop.layout.guided:
-            _warn(
+            warn(
                 "half of the devices do what the others do: tensor parallelism has no use for the axis cfg without guidance; "
                 "give split_batch=False"
             )
@@ -428,11 +426,6 @@ def lay_out(
     check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
     latent = size[0] // vae.scale, size[1] // vae.scale
     return layout_of(config, mesh, unet, guided=guided, latent=latent)
-
-
-def _warn(sentence: str) -> None:
-    if is_first():
-        warnings.warn(sentence, DistriWarning, stacklevel=4)
 
 
 def _bound(call: Callable, arguments: Any) -> dict[str, Any]:

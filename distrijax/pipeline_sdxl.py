@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from distrijax.config import DistriError, DistriWarning, finite_number
+from distrijax.config import DistriError, finite_number
 from distrijax.loading import SDXL
 from distrijax.pipeline import Call, Callback, Pipeline, PipelineOutput, Size
-from distrijax.processes import is_first
+from distrijax.processes import warn
 from distrijax.prompt import Prompt
 
 
@@ -120,10 +119,8 @@ def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None
 def _warn_of_idle_sizes(given: dict[str, Size | None]) -> None:
     """Tells which of the negative prompt's sizes say nothing, as in diffusers, for want of both sizes."""
     names = [name for name, size in given.items() if size is not None]
-    if names and is_first():
-        warnings.warn(
+    if names:
+        warn(
             f"{', '.join(names)} changes nothing without both negative_original_size and negative_target_size; "
-            "give both or leave it out",
-            DistriWarning,
-            stacklevel=3,
+            "give both or leave it out"
         )

@@ -133,8 +133,9 @@ def _kinds(kinds: dict[str, int]) -> str:
 
 
 class _Run(NamedTuple):
-    """What is to be compiled."""
+    """What is to be compiled, and for which GPUs or TPUs."""
 
+    target: str
     config: DistriConfig
     unet: UNetConfig
     vae: VAEConfig
@@ -159,7 +160,7 @@ def _read(arguments: argparse.Namespace) -> _Run:
         split_batch=not arguments.no_split_batch,
         parallelism=arguments.parallelism,
     )
-    return _Run(config, unet, vae, scheduler, (height // vae.scale, width // vae.scale))
+    return _Run(arguments.tpu or arguments.gpu, config, unet, vae, scheduler, (height // vae.scale, width // vae.scale))
 
 
 def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> CompiledStep:
@@ -167,7 +168,7 @@ def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> Compiled
         run.config,
         run.unet,
         run.scheduler,
-        arguments.tpu or arguments.gpu,
+        run.target,
         devices=devices,
         latent=run.latent,
         images=positive(arguments.batch, "--batch"),
@@ -181,7 +182,7 @@ def _decoding(run: _Run, arguments: argparse.Namespace) -> dict[str, int]:
         run.config,
         run.unet,
         run.vae,
-        arguments.tpu or arguments.gpu,
+        run.target,
         devices=arguments.devices,
         latent=run.latent,
         images=arguments.batch,

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import socket
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree, Shaped
 
-from distrijax.config import DistriError, positive
+from distrijax.config import DistriError, DistriWarning, positive
 
 LAUNCHERS: dict[str, tuple[str, ...]] = {
     "OMPI_MCA_orte_hnp_uri": ("OMPI_COMM_WORLD_SIZE",),
@@ -142,6 +143,12 @@ def _line(error: Exception) -> str:
 def is_first() -> bool:
     """Whether this is process 0, which speaks and writes for all; true where there is no other."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def warn(sentence: str) -> None:
+    """Warns, once for all processes, whoever called a pipeline: this was called by what its `__call__` calls."""
+    if is_first():
+        warnings.warn(sentence, DistriWarning, stacklevel=4)
 
 
 def connect(mesh: Mesh) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from distrijax.config import DistriError, DistriWarning, host_array
+from distrijax.config import DistriError, host_array
 from distrijax.placement import Model
-from distrijax.processes import fetch, is_first, put
+from distrijax.processes import fetch, put, warn
 from distrijax.programs import Programs
 from distrijax.tokenizer import CLIPTokenizer
 
@@ -125,12 +124,10 @@ class PromptEncoder:
             return given_negative, text
         first, *others = negative_prompts
         if first is None and self.zeros_for_empty:
-            if any(other is not None for other in others) and is_first():
-                warnings.warn(
+            if any(other is not None for other in others):
+                warn(
                     "negative_prompt_2 changes nothing: without negative_prompt this model takes zeros for both encoders; "
-                    "give negative_prompt, '' at least",
-                    DistriWarning,
-                    stacklevel=3,
+                    "give negative_prompt, '' at least"
                 )
             return None, text
         return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
