@@ -78,19 +78,19 @@ def run(arguments: argparse.Namespace, flags: Sequence[str], cores: Sequence[int
     call = [*flags, "--image-size", *size, *steps, *times, *(["--model", arguments.model] if arguments.model else [])]
     processes = 1 if flags == WAYS["one process"] else 2
     coordinator = f"127.0.0.1:{free_port()}"
-    with tempfile.TemporaryFile("w+") as output:
+    # files, for a pipe that nobody reads would fill; apart, for libraries have things to say on stderr
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         started = []
         for number, core in enumerate(cores[:processes]):
             several = ["--coordinator", coordinator, "--num-processes", str(processes), "--process-id", str(number)]
             command = [sys.executable, str(LATENCY), *call, *several]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-            started.append(pinned(command, core, env=environment, stdout=output, stderr=output))
+            started.append(pinned(command, core, env=environment, stdout=output, stderr=errors))
         codes = [process.wait() for process in started]
-        output.seek(0)
-        told = output.read()
-    if any(codes):
-        raise DistriError(f"latency.py failed: {told.strip()}")
-    return json.loads(told)
+        output.seek(0), errors.seek(0)
+        if any(codes):
+            raise DistriError(f"latency.py failed: {errors.read().strip()}")
+        return json.loads(output.read())
 
 
 def pinned(command: Sequence[str], core: int, **settings: Any) -> subprocess.Popen:

@@ -14,14 +14,15 @@ it is not counted in our turns, and its time is printed beside them. Needs the e
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the same GPU
@@ -43,7 +44,7 @@ from distrijax.convert.sdxl import SDXL
 from distrijax.exchange import WholeImage
 from distrijax.mesh import MeshPlan
 from distrijax.placement import Form, Model
-from distrijax.programs import options_for
+from distrijax.programs import compiled, options_for
 from distrijax.unet import UNetConfig, abstract_unet
 from distrijax.weights import load_module, read_json
 
@@ -152,32 +153,45 @@ def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.
     shapes = {
         "sample": (height // VAE_SCALE, width // VAE_SCALE, config.in_channels),
         "encoder_hidden_states": (TOKENS, config.context(0)),
-        "text_embeds": (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,),
     }
-    inputs = {name: rng.normal(size=(args.batch, *shape)).astype(np.float32) for name, shape in shapes.items()}
     sizes = [height, width, 0, 0, height, width]
-    return inputs | {"time_ids": np.float32([sizes] * args.batch), "timestep": np.float32(500)}
+    if config.addition_embed_type:
+        pooled = config.projection_class_embeddings_input_dim - len(sizes) * config.addition_time_embed_dim
+        shapes["text_embeds"] = (pooled,)
+    inputs = {name: rng.normal(size=(args.batch, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    if config.addition_embed_type:
+        inputs["time_ids"] = np.float32([sizes] * args.batch)
+    return inputs | {"timestep": np.float32(500)}
+
+
+def in_dtype(inputs: dict[str, Any], cast: Callable[[Any], Any]) -> dict[str, Any]:
+    """Inputs of which those that a pipeline has in the model's dtype are cast."""
+    return {name: value if name in ("time_ids", "timestep") else cast(value) for name, value in inputs.items()}
 
 
 def jax_calls(unet: Model, inputs: dict[str, np.ndarray], device: jax.Device) -> tuple[Callable, Callable]:
     """What is done once for each prompt, and one call that does not wait for its end."""
-    arrays = {name: jax.device_put(value, device) for name, value in inputs.items()}
-    arrays |= {name: arrays[name].astype(unet.dtype) for name in ("sample", "encoder_hidden_states", "text_embeds")}
-    prompt = [arrays[name] for name in ("encoder_hidden_states", "text_embeds", "time_ids")]
-    jit = partial(jax.jit, compiler_options=options_for(device.platform))
-    prepare = jit(lambda params, *prompt: unet.form.module(params).condition(*prompt))
-    call = jit(lambda params, *sample: unet.form.module(params)(*sample, WholeImage()))
-    sample = (arrays["sample"], arrays["timestep"], prepare(unet.params, *prompt))
-    return lambda: prepare(unet.params, *prompt), lambda: call(unet.params, *sample)
+    arrays = in_dtype(jax.device_put(inputs, device), lambda array: array.astype(unet.dtype))
+    prompt = [arrays[name] for name in arrays if name not in ("sample", "timestep")]
+
+    def program(function: Callable, *arguments: jax.Array) -> Callable[[], jax.Array]:
+        """Compiled when it is first called, as torch's is."""
+        options = options_for(device.platform)
+        compile = functools.cache(lambda: compiled(jax.jit(function).lower(unet.params, *arguments), options, {}))
+        return lambda: compile()(unet.params, *arguments)
+
+    prepare = program(lambda params, *prompt: unet.form.module(params).condition(*prompt), *prompt)
+    sample = (arrays["sample"], arrays["timestep"], prepare())
+    return prepare, program(lambda params, *sample: unet.form.module(params)(*sample, WholeImage()), *sample)
 
 
 def torch_call(unet: torch.nn.Module, inputs: dict[str, np.ndarray], layout: torch.memory_format) -> Callable:
     """One call of diffusers' UNet, which on a GPU does not wait for its end."""
     held = next(unet.parameters())
     tensors = {name: torch.tensor(value, device=held.device) for name, value in inputs.items()}
-    tensors |= {name: tensors[name].to(held.dtype) for name in ("sample", "encoder_hidden_states", "text_embeds")}
+    tensors = in_dtype(tensors, lambda tensor: tensor.to(held.dtype))
     sample = tensors["sample"].permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    added = {name: tensors[name] for name in ("text_embeds", "time_ids")}
+    added = {name: tensors[name] for name in ("text_embeds", "time_ids") if name in tensors}
 
     @torch.inference_mode()
     def call():

@@ -125,6 +125,7 @@ import json, os, sys
 words = [word for word in sys.argv[1:] if word != "--no-split-batch"]
 flags = dict(zip(words[::2], words[1::2]))
 assert len(os.sched_getaffinity(0)) == 1
+print("a library says something", file=sys.stderr)
 if flags["--process-id"] == "0":
     names = "mesh", "model", "warmup_steps", "sync_mode", "dtype", "image_size", "num_inference_steps"
     seconds = 2 / int(flags["--num-processes"])

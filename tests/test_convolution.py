@@ -14,6 +14,7 @@ from distrijax import convolution
 from distrijax.exchange import Synchronous, WholeImage
 from distrijax.layers import Conv
 from distrijax.mesh import PATCH, MeshPlan
+from distrijax.programs import options_for
 
 EXACT = 1e-5
 
@@ -45,6 +46,13 @@ def test_large_kernels_over_few_pixels_are_products_on_cpus_and_equal_torch(kern
         lowered = traced.lower(lowering_platforms=(platform,))
         assert lowered.as_text().count("stablehlo.convolution(") == convolutions
     assert relative_error(traced.lower().compile()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+
+
+def test_convolutions_and_products_on_cpus_are_not_ynnpacks():
+    """Its convolutions of few channels, which Winograd's sums leave to XLA, run on one core."""
+    conv, x = Conv(32, 32, rngs=nnx.Rngs(0)), np.ones((2, 32, 32, 32), np.float32)
+    lowered = jax.jit(lambda conv, x: conv(x, WholeImage()) @ x[0, 0]).lower(conv, x)
+    assert "__ynn_fusion" not in lowered.compile(compiler_options=options_for("cpu")).as_text()
 
 
 @pytest.fixture
