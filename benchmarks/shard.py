@@ -38,7 +38,7 @@ from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriConfig, SyncMode, denoise, exchange, load_scheduler, plan_mesh
 from distrijax.config import positive
-from distrijax.denoise import Layout
+from distrijax.denoise import Layout, image_keys
 from distrijax.loading import DTYPES, find_folder, read_configs
 from distrijax.mesh import PATCH, MeshPlan, check_sizes
 from distrijax.plan import step_of
@@ -185,7 +185,7 @@ def filled(shapes: Any) -> Any:
 
     def fill(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.device_put(jax.random.split(jax.random.key(0), leaf.shape[0]), leaf.sharding)
+            return jax.device_put(image_keys(jnp.zeros((leaf.shape[0], 3), jnp.uint32)), leaf.sharding)
         if isinstance(leaf, np.ndarray):
             return jax.device_put(leaf, NamedSharding(alone(), P()))
         return jax.device_put(np.resize(drawn.astype(leaf.dtype), leaf.shape), leaf.sharding)

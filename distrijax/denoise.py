@@ -196,10 +196,13 @@ def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
 
 
 def image_keys(seeds: UInt32[Array, "b 3"]) -> Key[Array, "b"]:
-    """Random keys from the low and the high half of a seed (`jax.random.key` alone reads the low one), and one of its streams."""
+    """Random keys from the low and the high half of a seed (`jax.random.key` alone reads the low one), and one of its streams.
+
+    Threefry's whatever JAX is configured to use: of many keys at once, its other generators heed the first alone.
+    """
 
     def image_key(low, high, stream):
-        key = jax.random.key(low)
+        key = jax.random.key(low, impl="threefry2x32")
         return jax.random.fold_in(jnp.where(high > 0, jax.random.fold_in(key, high), key), stream)
 
     return jax.vmap(image_key)(*seeds.T)

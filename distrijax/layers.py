@@ -24,6 +24,9 @@ from distrijax.exchange import Exchange, KeysValues
 ATTENTION_CHUNK, TPU_ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**24, 2**20
 """Elements of the scores that an attention without cuDNN holds at a time. On CPUs more would be fresh memory in each call."""
 
+CUDNN_CAPABILITY = 8.0
+"""Compute capability (Ampere's) from which on cuDNN has a fused attention."""
+
 ATTENTION_ROWS = 128
 """Queries that it takes at a time at least, however many keys there are."""
 
@@ -199,7 +202,7 @@ def attend(
 ) -> Float[Array, "b q n d"]:
     """Softmax attention that never holds a whole query x key matrix of a large image.
 
-    cuDNN on NVIDIA where it can (16-bit, head size a multiple of 8 up to 128), in chunks everywhere else.
+    cuDNN on NVIDIA where it can (16-bit, head size a multiple of 8 up to 128, Ampere or newer), in chunks everywhere else.
     """
     head = query.shape[-1]
     ways = {
@@ -207,7 +210,7 @@ def attend(
         "tpu": functools.partial(_chunked_attention, chunk=TPU_ATTENTION_CHUNK),
         "default": functools.partial(_chunked_attention, chunk=ATTENTION_CHUNK),
     }
-    if query.dtype in (jnp.bfloat16, jnp.float16) and head % 8 == 0 and head <= 128 and _cudnn_is_there():
+    if query.dtype in (jnp.bfloat16, jnp.float16) and head % 8 == 0 and head <= 128 and _cudnn_attends():
         ways["cuda"] = _cudnn_attention
     return lax.platform_dependent(query, key, value, **ways)
 
@@ -217,14 +220,18 @@ def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
 
 
 @functools.cache
-def _cudnn_is_there() -> bool:
-    """Whether JAX finds cuDNN; where it does not, even tracing the call for another platform fails."""
+def _cudnn_attends() -> bool:
+    """Whether JAX finds cuDNN, without which even tracing for another platform fails, and no GPU here is too old for it."""
     example = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     try:
         jax.eval_shape(_cudnn_attention, example, example, example)
     except RuntimeError:
         return False
-    return True
+    try:
+        gpus = jax.local_devices(backend="cuda")
+    except RuntimeError:  # none: this compiles for GPUs that are elsewhere
+        return True
+    return all(float(gpu.compute_capability) >= CUDNN_CAPABILITY for gpu in gpus)
 
 
 def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Array:

@@ -85,7 +85,7 @@ def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, rescal
     """Inputs, state, and the constants of one step."""
     prompt = _prompt(loop, unet, images)
     conditioning = jax.eval_shape(partial(denoise.condition, loop), params, *prompt)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    keys = jax.eval_shape(denoise.image_keys, _array(images, 3, dtype=jnp.uint32))
     inputs = Inputs(conditioning, _array(prompt[0].shape[0], 2), _array() if rescale else None, keys)
     state = jax.eval_shape(loop.scheduler.init, latents_of(loop, unet, images), _array())
     xs = jax.tree.map(lambda column: column[:1], Steps.of(loop.scheduler.schedule(2)[0]))

@@ -140,6 +140,15 @@ def start() -> State:
     return State(normal(*SHAPE))
 
 
+def test_noise_is_the_same_whatever_generator_jax_is_configured_to_use():
+    def noise():
+        return denoise.band_noise(denoise.image_keys(jnp.uint32([[1, 0, 0], [2, 0, 0]])), 0, 0, (8, 4, 3))
+
+    usual = noise()
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(noise(), usual)
+
+
 def test_noise_does_not_depend_on_the_cut_into_bands():
     whole = denoise.band_noise(keys(), 3, 0, (8, 4, 3))
     parts = [denoise.band_noise(keys(), 3, first, (2, 4, 3)) for first in range(0, 8, 2)]

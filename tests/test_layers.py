@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,22 @@ def test_cross_attention_equals_diffusers():
     x, context = randn(2, 10, 24), randn(2, 7, 16)
     got = jax.jit(lambda m, x, c: m(x, WholeImage(), m.project_context(c)))(ours, x.numpy(), context.numpy())
     assert relative_error(got, source(x, encoder_hidden_states=context)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [([], True), (["8.0"], True), (["9.0", "7.5"], False)],
+    ids=["none", "Ampere", "one of Turing"],
+)
+def test_cudnn_attends_where_no_gpu_is_older_than_ampere(here, expected, monkeypatch):
+    def gpus(backend):
+        if not here:
+            raise RuntimeError(f"Unknown backend {backend}")
+        return [SimpleNamespace(compute_capability=capability) for capability in here]
+
+    monkeypatch.setattr(layers, "_cudnn_attention", lambda query, key, value: query)  # as if cuDNN were installed
+    monkeypatch.setattr(jax, "local_devices", gpus)
+    assert layers._cudnn_attends.__wrapped__() is expected
 
 
 @pytest.mark.parametrize(
