@@ -84,7 +84,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     keep_compiled_programs()
     unet, scheduler = SDXL_BASE, load_scheduler({"_class_name": "DDIMScheduler"})
     if arguments.model:
-        unet = read_configs(find_folder(arguments.model, variant=None, revision=None, token=None)).unet
+        unet = read_configs(find_folder(arguments.model, weights=False)).unet
     dtype = find_dtype(arguments.dtype)
     config = DistriConfig(sync_mode=arguments.sync_mode, split_batch=arguments.split_batch)
     latent = (height // VAE_SCALE, width // VAE_SCALE)

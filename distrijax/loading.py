@@ -20,7 +20,7 @@ from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.tokenizer import CLIPTokenizer
 from distrijax.unet import UNet, UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import check_variant, load_module, read_json
+from distrijax.weights import SAFE, check_variant, load_module, read_json
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -130,17 +130,22 @@ def find_folder(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The local folder of a checkpoint; what is on the hub is fetched (only the files needed). See `hub.find`.
 
-    Raises DistriError for what is not to be had, and where no part has weights of the variant.
+    weights: without them the configurations suffice. Raises DistriError for what is not to be had, and where no part has
+    weights of the variant.
     """
-    path = hub.find(name, parts=PARTS, variant=variant, revision=revision, token=token, offline=local_files_only)
+    formats = SAFE if weights else ()
+    options = {"variant": variant, "revision": revision, "token": token, "offline": local_files_only}
+    path = hub.find(name, parts=PARTS, formats=formats, **options)
     if not path.is_dir():
         raise DistriError(
             f"{name} is a file; give a folder in the diffusers layout, which python -m distrijax.convert {name} FOLDER makes"
         )
-    check_variant(path, PARTS, variant)
+    if weights:
+        check_variant(path, PARTS, variant)
     return path
 
 

@@ -148,7 +148,7 @@ def _read(arguments: argparse.Namespace) -> _Run:
         raise DistriError(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
     unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
-        configs = read_configs(find_folder(arguments.model))
+        configs = read_configs(find_folder(arguments.model, weights=False))
         unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)

@@ -22,7 +22,8 @@ from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
 from distrijax.config import positive
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
-from distrijax.loading import resolve_dtype
+from distrijax.hub import find
+from distrijax.loading import PARTS, resolve_dtype
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,8 +58,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def find_model(arguments: argparse.Namespace) -> tuple[Recipe, Prepared]:
     """What those flags say, and the folder to load it from. Raises DistriError for what can't be had or converted."""
-    recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
+    recipe = _recipe(arguments)
     return recipe, prepared(recipe, token=arguments.token, offline=arguments.offline)
+
+
+def find_configurations(arguments: argparse.Namespace) -> Path:
+    """A folder with the configurations of what those flags say; of one in the diffusers layout no weights are fetched."""
+    recipe = _recipe(arguments)
+    if recipe.plain:
+        options = {"revision": recipe.revision, "token": arguments.token, "offline": arguments.offline}
+        path = find(recipe.source, parts=PARTS, formats=(), **options)
+        if (path / "model_index.json").is_file():
+            return path
+    return find_model(arguments)[1].folder
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    return Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -22,6 +22,7 @@ from command_line import (
     add_model_flags,
     check_file,
     device_kind,
+    find_configurations,
     find_devices,
     find_dtype,
     find_model,
@@ -127,12 +128,11 @@ def generate(arguments: argparse.Namespace) -> None:
         parallelism=arguments.parallelism,
         split_scheme=arguments.split_scheme,
     )
-    recipe, (folder, variant) = find_model(arguments)
-    configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
-    size = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     if arguments.plan:
-        print_plan(arguments, config, configs, size)
+        print_plan(arguments, config)
         return
+    recipe, (folder, variant) = find_model(arguments)
+    configs, size = configurations(arguments, folder)
     outputs = output_files(arguments.output, arguments.batch) if is_first() else []
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices), branches=configs.unet.branches)
@@ -196,8 +196,15 @@ def generate(arguments: argparse.Namespace) -> None:
         print(f"wrote    {output}")
 
 
-def print_plan(arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int]) -> None:
+def configurations(arguments: argparse.Namespace, folder: Path) -> tuple[Configs, tuple[int, int]]:
+    """Those of a folder, and the size of the picture."""
+    configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
+    return configs, arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
+
+
+def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
     """What a run would exchange, from the configurations alone; the devices need not be there."""
+    configs, size = configurations(arguments, find_configurations(arguments))
     found = find_devices(None)
     devices = config.devices or found
     dtype = find_dtype(arguments.dtype)

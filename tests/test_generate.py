@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_the_plan_alone_needs_no_devices_and_writes_nothing(shallow_checkpoint, 
     assert stale.startswith("stale    ") and "tokens" in stale
     assert received.startswith("received ") and "guidance" in received
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_needs_no_weights(shallow_checkpoint, tmp_path, capsys):
+    configurations = shutil.copytree(
+        shallow_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    generate_script.main(["--model", str(configurations), "--plan", "--devices", "2", "--image-size", "64"])
+    assert "received" in capsys.readouterr().out
 
 
 def test_the_plan_of_stable_diffusion_1_has_its_size(tiny_sd_checkpoints, capsys):

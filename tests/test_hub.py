@@ -102,9 +102,11 @@ def test_weights_that_are_not_there_are_told_before_any_is_fetched(repository, f
     assert not fetched
 
 
-def test_configurations_are_fetched_without_weights(repository):
+def test_configurations_are_fetched_without_weights(repository, tmp_path, monkeypatch):
     fetched = repository(SD15)
-    find("owner/model", parts=PARTS, formats=())
+    monkeypatch.chdir(tmp_path)
+    Path("somewhere").mkdir()
+    assert find_folder("owner/model", variant="fp16", weights=False) == Path("somewhere")
     assert sorted(fetched) == sorted([*TEXTS, "model_index.json"])
 
 
