@@ -237,26 +237,26 @@ def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> F
 
 
 def condition(
-    loop: Loop,
+    static: tuple[Layout, Form],
     params: Params,
     encoder_hidden_states: Float[Array, "branches images t e"],
     text_embeds: Float[Array, "branches images p"] | None,
     time_ids: Float[Array, "branches images i"] | None,
     guidance_scale: Float[Array, "branches images"] | None,
 ) -> Conditioning:
-    """`UNet.condition` for all branches and images, each on the devices that will use it.
+    """`UNet.condition` for all branches and images, each on the devices that will use it. static: the UNet is its second.
 
     The devices of an image make it together: each its part of the channels of keys and values, of all branches.
     """
+    layout, unet = static
 
     def local(params, arguments):
         lead = arguments[0].shape[:2]
-        result = loop.unet.module(params).condition(*_merged(arguments), exchange=layout.exact())
+        result = unet.module(params).condition(*_merged(arguments), exchange=layout.exact())
         result = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
         return jax.tree.map(own_branches, result) if layout.guided else result
 
-    layout = loop.layout
-    specs = (loop.unet.specs, ALL_BRANCHES)
+    specs = (unet.specs, ALL_BRANCHES)
     mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=layout.conditioning)
     return mapped(params, (encoder_hidden_states, text_embeds, time_ids, guidance_scale))
 

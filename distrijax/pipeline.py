@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,9 @@ from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, p
 from distrijax.processes import connect, fetch, is_first, put, warn
 from distrijax.programs import Programs
 from distrijax.progress import Progress
-from distrijax.prompt import Embeddings, PromptEncoder, Texts, as_list
+from distrijax.prompt import Embeddings, PromptEncoder, Texts
 from distrijax.schedulers import Scheduler
-from distrijax.shapes import latents_of, prompt_of, steps_of
+from distrijax.shapes import PROMPT_TOKENS, latents_of, prompt_of, steps_of
 from distrijax.unet import UNetConfig
 from distrijax.vae import VAEConfig
 
@@ -74,12 +74,13 @@ class Call:
 
     height, width: pixels. guidance_scale: above 1 both branches run; a UNet that is told the scale (`UNetConfig.branches`)
     has one, and negative prompts and guidance_rescale say nothing to it. seed: one for all images (image i draws from the
-    i-th stream of it), or one for each image; the same on any mesh. latents: starting noise [images, c, height/f, width/f],
-    instead of `seed`'s; `output_type="latent"` gives the same layout. callback_on_step_end(pipeline, step, timestep,
-    {"latents": ...}) may return {"latents": ...} to go on from; a step is a call of the UNet, of which PNDM makes one more
-    than `num_inference_steps`. chunk_size: steps for each visit of the host, for progress and callback; None runs the whole
-    loop as one program, or step by step where `DistriConfig.sync_steps` interrupt it. Of several processes all make the same
-    call, the callback's latents included; process 0 alone shows progress.
+    i-th stream of it), or one for each image; the same on any mesh, and, unlike diffusers' generator, in every call. latents:
+    starting noise [images, c, height/f, width/f], instead of `seed`'s; `output_type="latent"` gives the same layout.
+    callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return {"latents": ...} to go on from; a step is a call
+    of the UNet, of which PNDM makes one more than `num_inference_steps`. chunk_size: steps for each visit of the host, for
+    progress and callback; None runs the whole loop as one program, or step by step where `DistriConfig.sync_steps` interrupt it.
+    No watermark is put into pictures. Of several processes all make the same call, the callback's latents included; process 0
+    alone shows progress.
     Raises DistriError for arguments that cannot be used.
     """
 
@@ -115,8 +116,23 @@ class Call:
         return self.guidance_scale > 1 and self.branches == 2
 
 
+class Request(NamedTuple):
+    """What a call is asked for.
+
+    branches: of guidance, as `PromptEncoder.read` returns them. time_ids: SDXL's micro-conditioning of each.
+    """
+
+    call: Call
+    branches: Sequence[Texts | Embeddings | None]
+    time_ids: Sequence[Sequence[float]] | None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.branches[-1][0]) * self.call.num_images_per_prompt
+
+
 class Pipeline:
-    """All of a pipeline but its conditioning: a subclass names its family, and has a call that ends in `_paint`."""
+    """All of a pipeline but its conditioning: a subclass names its family, reads a call's arguments, and has the call itself."""
 
     family: ClassVar[Family]
 
@@ -214,45 +230,44 @@ class Pipeline:
     def _prepare(self, arguments: Mapping[str, Any]) -> None:
         """Begins to compile what a call with these arguments will run, step by step.
 
-        Not what a `chunk_size` other than 1 or `latents` change; those programs compile in the call.
+        Not what a `chunk_size` other than 1 changes; those programs compile in the call.
         """
         given = _bound(type(self).__call__, arguments)
-        height, width = self._size(given["height"], given["width"])
-        shared = {field.name: given[field.name] for field in dataclasses.fields(Call) if field.name in given}
-        call = Call(**{**shared, "height": height, "width": width}, branches=self.unet_config.branches)
-        prompt, embeds, unet = given["prompt"], given["prompt_embeds"], self.unet_config
-        prompts = len(as_list("" if prompt is None else prompt, "prompt") if embeds is None else embeds)
-        images = prompts * call.num_images_per_prompt
+        if given["prompt"] is None and given["prompt_embeds"] is None:
+            given["prompt"] = ""
+        request = self._read(given)
+        call, images, unet = request.call, request.images, self.unet_config
         check_images(images, self.mesh.shape[DATA])
         _image_seeds(call.seed, images)
         steps, _ = self.scheduler.schedule(call.num_inference_steps)
         loop = self._loop(call, len(steps.timestep))
-        for step in steps_of(loop, unet, images, rescale=call.guided and call.guidance_rescale > 0):
+        text = request.branches[-1]
+        tokens = text.tokens.shape[1] if isinstance(text, Embeddings) else PROMPT_TOKENS
+        rescale = call.guided and call.guidance_rescale > 0
+        for step in steps_of(loop, unet, images, tokens=tokens, rescale=rescale):
             self.programs.prepare(step.function, loop, *step.placed(), donate=step.donate)
-        if embeds is None:
-            self._prompts.prepare(prompts, clip_skip=call.clip_skip)
-        self.programs.prepare(denoise.condition, loop, self._unet.params, *prompt_of(loop, unet, images))
+        self._prompts.prepare(request.branches, clip_skip=call.clip_skip)
+        prompt = prompt_of(loop, unet, images, tokens)
+        self.programs.prepare(denoise.condition, (loop.layout, loop.unet), self._unet.params, *prompt)
         seeds = jax.ShapeDtypeStruct((images, 3), np.uint32, sharding=loop.layout.sharding(P(DATA)))
         sigma = jax.ShapeDtypeStruct((), np.float32, sharding=self._everywhere)
-        self.programs.prepare(_begin, (loop, unet.in_channels), (), seeds, sigma, None)
+        latents = latents_of(loop, unet, images)
+        noise = None if call.latents is None else latents
+        self.programs.prepare(_begin, (loop, unet.in_channels), (), seeds, sigma, noise)
         if call.output_type != "latent":
-            latents = latents_of(loop, unet, images)
             self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
+
+    def _read(self, given: Mapping[str, Any]) -> Request:
+        """All arguments of a call, by their names; raises DistriError for those that cannot be used."""
+        raise NotImplementedError
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the tqdm progress bar, e.g. disable=True."""
         self._progress = settings
 
-    def _paint(
-        self,
-        call: Call,
-        branches: Sequence[Texts | Embeddings | None],
-        time_ids: Sequence[Sequence[float]] | None = None,
-    ) -> PipelineOutput:
-        """The pictures of what `PromptEncoder.read` returned; all is checked before anything is compiled.
-
-        time_ids: SDXL's micro-conditioning of each branch.
-        """
+    def _paint(self, request: Request) -> PipelineOutput:
+        """The pictures; all is checked before anything is compiled."""
+        call, branches, time_ids = request
         if not isinstance(self.scheduler, Scheduler):
             raise DistriError(
                 f"the pipeline's scheduler is {self.scheduler!r:.60}; give one of distrijax.schedulers, such as "
@@ -262,7 +277,7 @@ class Pipeline:
         loop = self._loop(call, len(steps.timestep))
         self._warn_of_idle_options(loop, len(steps.timestep))
         layout = loop.layout
-        images = len(branches[-1][0]) * call.num_images_per_prompt
+        images = request.images
         check_images(images, self.mesh.shape[DATA])
         seeds = put(_image_seeds(call.seed, images), layout.sharding(P(DATA)))
         channels = self.unet_config.in_channels
@@ -292,17 +307,21 @@ class Pipeline:
         """Height and width in pixels that the model was trained for."""
         return default_size(self.family, self.unet_config, self.vae_config)
 
-    def _size(self, height: int | None, width: int | None) -> Size:
-        """The size of a call's pictures: what it gives, else the model's."""
-        usual = self.default_size
-        return usual[0] if height is None else height, usual[1] if width is None else width
+    def _call(self, given: Mapping[str, Any]) -> Call:
+        """Of a call's arguments those that all pipelines have; a side that is None is the model's."""
+        shared = {field.name: given[field.name] for field in dataclasses.fields(Call) if field.name in given}
+        for side, usual in zip(("height", "width"), self.default_size, strict=True):
+            shared[side] = usual if given[side] is None else given[side]
+        return Call(**shared, branches=self.unet_config.branches)
 
-    def _warn_of_single_branch(self, **given: Any) -> None:
-        """Tells which of the arguments that are not None a UNet with a single branch of guidance ignores."""
-        names = [name for name, value in given.items() if value is not None]
-        if self.unet_config.branches == 1 and names:
+    def _warn_of_single_branch(self, given: Mapping[str, Any], *others: str) -> None:
+        """Tells which of the arguments that a UNet with a single branch of guidance ignores are given. others: their names."""
+        names = ("negative_prompt", "negative_prompt_embeds", *others, "guidance_rescale")
+        given = {**given, "guidance_rescale": given["guidance_rescale"] or None}
+        idle = [name for name in names if given[name] is not None]
+        if self.unet_config.branches == 1 and idle:
             warn(
-                f"{', '.join(names)} changes nothing: this UNet is told the guidance scale and runs a single branch; leave it out"
+                f"{', '.join(idle)} changes nothing: this UNet is told the guidance scale and runs a single branch; leave it out"
             )
 
     def _warn_of_idle_options(self, loop: Loop, total: int) -> None:
@@ -335,7 +354,8 @@ class Pipeline:
         scales = None
         if self.unet_config.branches == 1:
             scales = put(np.full((1, images), call.guidance_scale, np.float32), sharding)
-        conditioning = self.programs(denoise.condition, loop, self._unet.params, tokens, pooled, ids, scales)
+        static, prompt = (loop.layout, loop.unet), (tokens, pooled, ids, scales)
+        conditioning = self.programs(denoise.condition, static, self._unet.params, *prompt)
         weights = np.asarray(denoise.guidance_weights(call.guidance_scale, guided=call.guided), np.float32)
         weights_sharding = loop.layout.sharding(P(CFG) if call.guided else P())
         factor = None
@@ -387,6 +407,10 @@ class Pipeline:
         returned = callback(self, step, timestep, {"latents": before})
         if returned is not None and not isinstance(returned, Mapping):
             raise DistriError(f"callback_on_step_end returned {type(returned).__name__}; return a dict, or None")
+        if unknown := set(returned or ()) - {"latents"}:
+            raise DistriError(
+                f"callback_on_step_end returned {', '.join(map(str, sorted(unknown)))}; it may change the latents alone"
+            )
         after = before if returned is None else returned.get("latents", before)
         if after is before:
             return state

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distrijax.loading import SD
-from distrijax.pipeline import Call, Callback, Pipeline, PipelineOutput
+from distrijax.pipeline import Callback, Pipeline, PipelineOutput, Request
 from distrijax.prompt import Prompt
 
 
@@ -17,8 +17,9 @@ class DistriSDPipeline(Pipeline):
     feature_extractor and image_encoder are neither read nor run: diffusers blackens the pictures that its safety checker
     dislikes, here every picture is returned, and whoever shows them to others has to look at them. As in diffusers, and
     whatever scheduler_config.json says, steps_offset is 1 and clip_sample false.
-    Heights, widths, steps, guidance, schedulers and numbers of images may change from call to call; only new shapes
-    compile. `scheduler` may be replaced (`distrijax.schedulers.with_class`). `programs` counts what was compiled.
+    Heights, widths, steps, guidance and numbers of images may change from call to call; only new shapes compile, and the loop
+    for a call whose steps are all exact or the first whose are not. `scheduler` may be replaced
+    (`distrijax.schedulers.with_class`), with which the loop compiles again. `programs` counts what was compiled.
     """
 
     family = SD
@@ -48,32 +49,16 @@ class DistriSDPipeline(Pipeline):
         height, width: pixels; None takes the size the model was trained for. negative_prompt: None is "". clip_skip: how
         many of the text encoder's last layers the prompt leaves out. Raises DistriError for arguments that cannot be used.
         """
-        height, width = self._size(height, width)
-        call = Call(
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            latents=latents,
-            clip_skip=clip_skip,
-            branches=self.unet_config.branches,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            chunk_size=chunk_size,
-        )
-        self._warn_of_single_branch(
-            negative_prompt=negative_prompt,
-            negative_prompt_embeds=negative_prompt_embeds,
-            guidance_rescale=guidance_rescale or None,
-        )
+        return self._paint(self._read(locals()))
+
+    def _read(self, given: Mapping[str, Any]) -> Request:
+        call = self._call(given)
+        self._warn_of_single_branch(given)
         branches = self._prompts.read(
-            (prompt,),
-            (negative_prompt,),
-            self._prompts.given(prompt_embeds, None, "", self.dtype),
-            self._prompts.given(negative_prompt_embeds, None, "negative_", self.dtype),
+            (given["prompt"],),
+            (given["negative_prompt"],),
+            self._prompts.given(given["prompt_embeds"], None, "", self.dtype),
+            self._prompts.given(given["negative_prompt_embeds"], None, "negative_", self.dtype),
             guided=call.guided,
         )
-        return self._paint(call, branches)
+        return Request(call, branches)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distrijax.config import DistriError, finite_number
 from distrijax.loading import SDXL
-from distrijax.pipeline import Call, Callback, Pipeline, PipelineOutput, Size
+from distrijax.pipeline import Callback, Pipeline, PipelineOutput, Request, Size
 from distrijax.processes import warn
 from distrijax.prompt import Prompt
+
+SIZES, NEGATIVE = ("original_size", "crops_coords_top_left", "target_size"), "negative_"
+"""SDXL's micro-conditioning, and what the arguments of the negative prompt begin with."""
 
 
 class DistriSDXLPipeline(Pipeline):
     """Stable Diffusion XL by displaced patch parallelism; a call mirrors diffusers' StableDiffusionXLPipeline.
 
-    Heights, widths, steps, guidance, schedulers and numbers of images may change from call to call; only new shapes
-    compile. `scheduler` may be replaced (`distrijax.schedulers.with_class`). `programs` counts what was compiled.
+    Heights, widths, steps, guidance and numbers of images may change from call to call; only new shapes compile, and the loop
+    for a call whose steps are all exact or the first whose are not. `scheduler` may be replaced
+    (`distrijax.schedulers.with_class`), with which the loop compiles again. `programs` counts what was compiled.
     """
 
     family = SDXL
@@ -57,49 +61,34 @@ class DistriSDXLPipeline(Pipeline):
         negative_prompt_2 go to the second text encoder, which reads the first's otherwise. Raises DistriError for
         arguments that cannot be used.
         """
-        height, width = self._size(height, width)
-        call = Call(
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            latents=latents,
-            clip_skip=clip_skip,
-            branches=self.unet_config.branches,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            chunk_size=chunk_size,
-        )
-        size, negative_crop = (height, width), negative_crops_coords_top_left
-        time_ids = _time_ids(size, original_size, crops_coords_top_left, target_size)
-        negative_ids = _time_ids(size, negative_original_size, negative_crop, negative_target_size, "negative_")
-        negative_sizes = {
-            "negative_original_size": negative_original_size,
-            "negative_crops_coords_top_left": negative_crop if any(negative_crop) else None,
-            "negative_target_size": negative_target_size,
-        }
-        self._warn_of_single_branch(
-            negative_prompt=negative_prompt,
-            negative_prompt_2=negative_prompt_2,
-            negative_prompt_embeds=negative_prompt_embeds,
-            guidance_rescale=guidance_rescale or None,
-            **negative_sizes,
-        )
+        return self._paint(self._read(locals()))
+
+    def _read(self, given: Mapping[str, Any]) -> Request:
+        call, time_ids = self._call(given), {}
+        for sign in ("", NEGATIVE):
+            time_ids[sign] = _time_ids((call.height, call.width), *(given[sign + name] for name in SIZES), sign)
+        negative_sizes = [NEGATIVE + name for name in SIZES if any(given[NEGATIVE + name] or ())]
+        self._warn_of_single_branch(given, "negative_prompt_2", *negative_sizes)
+        embeddings = [
+            self._prompts.given(given[f"{sign}prompt_embeds"], given[f"{sign}pooled_prompt_embeds"], sign, self.dtype)
+            for sign in ("", NEGATIVE)
+        ]
         branches = self._prompts.read(
-            (prompt, prompt_2),
-            (negative_prompt, negative_prompt_2),
-            self._prompts.given(prompt_embeds, pooled_prompt_embeds, "", self.dtype),
-            self._prompts.given(negative_prompt_embeds, negative_pooled_prompt_embeds, "negative_", self.dtype),
+            (given["prompt"], given["prompt_2"]),
+            (given["negative_prompt"], given["negative_prompt_2"]),
+            *embeddings,
             guided=call.guided,
         )
-        if negative_original_size is None or negative_target_size is None:
-            negative_ids = time_ids
-            if call.guided:
-                _warn_of_idle_sizes(negative_sizes)
-        return self._paint(call, branches, (negative_ids, time_ids) if call.guided else (time_ids,))
+        if not call.guided:
+            return Request(call, branches, [time_ids[""]])
+        if given["negative_original_size"] is None or given["negative_target_size"] is None:
+            time_ids[NEGATIVE] = time_ids[""]
+            if negative_sizes:
+                warn(
+                    f"{', '.join(negative_sizes)} changes nothing without both negative_original_size and "
+                    "negative_target_size; give both or leave it out"
+                )
+        return Request(call, branches, [time_ids[NEGATIVE], time_ids[""]])
 
 
 def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None, prefix: str = "") -> list[float]:
@@ -108,19 +97,8 @@ def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None
     prefix: before the arguments' names in errors.
     """
     original, target = (size if given is None else given for given in (original, target))
-    names = (f"{prefix}{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
-    pairs = dict(zip(names, (original, crop, target), strict=True))
+    pairs = {prefix + name: pair for name, pair in zip(SIZES, (original, crop, target), strict=True)}
     for name, pair in pairs.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise DistriError(f"{name} is {pair!r}; give two numbers, (height, width)")
     return [finite_number(value, name) for name, pair in pairs.items() for value in pair]
-
-
-def _warn_of_idle_sizes(given: dict[str, Size | None]) -> None:
-    """Tells which of the negative prompt's sizes say nothing, as in diffusers, for want of both sizes."""
-    names = [name for name, size in given.items() if size is not None]
-    if names:
-        warn(
-            f"{', '.join(names)} changes nothing without both negative_original_size and negative_target_size; "
-            "give both or leave it out"
-        )

@@ -63,12 +63,6 @@ class PromptEncoder:
         tokens, pooled = zip(*((fetch(part) for part in output) for output in outputs), strict=True)
         return Embeddings(np.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
 
-    def prepare(self, count: int, *, clip_skip: int = 0) -> None:
-        """Begins to compile for so many prompts."""
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = jax.ShapeDtypeStruct((count, tokenizer.length), np.int32, sharding=self.everywhere)
-            self.programs.prepare(_encode, self._static(encoder, clip_skip), encoder.params, ids)
-
     def _static(self, encoder: Model, clip_skip: int) -> tuple:
         return encoder.form, self.everywhere.mesh, clip_skip
 
@@ -131,6 +125,16 @@ class PromptEncoder:
                 )
             return None, text
         return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
+
+    def prepare(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> None:
+        """Begins to compile what `encode` runs."""
+        skips = [*[0] * (len(branches) - 1), clip_skip]
+        for branch, skip in zip(branches, skips, strict=True):
+            if branch is None or isinstance(branch, Embeddings):
+                continue
+            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+                ids = jax.ShapeDtypeStruct((len(branch[0]), tokenizer.length), np.int32, sharding=self.everywhere)
+                self.programs.prepare(_encode, self._static(encoder, skip), encoder.params, ids)
 
     def encode(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> tuple[Embeddings, ...]:
         """The embeddings of what `read` returned; raises DistriError where those of the branches differ in shape.

@@ -38,13 +38,15 @@ class Step(NamedTuple):
         return placed(self.loop.layout.mesh, specs, (self.params, *self.arguments))
 
 
-def steps_of(loop: Loop, unet: UNetConfig, images: int, *, rescale: bool = False) -> list[Step]:
+def steps_of(
+    loop: Loop, unet: UNetConfig, images: int, *, tokens: int = PROMPT_TOKENS, rescale: bool = False
+) -> list[Step]:
     """The kinds of steps that a call has, the one that most of its steps are last.
 
-    rescale: whether guidance is rescaled.
+    tokens: of a prompt. rescale: whether guidance is rescaled.
     """
     params = loop.unet.laid_out(loop.layout.mesh.shape, loop.dtype)
-    inputs, state, xs = _arguments(loop, unet, params, images, rescale)
+    inputs, state, xs = _arguments(loop, unet, params, images, tokens, rescale)
     if loop.strategy is None:
         return [Step(denoise.stateless, loop, params, (inputs, state, xs), {}, (1,))]
     first = Step(denoise.warm_up, loop, params, (inputs, state, xs), {}, (1,))
@@ -53,9 +55,9 @@ def steps_of(loop: Loop, unet: UNetConfig, images: int, *, rescale: bool = False
     return [first, Step(denoise.displaced, loop, params, (inputs, state, stale, xs), stale, (1, 2))]
 
 
-def prompt_of(loop: Loop, unet: UNetConfig, images: int) -> tuple:
+def prompt_of(loop: Loop, unet: UNetConfig, images: int, tokens: int) -> tuple:
     """What `denoise.condition` takes besides parameters, placed: see `_prompt`."""
-    return placed(loop.layout.mesh, denoise.ALL_BRANCHES, _prompt(loop, unet, images))
+    return placed(loop.layout.mesh, denoise.ALL_BRANCHES, _prompt(loop, unet, images, tokens))
 
 
 def latents_of(loop: Loop, unet: UNetConfig, images: int) -> jax.ShapeDtypeStruct:
@@ -68,23 +70,23 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _prompt(loop: Loop, unet: UNetConfig, images: int) -> tuple:
-    """Tokens; SDXL's pooled embedding and sizes, or None twice; the guidance scale, where the model is told it, or None."""
+def _prompt(loop: Loop, unet: UNetConfig, images: int, tokens: int) -> tuple:
+    """Embeddings; SDXL's pooled embedding and sizes, or None twice; the guidance scale, where the model is told it, or None."""
     branches = 2 if loop.layout.guided else 1
-    tokens = _array(branches, images, PROMPT_TOKENS, unet.context(0), dtype=loop.dtype)
+    embeddings = _array(branches, images, tokens, unet.context(0), dtype=loop.dtype)
     guidance_scale = _array(branches, images) if unet.branches == 1 else None
     if not unet.addition_embed_type:
-        return tokens, None, None, guidance_scale
+        return embeddings, None, None, guidance_scale
     sizes = 6  # of SDXL's micro-conditioning; a refiner has 5, which changes nothing here
     width = unet.projection_class_embeddings_input_dim - sizes * unet.addition_time_embed_dim
     pooled = _array(branches, images, width, dtype=loop.dtype)
-    return tokens, pooled, _array(branches, images, sizes), guidance_scale
+    return embeddings, pooled, _array(branches, images, sizes), guidance_scale
 
 
-def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, rescale: bool) -> tuple:
+def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, tokens: int, rescale: bool) -> tuple:
     """Inputs, state, and the constants of one step."""
-    prompt = _prompt(loop, unet, images)
-    conditioning = jax.eval_shape(partial(denoise.condition, loop), params, *prompt)
+    prompt = _prompt(loop, unet, images, tokens)
+    conditioning = jax.eval_shape(partial(denoise.condition, (loop.layout, loop.unet)), params, *prompt)
     keys = jax.eval_shape(denoise.image_keys, _array(images, 3, dtype=jnp.uint32))
     inputs = Inputs(conditioning, _array(prompt[0].shape[0], 2), _array() if rescale else None, keys)
     state = jax.eval_shape(loop.scheduler.init, latents_of(loop, unet, images), _array())

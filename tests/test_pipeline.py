@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from oracle import psnr, relative_error
 from PIL import Image
-from tiny_pipeline import load_torch_pipeline
+from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
 from distrijax.exchange import KINDS
@@ -24,6 +24,11 @@ PROMPT = "a red circle on the left"
 OTHER = "two blue squares on a green background"
 SIZE = {"height": 256, "width": 64}
 LATENT = (4, 32, 8)
+EMBEDDINGS = {
+    "prompt_embeds": np.zeros((1, 154, 2 * TEXT_WIDTH), np.float32),
+    "pooled_prompt_embeds": np.zeros((1, TEXT_WIDTH), np.float32),
+}
+"""Of a prompt of twice the usual length."""
 
 
 @pytest.fixture(scope="module")
@@ -323,13 +328,18 @@ def test_only_new_shapes_compile(one, stale):
         ({"devices": 4}, {}, 7),
         ({"devices": 2, "sync_mode": "full_sync"}, {"guidance_scale": 1.0, "num_images_per_prompt": 2}, 6),
         ({"devices": 2, "parallelism": "tensor"}, {"guidance_rescale": 0.5, "height": 40}, 6),
+        ({"devices": 2}, {"clip_skip": 1, "negative_prompt": OTHER, "latents": np.zeros((1, 4, 8, 8))}, 8),
+        ({"devices": 2}, {"prompt": None, **EMBEDDINGS}, 4),
     ],
-    ids=["displaced", "synchronous without guidance", "tensor"],
+    ids=["displaced", "synchronous without guidance", "tensor", "skipped layers", "embeddings"],
 )
 def test_what_the_first_call_needs_is_compiled_while_weights_are_read(
     shallow_checkpoint, settings, changes, programs, caplog
 ):
-    """Two text encoders, the conditioning, the noise, one or two kinds of steps, the decoder; and nothing besides, on the way."""
+    """Two text encoders, the conditioning, the noise, one or two kinds of steps, the decoder; and nothing besides, on the way.
+
+    Twice as many text encoders where the prompt's skip layers and the negative prompt's do not; none for embeddings.
+    """
     call = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 6, **changes}
     config = DistriConfig(warmup_steps=1, **settings)
     jax.clear_caches()
@@ -340,6 +350,16 @@ def test_what_the_first_call_needs_is_compiled_while_weights_are_read(
         pipe(**call)
     assert pipe.programs.count == programs
     assert not [message for message in caplog.messages if "XLA compilation" in message]
+
+
+def test_another_scheduler_compiles_the_loop_again_and_nothing_else(pipe_on):
+    pipe = pipe_on(devices=1)
+    paint(pipe, kind="np")
+    before, usual = set(pipe.programs._compiled), pipe.scheduler
+    pipe.scheduler = with_class(usual, "ddim")
+    paint(pipe, kind="np")
+    pipe.scheduler = usual
+    assert {function.__name__ for function, *_ in pipe.programs._compiled.keys() - before} == {"_begin", "stateless"}
 
 
 def test_numpys_whole_numbers_are_as_good_as_pythons(stale):
@@ -385,6 +405,13 @@ def test_a_callback_that_returns_no_latents_is_refused(one, returned):
     told = "returned list; return a dict, or None" if returned == [1] else "latents is .*; give an array of numbers"
     with pytest.raises(DistriError, match=told):
         paint(one, callback_on_step_end=lambda *_: returned)
+
+
+def test_a_callback_that_returns_more_than_latents_is_refused(one):
+    with pytest.raises(
+        DistriError, match="callback_on_step_end returned prompt_embeds; it may change the latents alone"
+    ):
+        paint(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, *LATENT)), "prompt_embeds": None})
 
 
 def test_progress_bar_counts_the_steps(monkeypatch, capsys, one):
