@@ -4,8 +4,13 @@
 
 The protocol of DistriFusion's script: some calls to warm up, then timed ones, of which the slowest and the fastest are left
 out. Told apart: compiling; the denoising loop alone (the UNet and the scheduler, as in the paper); end to end, with text
-encoders and decoder; and the most memory that a device had in use. A line of JSON for each number of devices. Virtual CPU
-devices share the machine's cores: their figures show what more devices cost, not what they gain.
+encoders and decoder; and the most memory that a device had in use. A line of JSON for each number of devices, the most devices
+first. Virtual CPU devices share the machine's cores: their figures show what more devices cost, not what they gain.
+
+compile_s     tracing and compiling; what an earlier run left in JAX's compilation cache is only read, in far less time
+              (JAX_ENABLE_COMPILATION_CACHE=false compiles anew)
+peak_bytes    null where the platform does not tell, and where no device had more in use than in a run before: devices count
+              for the whole process, so the most devices, which need the least of each, go first
 """
 
 from __future__ import annotations
@@ -103,7 +108,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     find_devices(max(arguments.devices))
     _, model = find_model(arguments)
     rows = []
-    for devices in arguments.devices:
+    for devices in sorted(arguments.devices, reverse=True):
         row = measure(arguments, model, devices)
         rows.append(row)
         tell(row)
@@ -122,6 +127,7 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         shard_weights=arguments.shard_weights,
     )
     dtype = find_dtype(arguments.dtype)
+    before = peak_memory()
     pipe = load_pipeline(model.folder, config, dtype=dtype, variant=model.variant, scheduler=arguments.scheduler)
     pipe.set_progress_bar_config(disable=True)
     height, width = arguments.image_size or pipe.default_size
@@ -150,6 +156,7 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
             chunk_size=arguments.chunk_size,
         )
         calls.append(time.perf_counter() - start)
+    peak = peak_memory()
     measured = {
         "devices": devices,
         "processes": jax.process_count(),
@@ -168,7 +175,7 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         "compile_s": round(pipe.programs.seconds, 3),
         "loop_s": trimmed_mean(loops[arguments.warmup_times :], arguments.ignore_ratio),
         "end_to_end_s": trimmed_mean(calls[arguments.warmup_times :], arguments.ignore_ratio),
-        "peak_bytes": peak_memory(pipe.mesh.local_devices),
+        "peak_bytes": peak if peak != before else None,
     }
     del pipe, denoise, timed
     jax.clear_caches()
@@ -182,9 +189,9 @@ def trimmed_mean(seconds: Sequence[float], ratio: float) -> float:
     return round(statistics.fmean(sorted(seconds)[cut : len(seconds) - cut]), 5)
 
 
-def peak_memory(devices: Sequence[jax.Device]) -> int | None:
-    """The most bytes that any of the devices had in use so far; None where the platform does not tell."""
-    stats = [device.memory_stats() for device in devices]
+def peak_memory() -> int | None:
+    """The most bytes that any of this process' devices had in use so far; None where the platform does not tell."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
     return max(stat["peak_bytes_in_use"] for stat in stats) if all(stats) else None
 
 

@@ -4,7 +4,8 @@
 
 Each process is pinned to a core before it starts, so that XLA makes one thread. One process has one device; two have one each,
 and share the picture in the ways of `WAYS`. The ways take turns, and each repeat compares its own runs, so what else the machine
-does falls on all alike. Compiling is timed apart. A line of JSON for each way, with the median of the repeats and their spread.
+does falls on all alike. Compiling is timed apart; from the second repeat on, JAX's compilation cache is only read. A line of JSON
+for each way, with the median of the repeats and their spread.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 Runs displaced steps of one device out of n on a single device, each on what the one before left. Its collectives are replaced
 by local stand-ins that yield arrays of the same shapes: a gather copies the own part n times, a permute gives back what it got.
 So these are no pictures and no times of n devices: nothing travels, and nobody waits. What remains is what n devices could gain
-at best, t(1) / t(n). A line of JSON for each n. All programs are compiled first, several at a time.
+at best, t(1) / t(n). A line of JSON for each n. All programs are compiled first, several at a time; what an earlier run left in
+JAX's compilation cache is only read, and its compile_s is that (JAX_ENABLE_COMPILATION_CACHE=false compiles anew).
 """
 
 from __future__ import annotations

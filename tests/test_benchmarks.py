@@ -37,14 +37,16 @@ def caches_stay(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
-def test_latency_tells_a_line_for_each_number_of_devices(shallow_checkpoint, tmp_path, capsys):
+def test_latency_tells_a_line_for_each_number_of_devices(shallow_checkpoint, tmp_path, capsys, monkeypatch):
     lines, plot = tmp_path / "latency.jsonl", tmp_path / "plot.png"
-    call = "--devices 1 4 --image-size 64 --num-inference-steps 3 --warmup-steps 0 --warmup-times 1 --test-times 2"
+    peaks = iter([0, 50, 50, 70, 70, 70])  # before and after each; devices remember theirs
+    monkeypatch.setattr(latency, "peak_memory", lambda: next(peaks))
+    call = "--devices 1 4 1 --image-size 64 --num-inference-steps 3 --warmup-steps 0 --warmup-times 1 --test-times 2"
     latency.main(["--model", str(shallow_checkpoint), *call.split(), "--output", str(lines), "--plot", str(plot)])
     printed = capsys.readouterr().out
     assert lines.read_text() == printed
-    one, four = map(json.loads, printed.splitlines())
-    assert (one["devices"], four["devices"]) == (1, 4)
+    four, one, again = map(json.loads, printed.splitlines())
+    assert [(row["devices"], row["peak_bytes"]) for row in (four, one, again)] == [(4, 50), (1, 70), (1, None)]
     assert four["mesh"] == {"data": 1, "patch": 2, "cfg": 2}
     for row in (one, four):
         assert row["image_size"] == [64, 64] and row["device"] == "virtual CPU" and row["dtype"] == "float32"
