@@ -10,7 +10,7 @@
     decoder     the autoencoder's decoder once more, on larger crops
 
 Every batch follows from the seed and the step, its noise from the step, and a checkpoint is kept every 500 steps: an
-interrupted run goes on where it stopped. Needs the extra `train`.
+interrupted run goes on where it stopped, and is refused settings that what is there was not made with. Needs the extra `train`.
 The result is a folder in the diffusers layout. Up to four devices share a batch.
 """
 
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from command_line import check_positive
+from command_line import check_positive, written_whole
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scenes import PLACES, all_captions_vocabulary, example
@@ -43,7 +43,7 @@ from distrijax.schedulers import common
 from distrijax.tokenizer import CLIPTokenizer
 from distrijax.unet import UNet, UNetConfig
 from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import save_module
+from distrijax.weights import read_json, save_module
 
 VAE = VAEConfig(
     block_out_channels=(16, 32, 64, 64),
@@ -84,6 +84,21 @@ PICTURES = {  # height, width and how many, for each stage of the UNet
     "unet-128": [(128, 128, 16384)],
     "unet-256": [(256, 256, 4096), (192, 320, 512), (320, 192, 512)],
 }
+STEPS = {
+    "vae": "--vae-steps",
+    "text": "--text-steps",
+    "unet-128": "--small-steps",
+    "unet-256": "--large-steps",
+    "decoder": "--decoder-steps",
+}
+"""Whose steps a flag gives: stages, by the names of their checkpoints."""
+MADE_WITH = {
+    "--seed": ("checkpoints/vae", "cache"),
+    "--vae-steps": ("cache", "checkpoints/unet-128"),
+    "--text-steps": ("checkpoints/unet-128",),
+    "--small-steps": ("checkpoints/unet-256",),
+}
+"""What of `--output` goes on from what a flag gave, which may not change once there is something in it."""
 BATCH_UNIT = 4  # every batch is a multiple of it, so that up to as many devices can share it
 NO_CAPTION = 0.1  # share of captions that are left out, for classifier-free guidance
 
@@ -419,6 +434,27 @@ def export(args, vae: AutoencoderKL, reader: Reader, unet: UNet, scale: float) -
         (args.output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Keeps in `--output` what it is trained with. Raises DistriError for what does not go with what is there."""
+    given = {flag: getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in ("--seed", *STEPS.values())}
+    checkpoints = args.output / "checkpoints"
+    file = checkpoints / "settings.json"
+    old = read_json(file) if file.exists() else {}
+    for flag, folders in MADE_WITH.items():
+        if old.get(flag) != given[flag] and any(any((args.output / folder).glob("*")) for folder in folders):
+            raise DistriError(
+                f"--output {args.output} was trained with {flag} {old.get(flag, 'unknown')}, now {given[flag]}; "
+                "choose another folder, or go on as before"
+            )
+    for stage, flag in STEPS.items():
+        steps = [int(path.name) for path in (checkpoints / stage).glob("*") if path.name.isdecimal()]
+        if max(steps, default=0) > given[flag]:
+            raise DistriError(f"{flag} is {given[flag]} and {checkpoints / stage} has done {max(steps)}; give no fewer")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as beside:
+        beside.write_text(json.dumps({flag: given[flag] for flag in MADE_WITH}, indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, its checkpoints and caches")
@@ -433,10 +469,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_positive(args, "devices", *(f"{stage}_steps" for stage in ("vae", "decoder", "text", "small", "large")))
         positive(args.seed, "--seed", least=0)
+        check_settings(args)
     except DistriError as error:
         parser.error(str(error))
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--output {args.output} cannot be made ({error.strerror}); choose another folder")
     if args.devices:

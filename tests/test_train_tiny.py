@@ -13,9 +13,10 @@ from distrijax import DistriConfig, DistriSDXLPipeline
 STAGES = ("vae", "text", "small", "large", "decoder")
 
 
-def train(folder, **steps: int) -> None:
+def train(folder, *flags: str, **steps: int) -> None:
+    given = (f"--{stage}-steps={steps.get(stage, 1)}" for stage in STAGES)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax relies on both
-        train_tiny.main(["--output", str(folder), *(f"--{stage}-steps={steps.get(stage, 1)}" for stage in STAGES)])
+        train_tiny.main(["--output", str(folder), *given, *flags])
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--output file", "--output file cannot be made (File exists); choose another folder"),
+        ("--output file", "--output file cannot be made (Not a directory); choose another folder"),
         ("--output new --vae-steps -1", "--vae-steps is -1; give a whole number of at least 1"),
         ("--output new --large-steps 0", "--large-steps is 0; give a whole number of at least 1"),
         ("--output new --seed -1", "--seed is -1; give a whole number of at least 0"),
@@ -72,7 +73,26 @@ def test_every_stage_has_learned_something_and_is_not_done_again(trained):
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
-def test_more_steps_go_on_from_the_checkpoint(trained):
+@pytest.mark.parametrize("flag", ["--seed", "--vae-steps", "--text-steps", "--small-steps"])
+def test_what_a_later_stage_was_made_with_is_not_changed(flag, trained, monkeypatch, capsys):
+    monkeypatch.setattr(train_tiny, "train_tokenizer", lambda *_, **__: pytest.fail("training began"))
+    old = 0 if flag == "--seed" else 1
+    with pytest.raises(SystemExit):
+        train(trained, flag, "7")
+    told = (
+        f"error: --output {trained} was trained with {flag} {old}, now 7; choose another folder, or go on as before\n"
+    )
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_what_nothing_was_made_with_yet_may_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny, "train_tokenizer", None)
+    for seed in ("0", "1"):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            train(tmp_path, "--seed", seed)
+
+
+def test_more_steps_go_on_from_the_checkpoint_and_fewer_are_refused(trained, capsys):
     before = weights(trained)
     train(trained, decoder=3)
     after = weights(trained)
@@ -80,3 +100,7 @@ def test_more_steps_go_on_from_the_checkpoint(trained):
     assert "vae.decoder.conv_out.weight" in changed
     assert all(name.startswith("vae.decoder.") for name in changed)
     assert (trained / "checkpoints" / "decoder" / "3").is_dir()
+    with pytest.raises(SystemExit):
+        train(trained)
+    folder = trained / "checkpoints" / "decoder"
+    assert capsys.readouterr().err.endswith(f"error: --decoder-steps is 1 and {folder} has done 3; give no fewer\n")
