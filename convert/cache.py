@@ -58,8 +58,10 @@ def _locked(destination: Path) -> Iterator[None]:
     with _writing(destination.parent):
         lock = FileLock(destination.with_suffix(".lock"))
         lock.acquire()
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from filelock import FileLock
 from oracle import psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -30,7 +31,7 @@ import latency
 
 from distrijax import DistriError
 from distrijax.convert.__main__ import main
-from distrijax.convert.cache import prepared
+from distrijax.convert.cache import _locked, prepared
 from distrijax.convert.sources import Recipe
 
 FORMATS = ("diffusers", "single", "flax")
@@ -277,6 +278,16 @@ def test_a_lora_that_is_too_much_leaves_no_model_in_the_cache(model, style, tmp_
     with pytest.raises(DistriError, match=r"style.safetensors with the weight 1e\+09 makes numbers that float16"):
         prepared(Recipe(str(tmp_path / "half"), loras=((str(style), 1e9),)))
     assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir())
+
+
+def test_a_failed_conversion_lets_others_begin(tmp_path, monkeypatch):
+    kept: list[FileLock] = []  # a lock that nobody refers to any more is released by itself
+    monkeypatch.setattr("distrijax.convert.cache.FileLock", lambda path: kept.append(FileLock(path)) or kept[-1])
+    with pytest.raises(RuntimeError), _locked(tmp_path / "model"):
+        raise RuntimeError
+    assert not kept[0].is_locked
+    with FileLock(tmp_path / "model.lock", blocking=False):
+        pass
 
 
 @pytest.mark.parametrize("flag", ["source", "unet", "vae"])
