@@ -34,6 +34,9 @@ _ID = re.compile(r"([\w.\-]+/[\w.\-]+)()(?:/(.+))?")
 FILES = (".safetensors", ".ckpt", ".bin")
 """How files end and no repository does: `folder/model.safetensors` is mistyped, not a hub id."""
 
+TOKEN = "give a token that may read it (`hf auth login`, or HF_TOKEN)"
+"""What to do where the hub shows a model to some people only."""
+
 
 class Remote(NamedTuple):
     """A model on the hub, or one file of it. repository: owner/name. file: its path there."""
@@ -174,11 +177,15 @@ def _asked(name: str | Path, ask: Callable[[], Result]) -> Result:
     try:
         return ask()
     except GatedRepoError:
-        raise DistriError(f"{name} is gated; accept its terms on the hub and give a token that may read it") from None
+        raise DistriError(f"{name} is gated; accept its terms on the hub and {TOKEN}") from None
     except RevisionNotFoundError:
         raise DistriError(f"{name} has no such revision on the hub; give a branch, a tag or a commit of it") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise DistriError(f"{name} is neither here nor a model on the hub; check the spelling") from None
+    except RepositoryNotFoundError:  # which the hub says of private ones, too
+        raise DistriError(
+            f"{name} is neither here nor a public model on the hub; check the spelling, or for a private one {TOKEN}"
+        ) from None
+    except HFValidationError:
+        raise DistriError(f"{name} is neither here nor a name on the hub; check the spelling") from None
     except LocalEntryNotFoundError:  # whose advice is for programs
         raise DistriError(
             f"{name} is no file or folder here, was not fetched before, and the hub can't be asked; check the path, or go online"

@@ -6,7 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from distrijax import DistriError, hub
@@ -200,8 +206,9 @@ def test_a_file_where_a_folder_is_needed_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "kind, told",
     {
-        GatedRepoError: "is gated",
-        RepositoryNotFoundError: "check the spelling",
+        GatedRepoError: "is gated; accept its terms on the hub and give a token that may read it .`hf auth login`, or HF_TOKEN.",
+        RepositoryNotFoundError: "nor a public model on the hub; check the spelling, or for a private one give a token that may",
+        HFValidationError: "is neither here nor a name on the hub; check the spelling$",
         EntryNotFoundError: "is no file here, and not among the files",
         LocalEntryNotFoundError: "is no file or folder here, was not fetched before, and the hub can't be asked; check the path",
         ConnectionError: "is no file or folder here and could not be fetched from the hub .no network.",
