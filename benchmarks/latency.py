@@ -31,7 +31,6 @@ import jax
 from command_line import (
     Parser,
     add_model_flags,
-    check_file,
     check_positive,
     device_kind,
     find_devices,
@@ -46,7 +45,7 @@ from generate import PROMPT
 from together import add_flags, ending_together, join
 
 from distrijax import SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
-from distrijax.config import positive
+from distrijax.config import check_file, positive
 from distrijax.convert.cache import Prepared
 from distrijax.loading import DTYPES
 from distrijax.processes import is_first

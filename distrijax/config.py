@@ -7,7 +7,9 @@ import difflib
 import enum
 import math
 import numbers
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -108,6 +110,16 @@ def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
         return np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value, np.float32)
     except (TypeError, ValueError):
         raise DistriError(f"{name} is {value!r:.60}; give an array of numbers") from None
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Raises DistriError, before anything is loaded, where the file that a flag names could not be written."""
+    if path.is_dir():
+        raise DistriError(f"{flag} {path} is a folder; give the name of a file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise DistriError(f"{flag} {path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 @dataclasses.dataclass(frozen=True)

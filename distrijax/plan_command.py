@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from distrijax.config import Compression, DistriConfig, DistriError, Parallelism, SyncMode, positive
+from distrijax.config import Compression, DistriConfig, DistriError, Parallelism, SyncMode, check_file, positive
 from distrijax.loading import DTYPES, find_folder, read_configs
 from distrijax.mesh import check_sizes
 from distrijax.plan import megabytes
@@ -84,6 +86,7 @@ def _tell(arguments: argparse.Namespace) -> None:
     link = _link(arguments.link)
     if arguments.tpu and (link or arguments.timeline):
         raise DistriError("--link and --timeline are of the projection for GPUs; leave them out, or --tpu")
+    _check_outputs(arguments)
     run = _read(arguments)
     step = _compile(run, arguments, devices)
     if arguments.hlo:
@@ -105,6 +108,15 @@ def _tell(arguments: argparse.Namespace) -> None:
     alone = _compile(run, arguments, 1) if devices > 1 and not arguments.no_baseline else None
     for line in _estimate(step, alone) if arguments.tpu else _projection(step, alone, link):
         print(f"projection  {line}")
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises DistriError for what could not be written after minutes of compiling."""
+    if arguments.timeline and find_spec("matplotlib") is None:
+        raise DistriError("--timeline needs matplotlib; install the extra `plan`")
+    for flag, path in (("--hlo", arguments.hlo), ("--timeline", arguments.timeline)):
+        if path and (path.is_dir() or not os.access(path, os.W_OK)):  # else it is there, such as /dev/stdout
+            check_file(path, flag)
 
 
 def _projection(step: CompiledStep, alone: CompiledStep | None, link: float | None) -> Iterator[str]:
@@ -221,10 +233,7 @@ def _hidden(step: CompiledStep) -> list[str]:
 def _draw(path: Path, step: CompiledStep, events: list[Event], arguments: argparse.Namespace) -> None:
     size = "x".join(map(str, (arguments.image_size[0], arguments.image_size[-1])))
     title = f"projection: one step at {size}, {step.mesh} of {step.target.name}"
-    try:
-        figure = timeline(events, title)
-    except ImportError:
-        raise DistriError("--timeline needs matplotlib; install the extra `plan`") from None
+    figure = timeline(events, title)
     _write(path, lambda path: figure.savefig(path, format="png"))
 
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -186,16 +185,6 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
     if path is not None:
         add("")
     return tell
-
-
-def check_file(path: Path, flag: str) -> None:
-    """Raises DistriError, before anything is loaded, where the file that a flag names could not be written."""
-    if path.is_dir():
-        raise DistriError(f"{flag} {path} is a folder; give the name of a file")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise DistriError(f"{flag} {path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 @contextlib.contextmanager

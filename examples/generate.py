@@ -20,7 +20,6 @@ from typing import Any
 from command_line import (
     Parser,
     add_model_flags,
-    check_file,
     device_kind,
     find_configurations,
     find_devices,
@@ -47,6 +46,7 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax import plan as planning
+from distrijax.config import check_file
 from distrijax.denoise import Layout
 from distrijax.loading import DTYPES, Configs, default_size, read_configs
 from distrijax.mesh import CFG, check_images

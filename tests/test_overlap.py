@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -462,9 +463,21 @@ def test_a_user_may_override_the_options_for_tpus():
             "--link and --timeline are of the projection for GPUs; leave them out, or --tpu",
         ),
         (["--link", "fast"], "--link is 'fast'; use nvlink, pcie, network, or GB/s"),
+        (
+            ["--hlo", "nowhere/x.hlo"],
+            "--hlo nowhere/x.hlo cannot be written (No such file or directory); choose another folder",
+        ),
+        (["--timeline", "."], "--timeline . is a folder; give the name of a file"),
         (["--link", "-3"], "--link is '-3'; use nvlink, pcie, network, or GB/s"),
     ],
 )
 def test_the_command_refuses_wrong_flags_in_one_line(flags, told):
     with pytest.raises(SystemExit, match=f"^error: {re.escape(told)}$"):
         plan_command.main(flags)
+
+
+def test_what_is_not_installed_is_told_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(plan_command, "compile_step", lambda *_, **__: pytest.fail("a step was compiled"))
+    with pytest.raises(SystemExit, match="^error: --timeline needs matplotlib; install the extra `plan`$"):
+        plan_command.main(["--timeline", "x.png"])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import check_scenes
-import command_line
 import evaluate
 import generate
 import numpy as np
@@ -457,7 +456,7 @@ def test_a_folder_without_permission_is_found_out_before_loading(tmp_path, monke
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(command_line.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(DistriError, match=r"cannot be written \(Permission denied\); choose another folder"):
         generate.output_files(tmp_path / "picture.png", 1)
 
