@@ -47,6 +47,9 @@ class Format(enum.StrEnum):
     ORBAX = "orbax"
 
 
+SHARD = "10GB"
+"""The most that a file in a folder of safetensors has, unless a user says otherwise."""
+
 SINGLE = ".safetensors"
 """How a single file ends that is written."""
 
@@ -87,7 +90,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = tuple(kind.value for kind in Format)
     add("--format", choices=kinds, help="of the destination (default: single for a .safetensors, else diffusers)")
     add("--dtype", choices=tuple(DTYPES), help="of the weights (default: as they are)")
-    add("--max-shard-size", default="10GB", metavar="SIZE", help="of a file in a folder (default: %(default)s)")
+    add("--max-shard-size", metavar="SIZE", help=f"of a file in a folder of safetensors (default: {SHARD})")
     add("--force", action="store_true", help="replace a destination that exists")
     add("--dry-run", action="store_true", help="print where each tensor goes, and write nothing")
     add("--inspect", action="store_true", help="print what the source is, and write nothing; reads all of it")
@@ -100,8 +103,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, and tells or writes. Raises DistriError for what can't be read, converted or written."""
     recipe = Recipe.of(arguments.source, arguments)
-    if arguments.destination:
-        _format(arguments)
+    kind = _format(arguments) if arguments.destination else None
+    if arguments.max_shard_size is not None:
+        _bytes(arguments.max_shard_size)
+        if kind not in (None, Format.DIFFUSERS):
+            raise DistriError(f"--max-shard-size is for --format {Format.DIFFUSERS}, and this is {kind}; leave it out")
     if arguments.destination and arguments.destination.exists() and not (arguments.force or arguments.dry_run):
         raise DistriError(f"{arguments.destination} exists; choose another name, or --force to replace it")
     found = Found.of(recipe, token=arguments.token, offline=arguments.offline)
@@ -128,13 +134,15 @@ def write(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
         elif kind is Format.ORBAX:
             write_orbax(seen, beside)
         else:
-            size = arguments.max_shard_size
-            write_folder(seen, beside, flax=kind is Format.FLAX, max_shard_size=_bytes(size))
+            size = _bytes(arguments.max_shard_size or SHARD)
+            write_folder(seen, beside, flax=kind is Format.FLAX, max_shard_size=size)
 
 
 def _format(arguments: argparse.Namespace) -> Format:
     """What is asked for. Raises DistriError for a destination whose name says something else."""
     destination: Path = arguments.destination
+    if destination.name in ("", ".."):
+        raise DistriError(f"DESTINATION is {destination}, which cannot be replaced from within; name a folder in it")
     single = destination.suffix == SINGLE
     kind = Format(arguments.format) if arguments.format else Format.SINGLE if single else Format.DIFFUSERS
     if single != (kind is Format.SINGLE):
