@@ -207,9 +207,8 @@ def outline_components(
 ) -> Components:
     """All parts of a pipeline's folder but the weights, of which only shapes are there. A wrong configuration costs no loading.
 
-    configs: the folder's. mesh, parallelism, shard_weights: where the parameters will go. The
-    VAE is float32 where half precision would overflow (`force_upcast` and float16, as in diffusers' SDXL pipeline; here in
-    every pipeline).
+    configs: the folder's. dtype: to compute in; the VAE's is its own (`VAEConfig.compute_dtype`). mesh, parallelism,
+    shard_weights: where the parameters will go.
     """
     family = configs.family
     tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
@@ -225,13 +224,12 @@ def outline_components(
         build = partial(CLIPTextEncoder, with_projection=projected, penultimate=family.penultimate)
         return model(build, config, dtype)
 
-    upcast = configs.vae.force_upcast and dtype == jnp.float16
     return Components(
         index=configs.index,
         tokenizers=tokenizers,
         text_encoders=tuple(map(text_encoder, family.text_encoders, configs.text_encoders)),
         unet=model(UNet, configs.unet, dtype, parallelism),
-        vae=model(AutoencoderKL, configs.vae, jnp.dtype(jnp.float32) if upcast else dtype),
+        vae=model(AutoencoderKL, configs.vae, configs.vae.compute_dtype(dtype)),
         scheduler=configs.scheduler,
     )
 

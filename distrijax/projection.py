@@ -148,6 +148,7 @@ def compile_decoder(
     mesh, platform = plan_mesh(config, devices, branches=unet.branches).build(targets), targets[0].platform
     layout = denoise.layout_of(config, mesh, unet, guided=guided, latent=latent)
     form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform=platform)
+    dtype = vae.compute_dtype(dtype)
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
     latents = placed(mesh, layout.latents, latents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,14 @@ class VAEConfig(ModelConfig):
                 raise DistriError(
                     f"VAEConfig: {channels} channels do not divide into norm_num_groups={self.norm_num_groups}; change one"
                 )
+
+    def compute_dtype(self, dtype: Any) -> jnp.dtype:
+        """What a VAE computes in where the rest does in `dtype`: float32 where float16 would overflow (`force_upcast`).
+
+        As in diffusers' SDXL pipeline; here in every pipeline.
+        """
+        dtype = jnp.dtype(dtype)
+        return jnp.dtype(jnp.float32) if self.force_upcast and dtype == jnp.float16 else dtype
 
     @property
     def scale(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from flax import nnx
 
-from distrijax import DistriError, DistriSDPipeline
+from distrijax import DistriConfig, DistriError, DistriSDPipeline, plan_mesh
 from distrijax.clip import CLIPTextEncoder
-from distrijax.loading import SD, default_size, read_configs, resolve_dtype
+from distrijax.config import Parallelism
+from distrijax.loading import SD, default_size, outline_components, read_configs, resolve_dtype
 from distrijax.schedulers import DDIM, PNDM
 from distrijax.vae import AutoencoderKL
 
@@ -215,3 +218,23 @@ def test_dtypes_of_any_library_are_taken(dtype, wanted):
 def test_a_dtype_of_torch_that_is_not_computed_in_is_refused_by_its_name():
     with pytest.raises(DistriError, match="dtype is 'float64'; use one of: float32, bfloat16, float16"):
         resolve_dtype(torch.float64, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("force_upcast", "dtype", "wanted"),
+    [(True, np.float16, np.float32), (False, np.float16, np.float16), (True, jnp.bfloat16, jnp.bfloat16)],
+)
+def test_a_vae_that_overflows_in_float16_is_float32(force_upcast, dtype, wanted, tiny_checkpoint):
+    configs = read_configs(tiny_checkpoint)
+    configs = configs._replace(vae=dataclasses.replace(configs.vae, force_upcast=force_upcast))
+    mesh = plan_mesh(DistriConfig(), 1).build(jax.devices()[:1])
+    outline = outline_components(
+        tiny_checkpoint,
+        configs,
+        dtype=np.dtype(dtype),
+        mesh=mesh,
+        parallelism=Parallelism.PATCH,
+        shard_weights=False,
+    )
+    assert outline.vae.dtype == np.dtype(wanted)
+    assert outline.unet.dtype == np.dtype(dtype)

@@ -10,10 +10,12 @@ import functools
 import re
 import sys
 
+import jax
 import pytest
 from PIL import Image
 
-from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command, targets
+from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command, projection, targets
+from distrijax.loading import DTYPES, read_configs
 from distrijax.overlap import Instruction, Program, Transfer, array_bytes
 from distrijax.plan import plan
 from distrijax.programs import OPTIONS
@@ -384,6 +386,20 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
     assert Program(hlo.read_text()).transfers
     with Image.open(picture) as image:
         assert image.width > 1000
+
+
+@pytest.mark.parametrize("force_upcast", [False, True])
+def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monkeypatch):
+    monkeypatch.setattr(projection, "compile_only_devices", lambda _, count: jax.devices()[:count])
+    configs = read_configs(DEFAULT_MODEL)
+    vae = dataclasses.replace(configs.vae, force_upcast=force_upcast)
+    half, full = (
+        compile_decoder(
+            DistriConfig(), configs.unet, vae, "a100-sxm-80gb", devices=1, latent=(8, 8), dtype=DTYPES[dtype]
+        )
+        for dtype in ("float16", "float32")
+    )
+    assert half["weights"] * (1 if force_upcast else 2) == full["weights"]
 
 
 # Compiled for TPUs ------------------------------------------------------------------------------------------------------
