@@ -42,10 +42,6 @@ class Method:
     shape: Callable[[Shapes], Shape | None]
     change: Callable[[Arrays], np.ndarray]
 
-    @property
-    def known(self) -> frozenset[str]:
-        return frozenset().union(*self.roles)
-
     def absent(self, roles: frozenset[str]) -> frozenset[str]:
         """The factors that must be added to have a whole change; none for a whole one."""
         return min((needed - roles for needed in self.roles if roles <= needed), key=len, default=frozenset())

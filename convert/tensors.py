@@ -39,12 +39,6 @@ class Tensor:
         shape = self.shape if shape is None else shape
         return Tensor(shape, self.dtype if dtype is None else np.dtype(dtype), lambda: function(self.read()))
 
-    def astype(self, dtype: np.dtype) -> Tensor:
-        """In another precision; what is not floating point stays as it is."""
-        if self.dtype == dtype or self.dtype not in FLOATS:
-            return self
-        return self.then(lambda array: array.astype(dtype), dtype=dtype)
-
 
 Tensors = dict[str, Tensor]
 """By name."""

@@ -470,7 +470,7 @@ def test_half_precision_is_merged_in_float32_and_read_only_when_asked(xl):
     lazy = Tensor((64, 64), np.dtype(ml_dtypes.bfloat16), read)
     base = xl.with_tensors("unet", {**xl.tensors["unet"], name: lazy})
     lora = random_lora("lora_unet_mid_block_attentions_0_proj_in", 64, 64)
-    half = {key: tensor.astype(np.dtype(np.float16)) for key, tensor in lora.items()}
+    half = {key: of_array(tensor.read().astype(np.float16)) for key, tensor in lora.items()}
     tensor = with_loras(base, [Lora(half, "a LoRA")]).tensors["unet"][name]
     assert not reads
     down, up = (half[f"lora_unet_mid_block_attentions_0_proj_in.lora_{role}.weight"].read() for role in ("down", "up"))
