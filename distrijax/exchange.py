@@ -162,7 +162,7 @@ class Synchronous(WholeImage):
         return _with_neighbours(x, self._publish_edges(name, x, above, below), self.axis, apart=self.APART)
 
     def tokens(self, name, kv):
-        own = self._publish(TOKENS, name, _flat(kv))
+        own = self._publish(TOKENS, name, self._own_tokens(kv))
         return _halves(self._image_tokens(lax.all_gather(own, self.axis, axis=1, tiled=True), kv))
 
     def moments(self, name, x, size):
@@ -216,6 +216,11 @@ class Synchronous(WholeImage):
         inside = self._in_image(x)
         return x if inside is None else jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
 
+    def _own_tokens(self, kv: Float[Array, "b h w c2"]) -> Float[Array, "b t c2"]:
+        """This patch's tokens. Where they are compressed, padding repeats the first, and adds nothing to a channel's range."""
+        inside = self._in_image(kv) if self.strategy.compress else None
+        return _flat(kv if inside is None else jnp.where(inside[None, :, None, None], kv, kv[:, :1, :1]))
+
     def _image_tokens(self, everyone: Float[Array, "b t c"], kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c"]:
         return everyone[:, : self._rows(kv)[1] * kv.shape[2]]
 
@@ -266,7 +271,7 @@ class Displaced(Synchronous):
 
     def tokens(self, name, kv):
         before, self._last_tokens = self._last_tokens, kv
-        own, compression = _flat(kv), self.strategy.compress
+        own, compression = self._own_tokens(kv), self.strategy.compress
         stale = tuple(self._read(each) for each in ((name, name + ENDS) if compression else (name,)))
         restore = partial(decode, compression=compression) if compression else lambda tokens: tokens
         self._check(name, jax.eval_shape(restore, *stale), own)

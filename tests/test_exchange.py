@@ -150,6 +150,19 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
             np.testing.assert_allclose(moments[i][:, 0], moments_of(own), rtol=1e-5, atol=1e-6)
 
 
+@UNEVEN
+def test_padding_is_no_part_of_the_range_of_compressed_tokens(rows, n, levels):
+    strategy = Strategy(Displaced, compress=Compression.INT8)
+
+    def again(exchange, x):
+        *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, strategy), x)
+        return ask_everything(strategy(stale, PATCH, exchange.bands), x)[:3]
+
+    x, _, (_, tokens, _) = on_uneven_bands(rows, n, levels, again)
+    for each in bands(tokens, n):
+        assert np.abs(each - x.reshape(2, -1, 4)).max() < np.ptp(x) / 255
+
+
 @pytest.fixture
 def as_on_tpus(monkeypatch):
     """TPUs are not here, but what is done for them can be done by CPUs."""
