@@ -44,9 +44,10 @@ from command_line import (
 from generate import PROMPT
 from together import add_flags, ending_together, join
 
-from distrijax import SCHEDULERS, DistriConfig, DistriError, Parallelism, SyncMode, load_pipeline
+from distrijax import SCHEDULERS, DistriError, load_pipeline
 from distrijax.config import check_file, positive
 from distrijax.convert.cache import Prepared
+from distrijax.flags import add_config_flags, config_of, settings_of
 from distrijax.loading import DTYPES
 from distrijax.processes import is_first
 
@@ -76,11 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-inference-steps", type=int, default=50, help="(default: %(default)s)")
     add("--guidance-scale", type=float, default=5.0, help="(default: %(default)s)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
-    add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
-    add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)
-    add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
-    add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
-    add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
+    add_config_flags(parser)
     add("--chunk-size", type=int, help="steps for each visit of the host (default: the whole loop is one program)")
     add("--warmup-times", type=int, default=5, help="calls before any is timed (default: %(default)s)")
     add("--test-times", type=int, default=20, help="timed calls (default: %(default)s)")
@@ -117,14 +114,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dict[str, Any]:
     """The figures of one number of devices."""
-    config = DistriConfig(
-        devices=devices,
-        sync_mode=arguments.sync_mode,
-        warmup_steps=arguments.warmup_steps,
-        split_batch=not arguments.no_split_batch,
-        parallelism=arguments.parallelism,
-        shard_weights=arguments.shard_weights,
-    )
+    config = config_of(arguments, devices=devices)
     dtype = find_dtype(arguments.dtype)
     before = peak_memory()
     pipe = load_pipeline(model.folder, config, dtype=dtype, variant=model.variant, scheduler=arguments.scheduler)
@@ -165,10 +155,7 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         "image_size": [height, width],
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
-        "sync_mode": config.sync_mode.value,
-        "parallelism": config.parallelism.value,
-        "warmup_steps": config.warmup_steps,
-        "shard_weights": config.shard_weights,
+        **settings_of(config),
         "dtype": dtype.name,
         "jax": jax.__version__,
         "compile_s": round(pipe.programs.seconds, 3),

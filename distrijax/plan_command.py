@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import jax
 
-from distrijax.config import Compression, DistriConfig, DistriError, Parallelism, SyncMode, check_file, positive
+from distrijax.config import DistriConfig, DistriError, check_file, positive
+from distrijax.flags import add_config_flags, config_of
 from distrijax.loading import DTYPES, find_folder, read_configs
 from distrijax.mesh import check_sizes
 from distrijax.plan import megabytes
@@ -66,13 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder in the diffusers layout or hub id (default: the UNet of Stable Diffusion XL)")
     add("--batch", type=int, default=1, help="pictures (default: %(default)s)")
     add("--no-guidance", action="store_true", help="as with a --guidance-scale of 1 or less")
-    add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
-    add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
-    kinds = tuple(kind.value for kind in Compression)
-    add("--compress", nargs="?", choices=kinds, const=kinds[0], help="what keys and values travel as: int8, or int4")
-    add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
-    add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
-    add("--parallelism", choices=tuple(kind.value for kind in Parallelism), default=Parallelism.PATCH.value)
+    add_config_flags(parser, without=("warmup_steps", "sync_steps", "split_scheme"))
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="(default: %(default)s)")
     add("--link", default="nvlink", help="nvlink, pcie, network, or GB/s that come in (default: %(default)s)")
     add("--no-baseline", action="store_true", help="do not compile for one device as well, to tell the speed-up")
@@ -164,14 +159,7 @@ def _read(arguments: argparse.Namespace) -> _Run:
         unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)
-    config = DistriConfig(
-        sync_mode=arguments.sync_mode,
-        extrapolate=arguments.extrapolate,
-        compress=arguments.compress,
-        shard_weights=arguments.shard_weights,
-        split_batch=not arguments.no_split_batch,
-        parallelism=arguments.parallelism,
-    )
+    config = config_of(arguments)
     return _Run(arguments.tpu or arguments.gpu, config, unet, vae, scheduler, (height // vae.scale, width // vae.scale))
 
 

@@ -35,19 +35,18 @@ from together import add_flags, ending_together, join
 
 from distrijax import (
     SCHEDULERS,
-    Compression,
     DistriConfig,
     DistriError,
     MeshPlan,
     Parallelism,
     SplitScheme,
-    SyncMode,
     load_pipeline,
     plan_mesh,
 )
 from distrijax import plan as planning
 from distrijax.config import check_file
 from distrijax.denoise import Layout
+from distrijax.flags import add_config_flags, config_of, settings_of
 from distrijax.loading import DTYPES, Configs, default_size, read_configs
 from distrijax.mesh import CFG, check_images
 from distrijax.pipeline import lay_out
@@ -84,18 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scheduler", choices=tuple(SCHEDULERS), help="(default: the checkpoint's)")
     parser.add_values("--scheduler-option", "instead of the checkpoint's, such as timestep_spacing=trailing")
     add("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
-    add("--warmup-steps", type=int, default=4, help="exact steps after the first (default: %(default)s)")
-    add("--sync-steps", type=int, nargs="+", default=(), metavar="STEP", help="further exact steps; -1 is the last")
-    modes = tuple(mode.value for mode in SyncMode)
-    add("--sync-mode", choices=modes, default=modes[0], help="what devices exchange then (default: %(default)s)")
-    add("--extrapolate", action="store_true", help="devices publish predictions of their next step's values")
-    kinds = tuple(kind.value for kind in Compression)
-    add("--compress", nargs="?", choices=kinds, const=kinds[0], help="what keys and values travel as: int8, or int4")
-    add("--shard-weights", action="store_true", help="each device keeps a share of the weights and gathers the rest")
-    parallelisms, schemes = ([member.value for member in kind] for kind in (Parallelism, SplitScheme))
-    add("--parallelism", choices=parallelisms, default="patch", help="how the UNet is divided (default: %(default)s)")
-    add("--split-scheme", choices=schemes, default="alternate", help="cuts of naive_patch (default: %(default)s)")
-    add("--no-split-batch", action="store_true", help="give no half of the devices to each branch of the guidance")
+    add_config_flags(parser)
     add(
         "--batch", type=int, default=1, help="pictures of the prompt: NAME-0.png, NAME-1.png ... (default: %(default)s)"
     )
@@ -116,18 +104,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Loads, paints and writes; tells the plan, and how long each took."""
-    config = DistriConfig(
-        devices=arguments.devices,
-        sync_mode=arguments.sync_mode,
-        warmup_steps=arguments.warmup_steps,
-        sync_steps=arguments.sync_steps,
-        extrapolate=arguments.extrapolate,
-        compress=arguments.compress,
-        shard_weights=arguments.shard_weights,
-        split_batch=not arguments.no_split_batch,
-        parallelism=arguments.parallelism,
-        split_scheme=arguments.split_scheme,
-    )
+    config = config_of(arguments, devices=arguments.devices)
     if arguments.plan:
         print_plan(arguments, config)
         return
@@ -180,15 +157,8 @@ def generate(arguments: argparse.Namespace) -> None:
         "dtype": dtype.name,
         "devices": plan.devices,
         "mesh": axes(plan, layout),
-        "sync_mode": config.sync_mode.value,
-        "warmup_steps": config.warmup_steps,
+        **settings_of(config),
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
-        "extrapolate": config.extrapolate,
-        "compress": config.compress,
-        "shard_weights": config.shard_weights,
-        "split_batch": config.split_batch,
-        "parallelism": config.parallelism.value,
-        "split_scheme": config.split_scheme.value,
         "software": software(),
     }
     for index, (picture, output) in enumerate(zip(pictures, outputs, strict=is_first())):
