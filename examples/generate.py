@@ -52,7 +52,7 @@ from distrijax.mesh import CFG, check_images
 from distrijax.pipeline import lay_out
 from distrijax.processes import is_first
 
-PROMPT = "a large red circle at the top left and a small blue square on the right, on a striped yellow background"
+PROMPT = "a large blue star at the top left and a large red triangle at the bottom right, on a striped yellow background"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
