@@ -39,6 +39,7 @@ from command_line import (
     json_lines,
     keep_compiled_programs,
     plain_errors,
+    run,
     written_whole,
 )
 from generate import PROMPT
@@ -209,4 +210,4 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -216,4 +216,4 @@ def stand_ins(parts: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

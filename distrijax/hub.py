@@ -152,7 +152,7 @@ def _needed_weights(
     if there and not chosen:
         raise DistriError(
             f"{name} has the weights of {part} as {', '.join(there)} only; convert it first: "
-            f"python -m distrijax.convert {name} FOLDER"
+            f"python -m distrijax.convert {name} FOLDER{f' --variant {variant}' if variant else ''}"
         )
     if not chosen and "config.json" in (PurePosixPath(file).name for file in inside):
         raise no_weights(f"{name}/{part}".rstrip("/"), _with_weights(inside), variant, formats)

@@ -72,6 +72,8 @@ Params = tuple[jax.Array, ...]
 class Programs:
     """Compiles `function(static, params, *arguments)` once for each static value and each shape of the arguments.
 
+    And for each precision of products that a caller has set (`jax.default_matmul_precision`).
+
     platform: JAX's name for the devices'. options: a user's for XLA, before those of `options_for`. shard_weights: whether
     parameters are gathered in the programs.
     seconds: of tracing and compiling so far, which several programs may have spent at the same time. waited: seconds that
@@ -100,10 +102,12 @@ class Programs:
         Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite.
         """
         leaves, structure = jax.tree.flatten(arguments)
-        key = (function, static, structure, tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves))
+        taken = tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves)
+        precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
+        key = (function, static, structure, taken, precision)
         if key not in self._compiled:
             shapes = jax.tree.map(_shape, (params, *arguments))
-            self._compiled[key] = self._workers.submit(self._compile, function, static, shapes, donate)
+            self._compiled[key] = self._workers.submit(self._compile, function, static, shapes, donate, precision)
         return key
 
     def __call__(
@@ -132,10 +136,11 @@ class Programs:
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     def _compile(
-        self, function: Callable, static: Hashable, shapes: tuple, donate: tuple[int, ...]
+        self, function: Callable, static: Hashable, shapes: tuple, donate: tuple[int, ...], precision: str | None
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
-        lowered = trace(function, static, *shapes, donate=donate).lower()
+        with jax.default_matmul_precision(precision):
+            lowered = trace(function, static, *shapes, donate=donate).lower()
         program = compiled(lowered, self.ours, self.options)
         self.seconds += time.perf_counter() - start
         return program

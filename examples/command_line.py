@@ -24,6 +24,9 @@ from distrijax.convert.sources import Recipe, add_flags
 from distrijax.hub import find
 from distrijax.loading import PARTS, resolve_dtype
 
+INTERRUPTED = 130
+"""How a script exits after Ctrl-C."""
+
 
 class Parser(argparse.ArgumentParser):
     """Tells a wrong flag in one line, and a script's docstring in its help."""
@@ -119,7 +122,18 @@ def plain_errors() -> Iterator[None]:
             )
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script. An interrupted one ends at once, where Python would wait for what compiles in other threads."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 def keep_compiled_programs() -> None:

@@ -30,6 +30,7 @@ from command_line import (
     find_model,
     keep_compiled_programs,
     plain_errors,
+    run,
     written_whole,
 )
 from fidelity import figures
@@ -255,4 +256,4 @@ def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,6 +27,7 @@ from command_line import (
     find_model,
     keep_compiled_programs,
     plain_errors,
+    run,
     written_whole,
 )
 from PIL.Image import Image
@@ -52,7 +53,9 @@ from distrijax.mesh import CFG, check_images
 from distrijax.pipeline import lay_out
 from distrijax.processes import is_first
 
-PROMPT = "a large blue star at the top left and a large red triangle at the bottom right, on a striped yellow background"
+PROMPT = (
+    "a large blue star at the top left and a large red triangle at the bottom right, on a striped yellow background"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -252,4 +255,4 @@ def write(picture: Image, output: Path, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -177,3 +177,22 @@ def test_what_each_device_has_is_told_as_it_is(flags, mesh, image, shallow_check
     generate_script.main(["--model", str(shallow_checkpoint), "--plan", *flags.split()])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"mesh     {mesh}, float32", f"image    {image}"]
+
+
+def test_an_interrupted_script_does_not_wait_for_what_compiles(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from command_line import plain_errors, run\n"
+        "def main():\n"
+        "    with plain_errors():\n"
+        "        ThreadPoolExecutor().submit(time.sleep, 600)\n"
+        "        raise KeyboardInterrupt\n"
+        "run(main)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parent}:{SCRIPT.parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

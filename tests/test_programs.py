@@ -39,6 +39,20 @@ def test_a_program_that_was_prepared_of_shapes_is_not_compiled_again():
     assert programs.waited <= programs.seconds + 1
 
 
+def test_products_have_the_precision_that_the_caller_has_set():
+    programs, x = Programs("cpu"), jax.device_put(np.ones((3, 3), np.float32), sharding())
+
+    def square(static, params, x):
+        return x @ x
+
+    programs(square, None, (), x)
+    with jax.default_matmul_precision("highest"):
+        programs(square, None, (), x)
+        programs(square, None, (), x)
+    texts = [program.result().as_text() for program in programs._compiled.values()]
+    assert ["operand_precision={highest,highest}" in text for text in texts] == [False, True]
+
+
 def test_what_fails_to_compile_in_the_background_fails_where_it_is_called():
     programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import check_scenes
 import evaluate
 import generate
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -422,6 +423,7 @@ COMMANDS = {
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_wrong_command_ends_in_one_line_and_writes_nothing(kind, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     flags, pattern = COMMANDS[kind]
+    jax.devices()  # from here on as many as they are, whatever --devices says
     monkeypatch.setattr(generate, "keep_compiled_programs", lambda: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
