@@ -19,6 +19,10 @@ PEFT_SETTINGS = "adapter_config.json"
 """Where PEFT writes them, beside the adapter's file."""
 
 
+CHANGING = ("pissa", "olora", "corda", "loftq")
+"""How those begin for which PEFT takes something off the model's weights, or rounds them: merged into others they are wrong."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PartSettings:
     """Of one part. alpha: None where none is named. patterns: ends of modules' names, and their own alpha."""
@@ -29,6 +33,12 @@ class PartSettings:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], what: str) -> PartSettings:
+        begun = settings.get("init_lora_weights")
+        if isinstance(begun, str) and begun.lower().startswith(CHANGING):
+            raise DistriError(
+                f"{what} began as {begun}, which changes the model's own weights, too; have PEFT save it as a plain LoRA, "
+                "with path_initial_model_for_weight_conversion"
+            )
         patterns = settings.get("alpha_pattern") or {}
         alpha = settings.get("lora_alpha", settings.get("alpha"))
         try:

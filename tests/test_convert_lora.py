@@ -525,6 +525,16 @@ def test_what_is_no_lora_and_what_is_no_weight_is_refused(xl):
             with_loras(xl, [Lora(lora, "style", metadata=metadata)])
 
 
+@pytest.mark.parametrize("begun", ["pissa_niter_16", "olora"])
+def test_adapters_that_began_by_changing_the_models_weights_are_refused(xl, begun):
+    lora = random_lora("lora_unet_mid_block_attentions_0_proj_in", 64, 64)
+    settings = {"peft_type": "LORA", "init_lora_weights": begun}
+    for metadata in (settings, {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": begun})}):
+        with pytest.raises(DistriError, match=f"style began as {begun}, which changes .* have PEFT save it as a plain"):
+            with_loras(xl, [Lora(lora, "style", metadata=metadata)])
+    with_loras(xl, [Lora(lora, "style", metadata=settings | {"init_lora_weights": "gaussian"})])
+
+
 def test_peft_name_that_two_encoders_have_is_refused_as_ambiguous(xl):
     module = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
     with pytest.raises(DistriError, match="1 ambiguous .* is in text_encoder and text_encoder_2"):
