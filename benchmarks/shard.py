@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import Parser, check_positive, device_kind, find_dtype, keep_compiled_programs, plain_errors
+from command_line import Parser, check_positive, device_kind, find_dtype, keep_compiled_programs, plain_errors, run
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P

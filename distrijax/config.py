@@ -107,9 +107,13 @@ def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
         raise DistriError(f"{name} is None; give an array of numbers")
     try:
         # numpy knows no bfloat16 of torch's
-        return np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value, np.float32)
+        array = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
+        real = array.astype(np.float32, casting="unsafe" if array.dtype.kind != "c" else "safe")
     except (TypeError, ValueError):
         raise DistriError(f"{name} is {value!r:.60}; give an array of numbers") from None
+    if not np.isfinite(real).all():
+        raise DistriError(f"{name} has values that are not finite; give finite numbers")
+    return real
 
 
 def check_file(path: Path, flag: str) -> None:

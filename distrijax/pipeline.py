@@ -43,7 +43,7 @@ from distrijax.mesh import CFG, DATA, check_images, check_sizes, pick_devices, p
 from distrijax.processes import connect, fetch, is_first, put, warn
 from distrijax.programs import Programs
 from distrijax.progress import Progress
-from distrijax.prompt import Embeddings, PromptEncoder, Texts
+from distrijax.prompt import Embeddings, PromptEncoder, Prompts, Texts
 from distrijax.schedulers import Scheduler
 from distrijax.shapes import PROMPT_TOKENS, latents_of, prompt_of, steps_of
 from distrijax.unet import UNetConfig
@@ -252,7 +252,9 @@ class Pipeline:
         seeds = jax.ShapeDtypeStruct((images, 3), np.uint32, sharding=loop.layout.sharding(P(DATA)))
         sigma = jax.ShapeDtypeStruct((), np.float32, sharding=self._everywhere)
         latents = latents_of(loop, unet, images)
-        noise = None if call.latents is None else latents
+        if (noise := call.latents) is not None:
+            _given_latents(noise, (images, unet.in_channels, *loop.layout.latent))
+            noise = latents
         self.programs.prepare(_begin, (loop, unet.in_channels), (), seeds, sigma, noise)
         if call.output_type != "latent":
             self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
@@ -260,6 +262,26 @@ class Pipeline:
     def _read(self, given: Mapping[str, Any]) -> Request:
         """All arguments of a call, by their names; raises DistriError for those that cannot be used."""
         raise NotImplementedError
+
+    def decode(self, latents: Any, *, output_type: str = "pil") -> PipelineOutput:
+        """Pictures of what a call with `output_type="latent"` gave, or of any latents [b, c, h, w]: `pil` or `np`."""
+        check_choice(output_type, ("pil", "np"), "output_type")
+        latents, channels = host_array(latents, "latents"), self.unet_config.in_channels
+        if latents.ndim != 4 or latents.shape[1] != channels or not latents.size:
+            raise DistriError(f"latents is {list(latents.shape)}; give [images, {channels}, rows, columns]")
+        check_images(len(latents), self.mesh.shape[DATA])
+        size = tuple(side * self.vae_config.scale for side in latents.shape[2:])
+        layout = lay_out(self.config, self.mesh, self.unet_config, self.vae_config, size, guided=False)
+        return self._pictures(layout, _to_canvas(layout, latents), output_type)
+
+    def _encode(
+        self, prompts: Prompts, negative_prompts: Prompts, clip_skip: int | None
+    ) -> tuple[Embeddings, Embeddings]:
+        """The embeddings of prompts, and of negative ones."""
+        branches = self._prompts.read(prompts, negative_prompts, None, None, guided=True)
+        skipped = positive(0 if clip_skip is None else clip_skip, "clip_skip", least=0)
+        negative, text = self._prompts.encode(branches, clip_skip=skipped)
+        return text, negative
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of the tqdm progress bar, e.g. disable=True."""
@@ -291,8 +313,7 @@ class Pipeline:
         state = self._denoise(loop, inputs, state, Steps.of(steps), call.chunk_size, call.callback_on_step_end)
         if call.output_type == "latent":
             return PipelineOutput(self._visible(layout, state.latents))
-        pictures = self._decode(layout, state.latents)
-        return PipelineOutput(pictures if call.output_type == "np" else to_pil(pictures))
+        return self._pictures(layout, state.latents, call.output_type)
 
     def _loop(self, call: Call, steps: int) -> Loop:
         """What the programs of a call depend on; raises DistriError for sizes that are no whole rows of the latent."""
@@ -326,12 +347,15 @@ class Pipeline:
 
     def _warn_of_idle_options(self, loop: Loop, total: int) -> None:
         """Tells which options of displaced steps are set for a call that has none, and of devices that do others' work again."""
-        names = [name for name in ("extrapolate", "compress", "sync_steps") if getattr(self.config, name)]
+        warmup, further = self.config.warmup_steps, self.config.sync_steps
+        options = ("extrapolate", "compress") if total > warmup + 1 else ("extrapolate", "compress", "sync_steps")
+        names = [name for name in options if getattr(self.config, name)]
         displaced = strategy_of(self.config, loop.layout.patches) is not None
         if names and displaced and loop.strategy is None:
+            why = f"warmup_steps {warmup}" + (f" and sync_steps {list(further)}" if total > warmup + 1 else "")
             warn(
-                f"{', '.join(names)} changes nothing: with warmup_steps {self.config.warmup_steps} all {total} steps are "
-                "synchronous; use fewer warmup_steps or leave it out"
+                f"{', '.join(names)} changes nothing: with {why} all {total} steps are synchronous; use fewer of them, or "
+                "leave it out"
             )
         if self.config.parallelism is Parallelism.TENSOR and self.mesh.shape[CFG] > 1 and not loop.layout.guided:
             warn(
@@ -426,15 +450,16 @@ class Pipeline:
             latents = self.programs(_without_padding, (layout, P(DATA) if alone else P()), (), latents)
         return jnp.moveaxis(latents, -1, 1)
 
-    def _decode(self, layout: Layout, latents: jax.Array) -> np.ndarray:
-        """Pictures [b, h, w, 3] in 0 to 1, on the host."""
+    def _pictures(self, layout: Layout, latents: jax.Array, output_type: str) -> PipelineOutput:
+        """Of latents on the devices."""
         height, width = (side * self.vae_config.scale for side in layout.latent)
         pictures = fetch(self.programs(decode, self._decoder(layout), self._vae.params, latents))[:, :height, :width]
         if not np.isfinite(pictures).all():
             raise DistriError(
                 f"the picture has values that are not finite in {self.dtype.name}; use another dtype, scheduler or guidance"
             )
-        return np.clip(pictures / 2 + 0.5, 0, 1)
+        pictures = np.clip(pictures / 2 + 0.5, 0, 1)
+        return PipelineOutput(pictures if output_type == "np" else to_pil(pictures))
 
     def _decoder(self, layout: Layout) -> Decoder:
         return Decoder(layout, self._vae.form, self._vae.dtype)
@@ -456,7 +481,7 @@ def _bound(call: Callable, arguments: Any) -> dict[str, Any]:
     """All arguments of a pipeline's call, of those given for its first one."""
     try:
         bound = inspect.signature(call).bind(None, **dict(arguments))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DistriError(f"compile_for: {error}; give a dict of arguments of the pipeline's call") from None
     bound.apply_defaults()
     return bound.arguments

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from distrijax.loading import SD
 from distrijax.pipeline import Callback, Pipeline, PipelineOutput, Request
 from distrijax.prompt import Prompt
@@ -50,6 +52,13 @@ class DistriSDPipeline(Pipeline):
         many of the text encoder's last layers the prompt leaves out. Raises DistriError for arguments that cannot be used.
         """
         return self._paint(self._read(locals()))
+
+    def encode_prompt(
+        self, prompt: Prompt, negative_prompt: Prompt | None = None, *, clip_skip: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`prompt_embeds` and `negative_prompt_embeds` of a call with these prompts, [prompts, tokens, width] each."""
+        text, negative = self._encode((prompt,), (negative_prompt,), clip_skip)
+        return text.tokens, negative.tokens
 
     def _read(self, given: Mapping[str, Any]) -> Request:
         call = self._call(given)

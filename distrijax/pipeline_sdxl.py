@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from distrijax.config import DistriError, finite_number
 from distrijax.loading import SDXL
 from distrijax.pipeline import Callback, Pipeline, PipelineOutput, Request, Size
@@ -62,6 +64,23 @@ class DistriSDXLPipeline(Pipeline):
         arguments that cannot be used.
         """
         return self._paint(self._read(locals()))
+
+    def encode_prompt(
+        self,
+        prompt: Prompt,
+        prompt_2: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
+        negative_prompt_2: Prompt | None = None,
+        *,
+        clip_skip: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What a call with these prompts makes of them, in diffusers' order.
+
+        `prompt_embeds` and `negative_prompt_embeds`, [prompts, tokens, width], then `pooled_prompt_embeds` and
+        `negative_pooled_prompt_embeds`, [prompts, width].
+        """
+        text, negative = self._encode((prompt, prompt_2), (negative_prompt, negative_prompt_2), clip_skip)
+        return text.tokens, negative.tokens, text.pooled, negative.pooled
 
     def _read(self, given: Mapping[str, Any]) -> Request:
         call, time_ids = self._call(given), {}

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -146,9 +147,13 @@ def is_first() -> bool:
 
 
 def warn(sentence: str) -> None:
-    """Warns, once for all processes, whoever called a pipeline: this was called by what its `__call__` calls."""
-    if is_first():
-        warnings.warn(sentence, DistriWarning, stacklevel=4)
+    """Warns, once for all processes, whoever called this package: the warning names the caller's line."""
+    if not is_first():
+        return
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("distrijax."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, DistriWarning, stacklevel=level)
 
 
 def connect(mesh: Mesh) -> None:
@@ -191,7 +196,10 @@ def put_blocks(
             made[key] = block(at)
         return made[key]
 
-    return jax.make_array_from_callback(shape, sharding, once)
+    with jax.transfer_guard_host_to_device(
+        "allow"
+    ):  # JAX takes what it makes of the blocks for transfers that nobody meant
+        return jax.make_array_from_callback(shape, sharding, once)
 
 
 def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:

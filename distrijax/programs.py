@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import time
-import warnings
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from distrijax.config import DistriError, DistriWarning
-from distrijax.processes import is_first
+from distrijax.config import DistriError
+from distrijax.processes import warn
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
@@ -81,6 +80,9 @@ class Programs:
     """
 
     def __init__(self, platform: str, options: Mapping[str, Any] | None = None, *, shard_weights: bool = False):
+        _check_jit()
+        if not isinstance(options, Mapping | None):
+            raise DistriError(f"compiler_options is {options!r:.60}; give a dict of XLA's options")
         self.platform = platform
         self.ours, self.options = options_for(platform, shard_weights=shard_weights), dict(options or {})
         self.seconds = self.waited = 0.0
@@ -101,25 +103,34 @@ class Programs:
 
         Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite.
         """
+        return self._begun(function, static, params, *arguments, donate=donate)[0]
+
+    def _begun(
+        self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...]
+    ) -> tuple[Hashable, Future[jax.stages.Compiled]]:
+        """The program's key, and the program when it is there."""
+        _check_jit()
         leaves, structure = jax.tree.flatten(arguments)
         taken = tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves)
         precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
         key = (function, static, structure, taken, precision)
-        if key not in self._compiled:
+        if (begun := self._compiled.get(key)) is None:
             shapes = jax.tree.map(_shape, (params, *arguments))
-            self._compiled[key] = self._workers.submit(self._compile, function, static, shapes, donate, precision)
-        return key
+            begun = self._compiled[key] = self._workers.submit(
+                self._compile, function, static, shapes, donate, precision
+            )
+        return key, begun
 
     def __call__(
         self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
     ) -> Any:
         """Runs the program. donate: which of `arguments` (from 0) it may overwrite."""
-        key = self.prepare(function, static, params, *arguments, donate=donate)
+        key, begun = self._begun(function, static, params, *arguments, donate=donate)
         start = time.perf_counter()
         try:
-            program = self._compiled[key].result()
+            program = begun.result()
         except Exception:
-            del self._compiled[key]  # it is none, and a later call may try again
+            self._compiled.pop(key, None)  # it is none, and a later call may try again
             raise
         if key not in self._fit:
             self.waited += time.perf_counter() - start
@@ -144,6 +155,11 @@ class Programs:
         program = compiled(lowered, self.ours, self.options)
         self.seconds += time.perf_counter() - start
         return program
+
+
+def _check_jit() -> None:
+    if jax.config.jax_disable_jit:
+        raise DistriError("jax_disable_jit is set, and programs are compiled ahead here; unset it")
 
 
 def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -176,8 +192,7 @@ def compiled(lowered: jax.stages.Lowered, ours: Mapping[str, Any], options: Mapp
             if refused in options:
                 raise DistriError(f"XLA refuses a compiler option ({told}); leave it out or correct it") from None
             told = f"this XLA has no option {refused}; programs may be slower than they could be"
-            if is_first():
-                warnings.warn(told, DistriWarning, stacklevel=2)
+            warn(told)
             del chosen[refused]
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any, Self
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
+
+NO_MESH = Mesh(np.empty((), object), ())
 
 
 class Progress:
@@ -36,7 +40,8 @@ class Progress:
         Whoever called may donate `result` to a program: what is waited for is a number out of it.
         """
         if not self._bar.disable:
-            number = _first(result.addressable_shards[0].data)
+            with jax.set_mesh(NO_MESH):  # whoever calls may be within a mesh of other devices
+                number = _first(result.addressable_shards[0].data)
             self._wait()
             self._running = steps, number
 

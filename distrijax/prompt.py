@@ -82,7 +82,8 @@ class PromptEncoder:
             needed["pooled_prompt_embeds"] = ("prompts", self.encoders[-1].config.projection_dim)
         values = [host_array(*pair) for pair in zip((tokens, pooled), (name + label for label in needed), strict=False)]
         fits = [
-            v.ndim == len(form) and v.shape[-1] == form[-1] for v, form in zip(values, needed.values(), strict=True)
+            v.size and v.ndim == len(form) and v.shape[-1] == form[-1]
+            for v, form in zip(values, needed.values(), strict=True)
         ]
         if not all(fits) or len({len(value) for value in values}) > 1:
             got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))

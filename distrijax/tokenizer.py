@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +21,8 @@ from jaxtyping import Int32
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from distrijax.config import DistriError, DistriWarning, check_choice, positive
-from distrijax.processes import is_first
+from distrijax.config import DistriError, check_choice, positive
+from distrijax.processes import warn
 from distrijax.weights import read_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -103,8 +102,9 @@ class CLIPTokenizer:
             for index in self._runs.get(token, (token,))
         ]
         room = self.length - 2
-        if len(tokens) > room and is_first():
-            self._warn(prompt, tokens, room)
+        if len(tokens) > room:
+            lost = prompt[tokens[room][1] :].strip()
+            warn(f"the prompt has {len(tokens)} tokens and the text encoder reads {room}; not seen by it: {lost!r}")
         ids = [self.bos_token_id, *(index for index, _ in tokens[:room]), self.eos_token_id]
         return ids + [self.pad_token_id] * (self.length - len(ids))
 
@@ -120,15 +120,6 @@ class CLIPTokenizer:
             if len(run) > 1:
                 runs[index] = tuple(run)
         return runs
-
-    def _warn(self, prompt: str, tokens: list[tuple[int, int]], room: int) -> None:
-        """tokens: ids, and where in the prompt each begins."""
-        lost = prompt[tokens[room][1] :].strip()
-        warnings.warn(
-            f"the prompt has {len(tokens)} tokens and the text encoder reads {room}; not seen by it: {lost!r}",
-            DistriWarning,
-            stacklevel=4,
-        )
 
 
 def byte_pair_encoder(

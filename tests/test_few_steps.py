@@ -242,6 +242,13 @@ def test_what_only_two_branches_would_heed_is_told(given, words, one):
     np.testing.assert_array_equal(got, paint(one, guidance_scale=8.0))
 
 
+def test_further_exact_steps_are_not_idle_where_they_make_all_steps_exact(pipe_on):
+    pipe = pipe_on("xl", devices=4, extrapolate=True, warmup_steps=2, sync_steps=(-1,))
+    words = r"^extrapolate changes nothing: with warmup_steps 2 and sync_steps \[-1\] all 4 steps are synchronous; use"
+    with pytest.warns(DistriWarning, match=words):
+        paint(pipe)
+
+
 def test_options_of_displaced_steps_are_told_where_there_are_none(pipe_on):
     pipe = pipe_on("xl", devices=4, extrapolate=True, compress="int8")
     words = "extrapolate, compress changes nothing: with warmup_steps 4 all 4 steps are synchronous; use fewer"

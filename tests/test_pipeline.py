@@ -122,6 +122,27 @@ def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe
     assert relative_error(paint(one, None, **held), got) < 0.1
 
 
+def test_what_encode_prompt_returns_takes_the_place_of_prompts(one, torch_pipe):
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    got = one.encode_prompt(PROMPT, negative_prompt=OTHER)
+    with torch.no_grad():
+        for ours, theirs in zip(got, torch_pipe.encode_prompt(PROMPT, negative_prompt=OTHER), strict=True):
+            assert relative_error(ours, theirs.numpy()) < 1e-4
+    given = paint(one, None, **dict(zip(names, got, strict=True)))
+    np.testing.assert_array_equal(given, paint(one, negative_prompt=OTHER))
+
+
+@pytest.mark.parametrize("settings", [{"devices": 1}, {"devices": 4}, {"devices": 3}], ids=str)
+def test_latents_are_decoded_to_the_picture_of_the_call(pipe_on, settings):
+    pipe = pipe_on(**settings)
+    call = {"height": 72, "width": 64, "num_inference_steps": 2}
+    latents, wanted = (pipe(PROMPT, **call, output_type=kind).images for kind in ("latent", "np"))
+    assert np.abs(pipe.decode(latents, output_type="np").images - wanted).max() < 1e-5
+    assert pipe.decode(latents).images[0].size == (64, 72)
+    with pytest.raises(DistriError, match=r"latents is \[4, 9, 8\]; give \[images, 4, rows, columns\]"):
+        pipe.decode(latents[0])
+
+
 def test_missing_negative_prompt_is_zeros_and_not_the_empty_prompt(one):
     assert relative_error(paint(one), paint(one, negative_prompt="")) > 1e-3
 

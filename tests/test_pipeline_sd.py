@@ -203,6 +203,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(kind, tiny_sd_checkpoints, tm
     assert_one_sentence(str(error.value).replace(str(tmp_path), ""), pattern)
 
 
+def test_what_encode_prompt_returns_takes_the_place_of_prompts(pipe_on):
+    pipe = pipe_on(1, devices=2)
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    text, negative = pipe.encode_prompt("a", "b", clip_skip=1)
+    given = pipe(prompt_embeds=text, negative_prompt_embeds=negative, **call).images
+    np.testing.assert_array_equal(given, pipe("a", negative_prompt="b", clip_skip=1, **call).images)
+
+
 CALLS = {
     "no prompt": ({"prompt": None}, "prompt is missing; give a string"),
     "prompt and embeddings": (

@@ -153,6 +153,11 @@ def test_sharing_weights_out_changes_no_picture(settings):
     assert relative_error(painted(**settings, shard_weights=True), painted(**settings)) < 1e-5
 
 
+def test_weights_are_read_whatever_transfers_are_forbidden(shallow_checkpoint):
+    with jax.transfer_guard("disallow"):
+        DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=2))
+
+
 def test_each_device_keeps_its_share_of_all_models():
     def held(**settings) -> int:
         pipe = DistriSDXLPipeline.from_pretrained(DEFAULT_MODEL, DistriConfig(devices=8, **settings))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,30 @@ def test_what_fails_to_compile_in_the_background_fails_where_it_is_called():
     with pytest.raises(DistriError, match="never"):
         programs(wrong, None, (), x)
     assert programs.count == 0
+
+
+def test_whoever_waits_for_what_fails_to_compile_is_told_the_same():
+    programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
+
+    def wrong(static, params, x):
+        time.sleep(1)  # until both wait
+        raise DistriError("never")
+
+    def call(_):
+        with pytest.raises(DistriError, match="never"):
+            programs(wrong, None, (), x)
+
+    with ThreadPoolExecutor(2) as callers:
+        list(callers.map(call, range(2)))
+
+
+def test_programs_that_jax_is_told_not_to_compile_are_refused():
+    programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
+    with (
+        jax.disable_jit(),
+        pytest.raises(DistriError, match="jax_disable_jit is set, and .* compiled ahead here; unset it"),
+    ):
+        programs(slow_sum, None, (), x)
 
 
 @dataclasses.dataclass

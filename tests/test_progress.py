@@ -34,6 +34,12 @@ def test_a_result_may_be_given_away_before_it_is_waited_for():
     np.testing.assert_array_equal(following, 2.0)
 
 
+def test_whoever_calls_may_be_within_a_mesh_of_other_devices(capsys):
+    with jax.set_mesh(jax.make_mesh((2,), ("x",))), Progress(1) as progress:
+        progress.handed_over(1, jax.device_put(np.ones(3), jax.devices()[2]))
+    assert "1/1" in capsys.readouterr().err
+
+
 def test_steps_that_are_not_done_do_not_count(capsys):
     def interrupted():
         with Progress(2) as progress:

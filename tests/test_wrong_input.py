@@ -220,6 +220,12 @@ LOADING = {
         "compile_for: got an unexpected keyword argument 'heigth'; give a dict of arguments of the pipeline's call",
     ),
     "first call that is none": ({"compile_for": [64, 64]}, "compile_for: .*; give a dict of arguments"),
+    "first call of text": ({"compile_for": "64"}, "compile_for: .*; give a dict of arguments"),
+    "first call with latents of another size": (
+        {"compile_for": {"height": 64, "width": 64, "latents": np.zeros((1, 2, 3))}},
+        r"latents is \[1, 2, 3\]; give .*, here \[1, 4, 8, 8\]",
+    ),
+    "options in a list": ({"compiler_options": ["xla_x"]}, r"compiler_options is \['xla_x'\]; give a dict"),
     "first call with a wrong seed": ({"compile_for": {"seed": -1}}, "seed is -1; give a whole number"),
     "too many devices": ({"distri_config": DistriConfig(devices=9)}, r"devices is 9 and JAX shows 8 \(cpu\); ask for"),
     "wrong product": (
@@ -321,11 +327,21 @@ CALLS = {
         {"prompt": None, **embeds(pooled=(2, 31))},
         r"pooled_prompt_embeds is \[2, 31\]; give .* and \[prompts, 32\]",
     ),
+    "embeddings of no prompt": (
+        {"prompt": None, **embeds((0, 77, 64), (0, 32))},
+        r"prompt_embeds is \[0, 77, 64\] .*; give \[prompts, tokens, 64\]",
+    ),
+    "embeddings of no token": (
+        {"prompt": None, **embeds(tokens=(2, 0, 64))},
+        r"prompt_embeds is \[2, 0, 64\] .*; give \[prompts, tokens, 64\]",
+    ),
     "negative embeddings of wrong length": (
         {"prompt": None, **embeds(), **embeds(tokens=(2, 50, 64), prefix="negative_")},
         r"negative embeddings are \[2, 50, 64\] and the prompt's are \[2, 77, 64\]; give",
     ),
     "latents": ({"latents": np.zeros((2, 4, 9, 8))}, r"latents is \[2, 4, 9, 8\]; give .*, here \[2, 4, 8, 8\]"),
+    "latents of NaN": ({"latents": np.full((2, 4, 8, 8), np.nan)}, "latents has values that are not finite; give"),
+    "complex latents": ({"latents": np.zeros((2, 4, 8, 8), complex)}, "latents is .*; give an array of numbers"),
     "ragged latents": ({"latents": [[1], [2, 3]]}, r"latents is \[\[1\], \[2, 3\]\]; give an array of numbers"),
     "embeddings of text": (
         {"prompt": None, **embeds(), "pooled_prompt_embeds": "a"},
