@@ -77,9 +77,18 @@ def choose(kind: type[Choice], value: str, name: str) -> Choice:
 
 def positive(value: Any, name: str, *, least: int = 1) -> int:
     """`value` as an int of at least `least`, whatever library it is a whole number of; raises DistriError otherwise."""
+    value = scalar(value)
     if not _is_whole(value) or value < least:
         raise DistriError(f"{name} is {value!r}; give a whole number of at least {least}")
     return int(value)
+
+
+def scalar(value: Any) -> Any:
+    """The Python number in a scalar of numpy's, or in any library's array without dimensions; all else as it is."""
+    try:
+        return value.item() if getattr(value, "ndim", None) == 0 else value
+    except (AttributeError, NotImplementedError):  # no array, or an array of keys
+        return value
 
 
 def _is_whole(value: Any) -> bool:
@@ -88,13 +97,15 @@ def _is_whole(value: Any) -> bool:
 
 def flag(value: Any, name: str) -> bool:
     """`value` as a bool; raises DistriError for what is neither true nor false."""
-    if not isinstance(value, bool | np.bool_):
+    value = scalar(value)
+    if not isinstance(value, bool):
         raise DistriError(f"{name} is {value!r}; use true or false")
-    return bool(value)
+    return value
 
 
 def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
     """`value` as a float of at least `least`; raises DistriError for NaN, infinity and what is no number."""
+    value = scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
         bound = "" if least == -math.inf else f" of at least {least}"
         raise DistriError(f"{name} is {value!r}; give a finite number{bound}")
@@ -204,7 +215,8 @@ class DistriConfig:
 
 def _step_numbers(value: Any) -> tuple[int, ...]:
     """Numbers of steps as a tuple; raises DistriError for what is none."""
-    steps = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    value = scalar(value)
+    steps = tuple(map(scalar, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not all(map(_is_whole, steps)):
         raise DistriError(f"sync_steps is {value!r}; give whole numbers, from 0 on or from -1 back, such as (20, -1)")
     return tuple(map(int, steps))

@@ -25,6 +25,7 @@ from distrijax.config import (
     finite_number,
     host_array,
     positive,
+    scalar,
 )
 from distrijax.decode import Decoder, decode
 from distrijax.denoise import Inputs, Layout, Loop, Steps, layout_of, loop_of
@@ -503,14 +504,14 @@ def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]
 
 def _image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
     """What `denoise.image_keys` takes: for each image a stream of one seed, or the first stream of its own seed."""
-    several = isinstance(seed, list | tuple | range | np.ndarray)
-    seeds, streams = (list(seed), [0] * images) if several else ([seed] * images, range(images))
+    several = isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0) > 0
+    seeds, streams = (list(map(scalar, seed)), [0] * images) if several else ([scalar(seed)] * images, range(images))
     if len(seeds) != images:
         raise DistriError(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
     for value in seeds:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise DistriError(f"seed is {value!r}; give a whole number from 0 to 2**63 - 1")
-    parts = [(int(s) & 0xFFFFFFFF, int(s) >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
+    parts = [(s & 0xFFFFFFFF, s >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
     return np.array(parts, np.uint32)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from distrijax import DistriConfig, DistriError
-from distrijax.config import positive
+from distrijax.config import finite_number, flag, positive
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,26 @@ def test_numpys_whole_numbers_and_flags_become_pythons():
     assert {type(fields[name]) for name in given} == {int, bool}
     assert set(map(type, config.sync_steps)) == {int}
     assert type(positive(np.int64(1024), "height")) is int
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.asarray, torch.tensor])
+def test_any_librarys_arrays_without_dimensions_are_numbers(array):
+    assert DistriConfig(warmup_steps=array(3), sync_steps=array([1, -2])) == DistriConfig(
+        warmup_steps=3, sync_steps=(1, -2)
+    )
+    assert DistriConfig(sync_steps=array(2), extrapolate=array(True)) == DistriConfig(sync_steps=2, extrapolate=True)
+    taken = [
+        positive(array(4), "height"),
+        finite_number(array(0.5), "guidance_scale"),
+        flag(array(False), "split_batch"),
+    ]
+    assert taken == [4, 0.5, False] and [type(value) for value in taken] == [int, float, bool]
+    for wrong in (array(True), array([1.0]), array(float("nan")), np.array("1"), jax.random.key(0)):
+        with pytest.raises(DistriError, match="guidance_scale is"):
+            finite_number(wrong, "guidance_scale")
+    for wrong in (array(True), array([4]), array(4.0), array(0), np.array("4"), jax.random.key(0)):
+        with pytest.raises(DistriError, match="height is"):
+            positive(wrong, "height")
 
 
 @pytest.mark.parametrize("value", [True, np.True_, 1.0, np.float32(1), "1", None])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
 from distrijax.exchange import KINDS
+from distrijax.pipeline import _image_seeds
 from distrijax.schedulers import with_class
 
 PROMPT = "a red circle on the left"
@@ -230,6 +232,20 @@ def test_seeds_draw_different_noise(one):
     assert relative_error(paint(one, seed=1 + 2**32), paint(one, seed=1)) > 0.1
     assert relative_error(paint(one, seed=1), paint(one, seed=2)) > 0.1
     np.testing.assert_array_equal(paint(one, seed=[1]), paint(one, seed=1))
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.asarray, torch.tensor])
+def test_seeds_may_be_arrays_of_any_library(array):
+    np.testing.assert_array_equal(_image_seeds(array(3), 2), _image_seeds(3, 2))
+    np.testing.assert_array_equal(_image_seeds(array([3, 4]), 2), _image_seeds([3, 4], 2))
+    np.testing.assert_array_equal(_image_seeds([array(3), 4], 2), _image_seeds([3, 4], 2))
+    for wrong in (array(True), array(1.0), array(-1), array([[3], [4]]), np.array("3"), jax.random.key(0)):
+        with pytest.raises(DistriError, match="(?s)seed is .*; give a whole number"):
+            _image_seeds(wrong, 2)
+
+
+def test_the_guidance_scale_may_be_an_array_without_dimensions(one):
+    np.testing.assert_array_equal(paint(one, guidance_scale=jnp.float32(3)), paint(one, guidance_scale=3.0))
 
 
 def trajectory(pipe: DistriSDXLPipeline, **changes) -> list[np.ndarray]:
