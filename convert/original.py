@@ -284,7 +284,8 @@ def _warn_of_losses(
 ) -> None:
     """Warns of the values in which the configs differ from those that the file will be read with."""
     prediction = _prediction(theirs, family, {}, None)
-    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": family.base("scheduler", prediction)}
+    scheduler = _scheduler(theirs, family, {}, prediction, what)
+    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": scheduler}
     lost = []
     for part in configs.keys() & read.keys():
         defaults = DEFAULTS["text" if part.startswith("text_encoder") else part]
