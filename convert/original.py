@@ -28,6 +28,7 @@ from distrijax.convert.sdxl import SDXL
 from distrijax.convert.settle import agree, settle
 from distrijax.convert.tensors import Tensors, of_array
 from distrijax.convert.vocabulary import SIZE, tokenizer_files
+from distrijax.schedulers import SCHEDULERS
 from distrijax.schedulers.common import Prediction
 from distrijax.weights import IGNORED, current_name
 
@@ -60,6 +61,9 @@ DEFAULTS = {
     },
 }
 """Keys that change the picture and that no tensor tells, and what they are where a config lacks them."""
+
+SAMPLING = ("rescale_betas_zero_snr", "set_alpha_to_one", "steps_offset", "timestep_spacing")
+"""Further such keys of a scheduler; what they are where a config lacks them is a matter of its class."""
 
 
 def from_original(
@@ -285,13 +289,13 @@ def _warn_of_losses(
     """Warns of the values in which the configs differ from those that the file will be read with."""
     prediction = _prediction(theirs, family, {}, None)
     scheduler = _scheduler(theirs, family, {}, prediction, what)
-    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": scheduler}
+    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": _sampling(scheduler) | scheduler}
+    defaults = DEFAULTS | {"scheduler": DEFAULTS["scheduler"] | _sampling(configs.get("scheduler", {}))}
     lost = []
     for part in configs.keys() & read.keys():
-        defaults = DEFAULTS["text" if part.startswith("text_encoder") else part]
-        for key, default in defaults.items():
-            value = configs[part].get(key, default)
-            lost += [] if agree(value, read[part].get(key, default)) else [f"{part}: {key} {value!r}"]
+        for key, default in defaults["text" if part.startswith("text_encoder") else part].items():
+            value, other = configs[part].get(key, default), read[part].get(key, default)
+            lost += [] if agree(value or None, other or None) else [f"{part}: {key} {value!r}"]  # null is false
     if lost:
         warnings.warn(
             f"a file in the original layout holds no configs, and is read as {family.kind}; "
@@ -299,3 +303,12 @@ def _warn_of_losses(
             DistriWarning,
             stacklevel=3,
         )
+
+
+def _sampling(scheduler: Config) -> Config:
+    """What a scheduler's class has for the keys of `SAMPLING` that it heeds; of an unknown class, None for those it sets."""
+    for kind, _ in SCHEDULERS.values():
+        if kind.diffusers_name == scheduler.get("_class_name"):
+            heeded = {key: getattr(kind, key) for key in SAMPLING if key in kind.options() - kind.idle}
+            return {key: getattr(default, "value", default) for key, default in heeded.items()}
+    return {key: None for key in SAMPLING if key in scheduler}

@@ -323,12 +323,39 @@ def test_v_prediction_of_sdxl_travels_in_the_file(markers):
     assert from_original(back, "file").configs["scheduler"] == checkpoint.configs["scheduler"]
 
 
-def test_what_the_original_layout_can_not_say_is_warned_of():
-    checkpoint = from_original(unread(original("sd2")), "file", prediction_type="epsilon")
-    with pytest.warns(
-        DistriWarning, match=r"to be given with it \(--config FOLDER\): scheduler: prediction_type 'epsilon'$"
-    ):
-        to_original(checkpoint)
+DDIM = {"_class_name": "DDIMScheduler"}
+EULER = {"_class_name": "EulerDiscreteScheduler"}
+UNI_PC = {"_class_name": "UniPCMultistepScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "lost"),
+    [
+        ("sd2", {"prediction_type": "epsilon"}, "prediction_type 'epsilon'"),
+        (
+            "sd2",
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            "rescale_betas_zero_snr True, scheduler: timestep_spacing 'trailing'",
+        ),
+        ("sd2", {"rescale_betas_zero_snr": None, "timestep_spacing": "leading"}, None),
+        ("sd1", {"set_alpha_to_one": True, "steps_offset": 0}, "set_alpha_to_one True, scheduler: steps_offset 0"),
+        ("sd1", EULER, "timestep_spacing 'linspace'"),  # by its class, and PNDM's is another
+        ("sd1", {"_class_name": "LCMScheduler", "timestep_spacing": "trailing"}, None),  # which LCM does not heed
+        ("sd1", UNI_PC | {"timestep_spacing": "trailing"}, "timestep_spacing 'trailing'"),
+        ("sd1", UNI_PC | {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ("sdxl", {"timestep_spacing": "trailing"}, "timestep_spacing 'trailing'"),
+        ("sdxl", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),  # no marker says it of epsilon
+        ("sdxl", {"set_alpha_to_one": True}, None),  # which Euler does not heed
+        ("sdxl", DDIM | {"set_alpha_to_one": True}, "set_alpha_to_one True"),
+    ],
+)
+def test_what_the_original_layout_can_not_say_is_warned_of(family, scheduler, lost, recwarn):
+    checkpoint = from_original(unread(original(family)), "file")
+    given = checkpoint.configs | {"scheduler": checkpoint.configs["scheduler"] | scheduler}
+    to_original(dataclasses.replace(checkpoint, configs=given))
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (0 if lost is None else 1)
+    assert all(each.endswith(f"to be given with it (--config FOLDER): scheduler: {lost}") for each in said)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
