@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -28,6 +29,10 @@ class MeshPlan:
     cfg: int
     patch: int
 
+    def __post_init__(self):
+        for axis in EVERY_AXIS:
+            object.__setattr__(self, axis, positive(getattr(self, axis), axis))
+
     @property
     def devices(self) -> int:
         return self.data * self.cfg * self.patch
@@ -37,7 +42,12 @@ class MeshPlan:
 
         `patch` comes before `cfg` among the axes, because rows may be cut along both, and lax.ppermute numbers the devices
         along several axes in the mesh's order, whatever order it is told.
+        Raises DistriError for more devices or fewer.
         """
+        if len(devices) != self.devices:
+            raise DistriError(
+                f"{self} needs {self.devices} devices and {len(devices)} are given; give as many as it needs"
+            )
         halves = np.array(devices).reshape(self.data, self.cfg, self.patch)
         return Mesh(halves.transpose(0, 2, 1), EVERY_AXIS, axis_types=(AxisType.Auto,) * 3)
 
@@ -53,11 +63,24 @@ def plan_mesh(config: DistriConfig, devices: int, *, branches: int = 2) -> MeshP
     """Sizes of the axes for so many devices: what the user set, else the CFG split first, then patches.
 
     branches: of guidance, for this model (`UNetConfig.branches`).
-    Raises DistriError where the product of the sizes is not the number of devices, and for a split of a single branch.
+    Raises DistriError where the product of the sizes is not the number of devices, where `config.devices` is another number,
+    and for a split of a single branch.
     """
+    devices = positive(devices, "devices")
+    if config.devices not in (None, devices):
+        raise DistriError(
+            f"devices is {devices} and the config's is {config.devices}; give the same number, or leave the config's out"
+        )
     if config.cfg == 2 and branches == 1:
         raise DistriError(
             "cfg is 2 and this UNet, which is told the guidance scale, has a single branch to run; use 1 or leave cfg out"
+        )
+    given = {axis: size for axis in (DATA, CFG) if (size := getattr(config, axis))}
+    least = math.prod(given.values())
+    if config.patch is None and devices % least:
+        named = " x ".join(f"{axis}={size}" for axis, size in given.items())
+        raise DistriError(
+            f"{named} needs a multiple of {least} devices and devices is {devices}; use such a number, or a smaller size"
         )
     data = config.data or 1
     per_image = devices // data

@@ -34,11 +34,38 @@ def test_plan(settings, devices, wanted):
 
 @pytest.mark.parametrize(
     ("settings", "devices", "product"),
-    [({"patch": 3}, 8, 3), ({"cfg": 2}, 3, 2), ({"data": 3}, 8, 6), ({"data": 16}, 8, 0)],
+    [({"patch": 3}, 8, 3), ({"patch": 4, "cfg": 2}, 4, 8), ({"data": 16, "patch": 1}, 8, 16)],
 )
 def test_sizes_that_do_not_fill_the_devices_are_refused(settings, devices, product):
     with pytest.raises(DistriError, match=f"is {product} and devices is {devices}; choose axis sizes"):
         plan_mesh(DistriConfig(**settings), devices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "sentence"),
+    [
+        ({"cfg": 2}, 1, "cfg=2 needs a multiple of 2 devices and devices is 1; use such a number"),
+        ({"cfg": 2}, 3, "cfg=2 needs a multiple of 2 devices and devices is 3; use such a number"),
+        ({"data": 3}, 8, "data=3 needs a multiple of 3 devices and devices is 8"),
+        ({"data": 16}, 8, "data=16 needs a multiple of 16 devices and devices is 8"),
+        ({"data": 2, "cfg": 2}, 2, "data=2 x cfg=2 needs a multiple of 4 devices and devices is 2"),
+        ({"devices": 4}, 8, "devices is 8 and the config's is 4; give the same number"),
+        ({}, 0, "devices is 0; give a whole number of at least 1"),
+        ({}, -2, "devices is -2; give a whole number of at least 1"),
+        ({}, 8.0, "devices is 8.0; give a whole number of at least 1"),
+    ],
+)
+def test_numbers_of_devices_that_can_not_be_are_refused(settings, devices, sentence):
+    with pytest.raises(DistriError, match=f"^{re.escape(sentence)}"):
+        plan_mesh(DistriConfig(**settings), devices)
+
+
+def test_a_mesh_has_sizes_of_at_least_one_and_as_many_devices_as_they_need():
+    with pytest.raises(DistriError, match="patch is 0; give a whole number of at least 1"):
+        MeshPlan(1, 2, 0)
+    for count in (1, 8):
+        with pytest.raises(DistriError, match=f"data 1 x cfg 2 x patch 2 needs 4 devices and {count} are given"):
+            MeshPlan(1, 2, 2).build(jax.devices()[:count])
 
 
 def test_branches_get_a_half_each_and_bands_lie_side_by_side():
