@@ -101,8 +101,9 @@ class Call:
 
     def __post_init__(self):
         check_choice(self.output_type, ("pil", "np", "latent"), "output_type")
-        finite_number(self.guidance_scale, "guidance_scale")
-        finite_number(self.guidance_rescale, "guidance_rescale", least=0)
+        object.__setattr__(self, "guidance_scale", finite_number(self.guidance_scale, "guidance_scale"))
+        rescale = finite_number(self.guidance_rescale, "guidance_rescale", least=0)
+        object.__setattr__(self, "guidance_rescale", rescale)
         for name in ("height", "width", "num_inference_steps", "num_images_per_prompt"):
             object.__setattr__(self, name, positive(getattr(self, name), name))
         if self.chunk_size is not None:

@@ -108,7 +108,7 @@ def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_chec
 
 def stale_of(pipe: DistriSDXLPipeline) -> list:
     """The stale state that the pipeline's displaced program takes, whole."""
-    (structures,) = [key[2:] for key in pipe.programs._compiled if key[0].__name__ == "displaced"] or [None]
+    (structures,) = [key[2:4] for key in pipe.programs._compiled if key[0].__name__ == "displaced"] or [None]
     if structures is None:
         return []
     structure, leaves = structures
