@@ -118,14 +118,13 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.inspect or arguments.dry_run:
         print(*(describe_checkpoint(checkpoint, mapping) if arguments.inspect else mapping), sep="\n")
         return
-    write(checkpoint, arguments)
+    write(checkpoint, kind, arguments)
     print(f"wrote {arguments.destination}")
 
 
-def write(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
-    """Writes in the format that the flags ask for."""
+def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -> None:
+    """Writes in a format, as the flags ask for."""
     destination: Path = arguments.destination
-    kind = _format(arguments)
     if arguments.dtype:
         checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
     with watched(checkpoint, destination.name) as seen, appearing(destination, force=arguments.force) as beside:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distrijax.config import DistriError, DistriWarning
+from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.kinds import recognise
 from distrijax.convert.lora_names import FOREIGN, Key, Target, is_pefts, read_key, spellings
 from distrijax.convert.lora_settings import PEFT_SETTINGS, Settings, read_settings
 from distrijax.convert.merging import COMMON, Change, fits, lengths_fit, merged
 from distrijax.convert.tensors import Shape, Tensor, Tensors
+from distrijax.processes import warn
 from distrijax.weights import shown, summary
 
 SUPPORTED = "LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA"
@@ -94,11 +94,9 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
 
 def _warn_of_no_alpha(lora: Lora, found: Changes, settings: Settings) -> None:
     if is_pefts(lora.tensors) and not settings.parts and not any("alpha" in each.factors for each in found.values()):
-        warnings.warn(
+        warn(
             f"{lora.what} is PEFT's and has no {PEFT_SETTINGS} beside it, which holds its alpha; it is merged as if alpha were its "
-            "rank: put that file there, or give another weight",
-            DistriWarning,
-            stacklevel=2,
+            "rank: put that file there, or give another weight"
         )
 
 

@@ -7,12 +7,11 @@ Checkpoint -> family: rows -> to_theirs -> names as CompVis and SGM write them
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
 
-from distrijax.config import DistriError, DistriWarning, choose
+from distrijax.config import DistriError, choose
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import SAME, Mapped, raise_for, to_ours, to_theirs
 from distrijax.convert.family import MARKERS, UNET, Config, OriginalFamily, without
@@ -28,6 +27,7 @@ from distrijax.convert.sdxl import SDXL
 from distrijax.convert.settle import agree, settle
 from distrijax.convert.tensors import Tensors, of_array
 from distrijax.convert.vocabulary import SIZE, tokenizer_files
+from distrijax.processes import warn
 from distrijax.schedulers import SCHEDULERS
 from distrijax.schedulers.common import Prediction
 from distrijax.weights import IGNORED, current_name
@@ -297,11 +297,9 @@ def _warn_of_losses(
             value, other = configs[part].get(key, default), read[part].get(key, default)
             lost += [] if agree(value or None, other or None) else [f"{part}: {key} {value!r}"]  # null is false
     if lost:
-        warnings.warn(
+        warn(
             f"a file in the original layout holds no configs, and is read as {family.kind}; "
-            f"to be given with it (--config FOLDER): {', '.join(sorted(lost))}",
-            DistriWarning,
-            stacklevel=3,
+            f"to be given with it (--config FOLDER): {', '.join(sorted(lost))}"
         )
 
 

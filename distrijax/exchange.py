@@ -212,14 +212,18 @@ class Synchronous(WholeImage):
         rows, image = self._rows(x)
         return None if rows == image else first_row(x.shape[1], self.axis) + jnp.arange(x.shape[1]) < image
 
-    def _without_padding(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def _without_padding(
+        self, x: Float[Array, "b h w c"], instead: Float[Array, "b 1 1 c"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        """`x` with zeros for its padding, or with one pixel of each image."""
         inside = self._in_image(x)
-        return x if inside is None else jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype))
+        if inside is None:
+            return x
+        return jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype) if instead is None else instead)
 
     def _own_tokens(self, kv: Float[Array, "b h w c2"]) -> Float[Array, "b t c2"]:
         """This patch's tokens. Where they are compressed, padding repeats the first, and adds nothing to a channel's range."""
-        inside = self._in_image(kv) if self.strategy.compress else None
-        return _flat(kv if inside is None else jnp.where(inside[None, :, None, None], kv, kv[:, :1, :1]))
+        return _flat(self._without_padding(kv, kv[:, :1, :1]) if self.strategy.compress else kv)
 
     def _image_tokens(self, everyone: Float[Array, "b t c"], kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c"]:
         return everyone[:, : self._rows(kv)[1] * kv.shape[2]]

@@ -254,8 +254,9 @@ class Pipeline:
         seeds = jax.ShapeDtypeStruct((images, 3), np.uint32, sharding=loop.layout.sharding(P(DATA)))
         sigma = jax.ShapeDtypeStruct((), np.float32, sharding=self._everywhere)
         latents = latents_of(loop, unet, images)
-        if (noise := call.latents) is not None:
-            _given_latents(noise, (images, unet.in_channels, *loop.layout.latent))
+        noise = None
+        if call.latents is not None:
+            _given_latents(call.latents, (images, unet.in_channels, *loop.layout.latent))
             noise = latents
         self.programs.prepare(_begin, (loop, unet.in_channels), (), seeds, sigma, noise)
         if call.output_type != "latent":
@@ -349,12 +350,14 @@ class Pipeline:
 
     def _warn_of_idle_options(self, loop: Loop, total: int) -> None:
         """Tells which options of displaced steps are set for a call that has none, and of devices that do others' work again."""
-        warmup, further = self.config.warmup_steps, self.config.sync_steps
-        options = ("extrapolate", "compress") if total > warmup + 1 else ("extrapolate", "compress", "sync_steps")
+        why, options = f"warmup_steps {self.config.warmup_steps}", ["extrapolate", "compress"]
+        if total <= self.config.warmup_steps + 1:
+            options.append("sync_steps")
+        else:  # it is they that make the others exact
+            why += f" and sync_steps {list(self.config.sync_steps)}"
         names = [name for name in options if getattr(self.config, name)]
         displaced = strategy_of(self.config, loop.layout.patches) is not None
         if names and displaced and loop.strategy is None:
-            why = f"warmup_steps {warmup}" + (f" and sync_steps {list(further)}" if total > warmup + 1 else "")
             warn(
                 f"{', '.join(names)} changes nothing: with {why} all {total} steps are synchronous; use fewer of them, or "
                 "leave it out"
@@ -431,13 +434,15 @@ class Pipeline:
     def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
         before = self._visible(layout, state.latents)
         returned = callback(self, step, timestep, {"latents": before})
-        if returned is not None and not isinstance(returned, Mapping):
+        if returned is None:
+            return state
+        if not isinstance(returned, Mapping):
             raise DistriError(f"callback_on_step_end returned {type(returned).__name__}; return a dict, or None")
-        if unknown := set(returned or ()) - {"latents"}:
+        if unknown := returned.keys() - {"latents"}:
             raise DistriError(
-                f"callback_on_step_end returned {', '.join(map(str, sorted(unknown)))}; it may change the latents alone"
+                f"callback_on_step_end returned {', '.join(sorted(map(str, unknown)))}; it may change the latents alone"
             )
-        after = before if returned is None else returned.get("latents", before)
+        after = returned.get("latents", before)
         if after is before:
             return state
         latents = host_array(after, "the callback's latents")

@@ -196,9 +196,8 @@ def put_blocks(
             made[key] = block(at)
         return made[key]
 
-    with jax.transfer_guard_host_to_device(
-        "allow"
-    ):  # JAX takes what it makes of the blocks for transfers that nobody meant
+    # JAX takes what it makes of the blocks for transfers that nobody meant
+    with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(shape, sharding, once)
 
 

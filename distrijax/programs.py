@@ -98,17 +98,11 @@ class Programs:
 
     def prepare(
         self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
-    ) -> Hashable:
-        """Begins to compile a program that will be called, while something else goes on; returns the program's key.
+    ) -> tuple[Hashable, Future[jax.stages.Compiled]]:
+        """Begins to compile a program that will be called, while something else goes on; returns its key, and what will be it.
 
         Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite.
         """
-        return self._begun(function, static, params, *arguments, donate=donate)[0]
-
-    def _begun(
-        self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...]
-    ) -> tuple[Hashable, Future[jax.stages.Compiled]]:
-        """The program's key, and the program when it is there."""
         _check_jit()
         leaves, structure = jax.tree.flatten(arguments)
         taken = tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves)
@@ -125,7 +119,7 @@ class Programs:
         self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
     ) -> Any:
         """Runs the program. donate: which of `arguments` (from 0) it may overwrite."""
-        key, begun = self._begun(function, static, params, *arguments, donate=donate)
+        key, begun = self.prepare(function, static, params, *arguments, donate=donate)
         start = time.perf_counter()
         try:
             program = begun.result()
