@@ -26,16 +26,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import numpy as np
-from command_line import Parser, check_positive, json_lines, plain_errors
 
 from distrijax import DistriError
+from distrijax.cli.options import Parser, check_positive, json_lines, plain_errors
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import needed
-from distrijax.convert.original import FAMILIES, to_original
-from distrijax.convert.safetensors_files import write_safetensors
+from distrijax.convert.layouts.original import FAMILIES, to_original
+from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.tensors import Shape, Tensor
 
 NAMES = {"xl": "SDXL", "1": "SD1", "2": "SD2"}

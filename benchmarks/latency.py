@@ -18,17 +18,18 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import jax
-from command_line import (
+
+from distrijax import SCHEDULERS, DistriError, load_pipeline
+from distrijax.cli.generate import PROMPT
+from distrijax.cli.multiprocess import add_flags, ending_together, join
+from distrijax.cli.options import (
     Parser,
     add_model_flags,
     check_positive,
@@ -42,15 +43,11 @@ from command_line import (
     run,
     written_whole,
 )
-from generate import PROMPT
-from together import add_flags, ending_together, join
-
-from distrijax import SCHEDULERS, DistriError, load_pipeline
-from distrijax.config import check_file, positive
 from distrijax.convert.cache import Prepared
 from distrijax.flags import add_config_flags, config_of, settings_of
-from distrijax.loading import DTYPES
-from distrijax.processes import is_first
+from distrijax.parallel.processes import is_main_process
+from distrijax.validate import check_file, positive
+from distrijax.weights.dtypes import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,9 +95,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
     check_positive(arguments, "warmup_times", "test_times")
     if not 0 <= arguments.ignore_ratio < 1:
         raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a part of all, from 0 to less than 1")
-    if arguments.plot and is_first():
+    if arguments.plot and is_main_process():
         check_plot(arguments.plot)
-    tell = json_lines(arguments.output if is_first() else None)
+    tell = json_lines(arguments.output if is_main_process() else None)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
     _, model = find_model(arguments)
@@ -109,7 +106,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         row = measure(arguments, model, devices)
         rows.append(row)
         tell(row)
-    if arguments.plot and is_first():
+    if arguments.plot and is_main_process():
         draw(rows, arguments.plot)
 
 
@@ -122,12 +119,12 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
     pipe.set_progress_bar_config(disable=True)
     height, width = arguments.image_size or pipe.default_size
     loops: list[float] = []
-    denoise = pipe._denoise
+    loop = pipe._denoise
 
     def timed(*inputs):
         jax.block_until_ready(inputs)
         start = time.perf_counter()
-        result = jax.block_until_ready(denoise(*inputs))
+        result = jax.block_until_ready(loop(*inputs))
         loops.append(time.perf_counter() - start)
         return result
 
@@ -164,7 +161,7 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         "end_to_end_s": trimmed_mean(calls[arguments.warmup_times :], arguments.ignore_ratio),
         "peak_bytes": peak if peak != before else None,
     }
-    del pipe, denoise, timed
+    del pipe, loop, timed
     jax.clear_caches()
     gc.collect()  # the next pipeline's weights must not come on top of these
     return measured

@@ -23,12 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import jax
-from command_line import Parser, check_positive, json_lines, plain_errors
 
 from distrijax import DistriError
+from distrijax.cli.options import Parser, check_positive, json_lines, plain_errors
 
 LATENCY = Path(__file__).parent / "latency.py"
 

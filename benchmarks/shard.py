@@ -16,36 +16,44 @@ import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from command_line import Parser, check_positive, device_kind, find_dtype, keep_compiled_programs, plain_errors, run
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distrijax import DistriConfig, SyncMode, denoise, exchange, load_scheduler, plan_mesh
-from distrijax.config import positive
-from distrijax.denoise import Layout, image_keys
-from distrijax.loading import DTYPES, find_folder, read_configs
-from distrijax.mesh import PATCH, MeshPlan, check_sizes
-from distrijax.plan import step_of
-from distrijax.programs import compiled, options_for, trace
-from distrijax.shapes import Step
-from distrijax.unet import SDXL_BASE
+from distrijax import DistriConfig, SyncMode, load_scheduler, plan_mesh
+from distrijax.cli.options import (
+    Parser,
+    check_positive,
+    device_kind,
+    find_dtype,
+    keep_compiled_programs,
+    plain_errors,
+    run,
+)
+from distrijax.models.unet_config import SDXL_BASE
+from distrijax.parallel import collectives, exchange
+from distrijax.parallel.layout import Layout, check_sizes
+from distrijax.parallel.mesh import PATCH, MeshPlan
+from distrijax.parallel.programs import compiled, options_for, trace
+from distrijax.pipelines.loading import find_folder, read_configs
+from distrijax.plan.traffic import step_of
+from distrijax.sampling import denoise
+from distrijax.sampling.noise import image_keys
+from distrijax.sampling.shapes import StepProgram
+from distrijax.validate import positive
+from distrijax.weights.dtypes import DTYPES
 
 VAE_SCALE = 8
 
@@ -123,7 +131,7 @@ def timed(compiling: Callable[[], Any]) -> tuple[Any, float]:
     return compiling(), time.perf_counter() - start
 
 
-def time_steps(program: jax.stages.Compiled, step: Step, arguments: argparse.Namespace) -> float:
+def time_steps(program: jax.stages.Compiled, step: StepProgram, arguments: argparse.Namespace) -> float:
     """Median seconds of one device's part of a step."""
     params, inputs, *carry, constants = filled(part_of(step))
     seconds = []
@@ -137,7 +145,7 @@ def time_steps(program: jax.stages.Compiled, step: Step, arguments: argparse.Nam
     return statistics.median(seconds[arguments.warmup_times :])
 
 
-def compile_part(step: Step, options: Mapping[str, Any]) -> Callable[[], jax.stages.Compiled]:
+def compile_part(step: StepProgram, options: Mapping[str, Any]) -> Callable[[], jax.stages.Compiled]:
     """What compiles one device's part of a step, without collectives, with a user's options; it is traced by then."""
     layout = OnePart(**{**vars(step.loop.layout), "mesh": alone()}, parts=step.loop.layout.patches)
     loop = dataclasses.replace(step.loop, layout=layout)
@@ -162,7 +170,7 @@ class OnePart(Layout):
         return self.parts
 
 
-def part_of(step: Step) -> tuple:
+def part_of(step: StepProgram) -> tuple:
     """What one device's part of a step takes: shapes, and the constants of the step."""
     layout = step.loop.layout
     specs = denoise.specs_of(step.loop, stale=bool(step.stale))
@@ -196,7 +204,7 @@ def filled(shapes: Any) -> Any:
 
 @contextmanager
 def stand_ins(parts: int) -> Iterator[None]:
-    """Within, what `distrijax.exchange` asks of other devices is answered from the own values."""
+    """Within, what `distrijax.parallel.collectives` asks of other devices is answered from the own values."""
 
     def size(axis: Any) -> int:
         axes = axis if isinstance(axis, tuple) else (axis,)
@@ -211,7 +219,7 @@ def stand_ins(parts: int) -> Iterator[None]:
 
     names = {name: getattr(lax, name) for name in dir(lax) if not name.startswith("_")}
     replaced = SimpleNamespace(**{**names, "all_gather": all_gather, "ppermute": ppermute, "axis_size": size})
-    with mock.patch.object(exchange, "lax", replaced):
+    with mock.patch.object(collectives, "lax", replaced), mock.patch.object(exchange, "lax", replaced):
         yield
 
 

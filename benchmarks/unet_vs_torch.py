@@ -17,14 +17,12 @@ import argparse
 import functools
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the same GPU
 
 import jax
@@ -37,16 +35,17 @@ try:
 except ImportError:
     raise SystemExit("error: this benchmark needs diffusers and torch; install the extra `test`") from None
 
-from command_line import Parser
-
 from distrijax import DEFAULT_MODEL
-from distrijax.convert.sdxl import SDXL
-from distrijax.exchange import WholeImage
-from distrijax.mesh import MeshPlan
-from distrijax.placement import Form, Model
-from distrijax.programs import compiled, options_for
-from distrijax.unet import UNetConfig, abstract_unet
-from distrijax.weights import load_module, read_json
+from distrijax.cli.options import Parser
+from distrijax.convert.layouts.sdxl import SDXL
+from distrijax.json_config import read_json
+from distrijax.models.unet import abstract_unet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.exchange import WholeImage
+from distrijax.parallel.mesh import MeshPlan
+from distrijax.parallel.programs import compiled, options_for
+from distrijax.weights.load import load_module
+from distrijax.weights.sharding import Model, ModelLayout
 
 CONFIGS = {"sdxl": SDXL.unet, "sdxl-reduced": {**SDXL.unet, "layers_per_block": 1, "transformer_layers_per_block": 1}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,7 +140,7 @@ def main() -> None:
 def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
     """As the pipeline has it on one device."""
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
-    form, mesh = Form.of(abstract_unet(config), platform=device.platform), MeshPlan(1, 1, 1).build([device])
+    form, mesh = ModelLayout.of(abstract_unet(config), platform=device.platform), MeshPlan(1, 1, 1).build([device])
     module = load_module(form.abstract(), folder, variant=None, dtype=dtype, place=form.place_on(mesh))
     return Model.of(config, form, mesh, dtype)._replace(params=form.put_together(module))
 

@@ -1,4 +1,4 @@
 """Weight conversion, imported as `distrijax.convert`; nothing is public here yet.
 
-Folders of the diffusers layout need no conversion: `distrijax.weights` reads them directly.
+Folders of the diffusers layout need no conversion: `distrijax.weights.load` reads them directly.
 """

@@ -23,19 +23,19 @@ from pathlib import Path
 
 import numpy as np
 
-from distrijax import hub
-from distrijax.config import DistriError, DistriWarning
 from distrijax.convert.appearing import appearing
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.folder import write_folder
 from distrijax.convert.inspection import describe_checkpoint, describe_file
-from distrijax.convert.orbax_files import write_orbax
-from distrijax.convert.original import to_original
+from distrijax.convert.layouts.folder import write_folder
+from distrijax.convert.layouts.original import to_original
 from distrijax.convert.progress import watched
-from distrijax.convert.safetensors_files import write_safetensors
+from distrijax.convert.readers.orbax_files import write_orbax
+from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.sources import Found, Recipe, add_flags, assemble
 from distrijax.convert.tensors import FLOATS, Tensor
-from distrijax.loading import DTYPES
+from distrijax.errors import DistriError, DistriWarning
+from distrijax.weights import hub
+from distrijax.weights.dtypes import DTYPES
 
 
 class Format(enum.StrEnum):

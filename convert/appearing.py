@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
 
 
 @contextmanager

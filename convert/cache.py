@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from distrijax.config import DistriError
 from distrijax.convert.appearing import appearing
-from distrijax.convert.folder import MODELS, read_files, write_folder
+from distrijax.convert.layouts.folder import MODELS, read_files, write_folder
 from distrijax.convert.progress import watched
 from distrijax.convert.sources import Found, Recipe, assemble
+from distrijax.errors import DistriError
 
 VERSION = 1
 """Of what conversion makes; raise it when the same sources give other tensors or files."""

@@ -7,14 +7,15 @@ from functools import partial
 import numpy as np
 from flax import nnx
 
-from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import raise_for
 from distrijax.convert.tensors import Shape
-from distrijax.layers import abstract
-from distrijax.unet import UNet, UNetConfig
-from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import IGNORED, checkpoint_name, current_name, to_pytorch
+from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from distrijax.models.layers import abstract
+from distrijax.models.unet import UNet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.models.vae import AutoencoderKL, VAEConfig
+from distrijax.weights.names import IGNORED, checkpoint_name, current_name, to_pytorch
 
 
 def check_complete(checkpoint: Checkpoint, what: str) -> None:

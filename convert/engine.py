@@ -19,9 +19,9 @@ from functools import partial
 
 import numpy as np
 
-from distrijax.config import DistriError
 from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.weights import summary
+from distrijax.errors import DistriError
+from distrijax.weights.files import summary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrijax.config import DistriError
-from distrijax.convert import flax_files, safetensors_files, torch_files
+from distrijax.convert.readers import flax_files, safetensors_files, torch_files
 from distrijax.convert.source import Source
 from distrijax.convert.tensors import Tensors
+from distrijax.errors import DistriError
 
 HEAD = 512
 

@@ -12,10 +12,10 @@ from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.kinds import recognise
-from distrijax.convert.original import FAMILIES
+from distrijax.convert.layouts.original import FAMILIES
 from distrijax.convert.tensors import FLOATS, Tensor, Tensors
-from distrijax.loading import FAMILIES as PIPELINES
-from distrijax.weights import finite
+from distrijax.models.families import FAMILIES as PIPELINES
+from distrijax.weights.load import finite
 
 TOLD = ("modelspec.title", "modelspec.author", "modelspec.license", "ss_base_model_version", "ss_network_dim", "format")
 """What a safetensors file may say of itself and people want to know."""

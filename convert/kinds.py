@@ -6,9 +6,9 @@ import enum
 import re
 from collections.abc import Iterable
 
-from distrijax.config import DistriError
 from distrijax.convert.tensors import Tensors
-from distrijax.weights import shown
+from distrijax.errors import DistriError
+from distrijax.weights.names import shown
 
 
 class Kind(enum.StrEnum):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.config import DistriError
 from distrijax.convert.tensors import Shape, Tensors
+from distrijax.errors import DistriError
 
 WHOLE = ("_class_name", "architectures")
 """Keys of a config that came from a folder, so that a key it lacks has its default and not the family's value."""

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from distrijax.config import DistriError
 from distrijax.convert.tensors import Shape, Tensor
+from distrijax.errors import DistriError
 
 RANK = 32
 """Dimensions a tensor may have; numpy takes 64, and no model has more than five."""

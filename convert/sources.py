@@ -13,23 +13,24 @@ from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from distrijax import hub
-from distrijax.config import DistriError
+from distrijax.convert.adapters.inversion import A1111, Embedding, with_embeddings
+from distrijax.convert.adapters.lora import Lora, with_loras
+from distrijax.convert.adapters.lora_names import is_pefts
+from distrijax.convert.adapters.lora_settings import KEY, PEFT_SETTINGS
+from distrijax.convert.adapters.replace import with_unet, with_vae
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
 from distrijax.convert.engine import SAME, Mapped
 from distrijax.convert.files import metadata_of, open_tensors
-from distrijax.convert.folder import from_folder, read_files, read_model
-from distrijax.convert.inversion import A1111, Embedding, with_embeddings
-from distrijax.convert.lora import Lora, with_loras
-from distrijax.convert.lora_names import is_pefts
-from distrijax.convert.lora_settings import KEY, PEFT_SETTINGS
-from distrijax.convert.orbax_files import is_orbax, read_orbax
-from distrijax.convert.original import convert_original, unet_from, vae_from
-from distrijax.convert.replace import with_unet, with_vae
+from distrijax.convert.layouts.folder import from_folder, read_files, read_model
+from distrijax.convert.layouts.original import convert_original, unet_from, vae_from
+from distrijax.convert.readers.orbax_files import is_orbax, read_orbax
 from distrijax.convert.tensors import Tensors
-from distrijax.loading import PARTS
-from distrijax.weights import STEMS, read_json
+from distrijax.errors import DistriError
+from distrijax.json_config import read_json
+from distrijax.models.families import PARTS
+from distrijax.weights import hub
+from distrijax.weights.files import STEMS
 
 Config = dict[str, Any]
 

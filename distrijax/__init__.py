@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from distrijax.auto import load_pipeline
-from distrijax.config import Compression, DistriConfig, DistriError, DistriWarning, Parallelism, SplitScheme, SyncMode
-from distrijax.mesh import MeshPlan, plan_mesh
-from distrijax.pipeline import PipelineOutput
-from distrijax.pipeline_sd import DistriSDPipeline
-from distrijax.pipeline_sdxl import DistriSDXLPipeline
+from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode
+from distrijax.errors import DistriError, DistriWarning
+from distrijax.parallel.mesh import MeshPlan, plan_mesh
+from distrijax.pipelines.auto import load_pipeline
+from distrijax.pipelines.call import PipelineOutput
+from distrijax.pipelines.sd import DistriSDPipeline
+from distrijax.pipelines.sdxl import DistriSDXLPipeline
 from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"

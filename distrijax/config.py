@@ -1,27 +1,14 @@
-"""Frozen, validated configuration: how a run is spread over devices, and what the models look like."""
+"""Frozen, validated configuration: how a run is spread over devices."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
-import math
-import numbers
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
-
-class DistriError(ValueError):
-    """Bad input, told in one sentence: what was got, what is allowed, what to do."""
-
-
-class DistriWarning(UserWarning):
-    """Something asked for could not be honoured in full; the picture is made all the same."""
+from distrijax.errors import DistriError
+from distrijax.validate import choose, flag, is_whole, positive, scalar
 
 
 class SyncMode(enum.StrEnum):
@@ -61,80 +48,6 @@ class Compression(enum.StrEnum):
 
     INT8 = "int8"
     INT4 = "int4"
-
-
-Choice = TypeVar("Choice", bound=enum.StrEnum)
-
-
-def choose(kind: type[Choice], value: str, name: str) -> Choice:
-    """The member of `kind` called `value`; raises DistriError that lists the allowed names."""
-    try:
-        return kind(value)
-    except ValueError:
-        allowed = ", ".join(member.value for member in kind)
-        raise DistriError(f"{name} is {value!r}; use one of: {allowed}") from None
-
-
-def positive(value: Any, name: str, *, least: int = 1) -> int:
-    """`value` as an int of at least `least`, whatever library it is a whole number of; raises DistriError otherwise."""
-    value = scalar(value)
-    if not _is_whole(value) or value < least:
-        raise DistriError(f"{name} is {value!r}; give a whole number of at least {least}")
-    return int(value)
-
-
-def scalar(value: Any) -> Any:
-    """The Python number in a scalar of numpy's, or in any library's array without dimensions; all else as it is."""
-    try:
-        return value.item() if getattr(value, "ndim", None) == 0 else value
-    except (AttributeError, NotImplementedError):  # no array, or an array of keys
-        return value
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def flag(value: Any, name: str) -> bool:
-    """`value` as a bool; raises DistriError for what is neither true nor false."""
-    value = scalar(value)
-    if not isinstance(value, bool):
-        raise DistriError(f"{name} is {value!r}; use true or false")
-    return value
-
-
-def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
-    """`value` as a float of at least `least`; raises DistriError for NaN, infinity and what is no number."""
-    value = scalar(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
-        bound = "" if least == -math.inf else f" of at least {least}"
-        raise DistriError(f"{name} is {value!r}; give a finite number{bound}")
-    return float(value)
-
-
-def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
-    """A caller's array as float32 on the host; torch's of any dtype, too. Raises DistriError for what is no array of numbers."""
-    if value is None:
-        raise DistriError(f"{name} is None; give an array of numbers")
-    try:
-        # numpy knows no bfloat16 of torch's
-        array = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
-        real = array.astype(np.float32, casting="unsafe" if array.dtype.kind != "c" else "safe")
-    except (TypeError, ValueError):
-        raise DistriError(f"{name} is {value!r:.60}; give an array of numbers") from None
-    if not np.isfinite(real).all():
-        raise DistriError(f"{name} has values that are not finite; give finite numbers")
-    return real
-
-
-def check_file(path: Path, flag: str) -> None:
-    """Raises DistriError, before anything is loaded, where the file that a flag names could not be written."""
-    if path.is_dir():
-        raise DistriError(f"{flag} {path} is a folder; give the name of a file")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise DistriError(f"{flag} {path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,62 +130,6 @@ def _step_numbers(value: Any) -> tuple[int, ...]:
     """Numbers of steps as a tuple; raises DistriError for what is none."""
     value = scalar(value)
     steps = tuple(map(scalar, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    if not all(map(_is_whole, steps)):
+    if not all(map(is_whole, steps)):
         raise DistriError(f"sync_steps is {value!r}; give whole numbers, from 0 on or from -1 back, such as (20, -1)")
     return tuple(map(int, steps))
-
-
-class ModelConfig:
-    """Mix-in for dataclasses that are read from a model's config.json.
-
-    `INERT` names keys that change nothing at inference; `FIXED` names keys with the one value (or values) that
-    this implementation computes. Everything else must be a field; an unknown key or value raises DistriError.
-    """
-
-    INERT: frozenset[str] = frozenset()
-    FIXED: Mapping[str, tuple] = {}
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a diffusers / transformers config; raises DistriError for what is not supported."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        chosen = {}
-        for key, value in config.items():
-            value = freeze(value)
-            if key.startswith("_") or key in cls.INERT:
-                continue
-            if key in fields:
-                chosen[key] = value
-            elif key not in cls.FIXED:
-                hint = difflib.get_close_matches(key, fields, 1)
-                raise DistriError(
-                    f"{cls.__name__}: unknown key {key!r} (value {value!r}){f', did you mean {hint[0]!r}' if hint else ''}; "
-                    "remove it if it has no effect, or use a model of the Stable Diffusion family"
-                )
-            elif value not in cls.FIXED[key]:
-                raise DistriError(
-                    f"{cls.__name__}: {key} is {value!r}; supported: {', '.join(map(repr, cls.FIXED[key]))}"
-                )
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in chosen]
-        if missing:
-            raise DistriError(f"{cls.__name__}: the config lacks {', '.join(missing)}; fetch the file again")
-        return cls(**chosen)
-
-
-def freeze(value: Any) -> Any:
-    """Lists become tuples, so that a config can be hashed."""
-    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def per_block(value: Any, blocks: int, name: str) -> tuple:
-    """One value for each block: a scalar is repeated; raises DistriError on a wrong length."""
-    values = value if isinstance(value, tuple) else (value,) * blocks
-    if len(values) != blocks:
-        raise DistriError(f"{name} has {len(values)} entries for {blocks} blocks; give one, or one for each block")
-    return values
-
-
-def check_choice(value: Any, allowed: tuple, name: str) -> None:
-    """Raises DistriError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise DistriError(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")

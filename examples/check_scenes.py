@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from command_line import Parser
 from PIL import Image, ImageDraw, ImageFont
-from scenes import Scene, found, held_out_example
+
+from distrijax.cli.fidelity.scenes import Scene, found, held_out_example
+from distrijax.cli.options import Parser
 
 
 @dataclass(frozen=True)

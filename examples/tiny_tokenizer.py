@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from distrijax.config import DistriError
-from distrijax.tokenizer import BEGIN, END, LENGTH, WORD_END, CLIPTokenizer, byte_pair_encoder
+from distrijax.errors import DistriError
+from distrijax.models.tokenizer import BEGIN, END, LENGTH, WORD_END, CLIPTokenizer, byte_pair_encoder
 
 PRINTABLE = [chr(code) for first, last in ((33, 126), (161, 172), (174, 255)) for code in range(first, last + 1)]
 BYTES = PRINTABLE + [chr(256 + n) for n in range(256 - len(PRINTABLE))]

@@ -28,22 +28,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from command_line import check_positive, written_whole
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from scenes import PLACES, all_captions_vocabulary, example
 from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
-from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError, positive
-from distrijax.exchange import WholeImage
-from distrijax.layers import Attention, Linear, gelu
+from distrijax.cli.fidelity.scenes import PLACES, all_captions_vocabulary, example
+from distrijax.cli.options import check_positive, written_whole
+from distrijax.errors import DistriError
+from distrijax.json_config import read_json
+from distrijax.models.attention import Attention
+from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from distrijax.models.layers import Linear, gelu
+from distrijax.models.tokenizer import CLIPTokenizer
+from distrijax.models.unet import UNet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.models.vae import AutoencoderKL, VAEConfig
+from distrijax.parallel.exchange import WholeImage
 from distrijax.schedulers import common
-from distrijax.tokenizer import CLIPTokenizer
-from distrijax.unet import UNet, UNetConfig
-from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import read_json, save_module
+from distrijax.validate import positive
+from distrijax.weights.load import save_module
 
 VAE = VAEConfig(
     block_out_channels=(16, 32, 64, 64),

@@ -15,7 +15,9 @@ from tensor_files import everything
 
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.tensors import Tensors, of_array
-from distrijax.weights import current_name, read_tensors, weight_files
+from distrijax.weights.files import weight_files
+from distrijax.weights.load import read_tensors
+from distrijax.weights.names import current_name
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in"]

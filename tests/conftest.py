@@ -25,9 +25,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-TYPED = ("clip", "compression", "convolution", "denoise", "exchange", "layers", "schedulers", "unet", "vae")
-install_import_hook([f"distrijax.{module}" for module in TYPED], "array_types.check")
-CHECKED = {f"test_{module}" for module in (*TYPED, "pipeline")}
+TYPED = ("models", "parallel", "sampling", "schedulers")
+install_import_hook([f"distrijax.{room}" for room in TYPED], "array_types.check")
+CHECKED = {
+    f"test_{name}"
+    for name in "clip compression convolution denoise exchange layers schedulers unet vae pipeline".split()
+}
 """Test files in which the arguments of those modules' functions are checked; everywhere it would take a seventh of the time."""
 
 
@@ -38,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-LONG = "invariants pipeline processes plan any_size few_steps train_tiny unet pipeline_sd default_model evaluate placement".split()
+LONG = (
+    "invariants pipeline processes traffic any_size few_steps train_tiny unet pipeline_sd default_model evaluate sharding"
+).split()
 """Files that take minutes. They come first, or one process would be left alone with the last of them."""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from distrijax.weights import checkpoint_name, to_native
+from distrijax.weights.names import checkpoint_name, to_native
 
 Module = TypeVar("Module", bound=nnx.Module)
 

@@ -12,7 +12,10 @@ from unittest import mock
 import jax
 import numpy as np
 
-from distrijax import DistriConfig, load_pipeline, placement, processes, weights
+from distrijax import DistriConfig, load_pipeline
+from distrijax.parallel import processes
+from distrijax.weights import load as weights
+from distrijax.weights import sharding as placement
 
 DEVICES = 4
 CALL = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"}
@@ -57,7 +60,7 @@ def paint(checkpoint: Path, way: str) -> tuple[dict[str, np.ndarray], int]:
 
 if __name__ == "__main__":
     checkpoint, folder, coordinator, process_id = sys.argv[1:]
-    processes.start(coordinator, 2, int(process_id), devices=DEVICES)
+    processes.initialize(coordinator, 2, int(process_id), devices=DEVICES)
     assert (jax.process_count(), jax.local_device_count()) == (2, DEVICES // 2)
     for number, way in enumerate(WAYS):
         arrays, read = paint(Path(checkpoint), way)

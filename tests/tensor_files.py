@@ -15,10 +15,10 @@ import pytest
 import safetensors.numpy
 import torch
 
-from distrijax.config import DistriError
 from distrijax.convert.files import open_tensors
 from distrijax.convert.tensors import Tensors
-from distrijax.weights import Values
+from distrijax.errors import DistriError
+from distrijax.weights.load import Values
 
 Arrays = dict[str, np.ndarray]
 

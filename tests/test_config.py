@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distrijax import DistriConfig, DistriError
-from distrijax.config import finite_number, flag, positive
+from distrijax.validate import finite_number, flag, positive
 
 
 @pytest.mark.parametrize(

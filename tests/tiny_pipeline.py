@@ -18,9 +18,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from scenes import all_captions_vocabulary
 from tiny_tokenizer import train_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from distrijax.cli.fidelity.scenes import all_captions_vocabulary
 
 PADDINGS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 TEXT_WIDTH = 32

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.tensors import FLOATS, Tensor, Tensors
-from distrijax.weights import current_name, shown
+from distrijax.errors import DistriError
+from distrijax.weights.names import current_name, shown
 
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
@@ -187,7 +187,7 @@ def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
 
 
 def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
-    """Of tokenizer.json where there is one, as `distrijax.tokenizer` reads it."""
+    """Of tokenizer.json where there is one, as `distrijax.models.tokenizer` reads it."""
     model = held.get("tokenizer.json", {}).get("model") or {}
     vocabulary = model.get("vocab") or held.get("vocab.json")
     if not isinstance(vocabulary, dict):

@@ -11,15 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distrijax.config import DistriError
+from distrijax.convert.adapters.lora_names import FOREIGN, Key, Target, is_pefts, read_key, spellings
+from distrijax.convert.adapters.lora_settings import PEFT_SETTINGS, Settings, read_settings
+from distrijax.convert.adapters.merging import COMMON, Change, fits, lengths_fit, merged
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.kinds import recognise
-from distrijax.convert.lora_names import FOREIGN, Key, Target, is_pefts, read_key, spellings
-from distrijax.convert.lora_settings import PEFT_SETTINGS, Settings, read_settings
-from distrijax.convert.merging import COMMON, Change, fits, lengths_fit, merged
 from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.processes import warn
-from distrijax.weights import shown, summary
+from distrijax.errors import DistriError, warn
+from distrijax.weights.files import summary
+from distrijax.weights.names import shown
 
 SUPPORTED = "LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA"
 

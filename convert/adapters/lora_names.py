@@ -14,12 +14,12 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from distrijax.convert.adapters.merging import FULL, LOHA, LOKR, LORA, Method
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Table
-from distrijax.convert.merging import FULL, LOHA, LOKR, LORA, Method
-from distrijax.convert.original_unet import UNetLayout, unet_table
+from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
 from distrijax.convert.tensors import Tensor
-from distrijax.weights import current_name
+from distrijax.weights.names import current_name
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """What a LoRA can change."""

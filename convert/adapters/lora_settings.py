@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.config import DistriError
-from distrijax.convert.lora_names import PARTS, Target
-from distrijax.convert.merging import FULL, Change
+from distrijax.convert.adapters.lora_names import PARTS, Target
+from distrijax.convert.adapters.merging import FULL, Change
+from distrijax.errors import DistriError
 
 KEY = "lora_adapter_metadata"
 """Where diffusers writes the settings of all parts, in the metadata of a safetensors file, as JSON."""

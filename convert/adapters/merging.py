@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from distrijax.config import DistriError
 from distrijax.convert.tensors import Shape, Tensor, Tensors
+from distrijax.errors import DistriError
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, Shape]

@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
-from distrijax.convert.original_unet import describe_unet
-from distrijax.convert.original_vae import describe_vae
+from distrijax.convert.layouts.original_unet import describe_unet
+from distrijax.convert.layouts.original_vae import describe_vae
 from distrijax.convert.settle import agree, settle, spoken
 from distrijax.convert.tensors import Tensors
-from distrijax.unet import UNetConfig
-from distrijax.vae import VAEConfig
-from distrijax.weights import current_name
+from distrijax.errors import DistriError
+from distrijax.models.unet_config import UNetConfig
+from distrijax.models.vae import VAEConfig
+from distrijax.weights.names import current_name
 
 Config = dict[str, Any]
 

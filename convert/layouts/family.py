@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.config import DistriError
 from distrijax.convert.engine import Row, Table
 from distrijax.convert.kinds import Kind
-from distrijax.convert.original_text import TRANSFORMERS, layers_of, open_clip_table
-from distrijax.convert.original_unet import UNetLayout, unet_table
-from distrijax.convert.original_vae import levels_of, vae_table
+from distrijax.convert.layouts.original_text import TRANSFORMERS, layers_of, open_clip_table
+from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
+from distrijax.convert.layouts.original_vae import levels_of, vae_table
 from distrijax.convert.settle import UNKNOWN
 from distrijax.convert.tensors import Tensors
+from distrijax.errors import DistriError
 
 Config = dict[str, Any]
 

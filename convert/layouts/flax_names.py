@@ -9,10 +9,10 @@ FlaxCLIPTextModelWithProjection are meant; both libraries have left them out sin
 
 from __future__ import annotations
 
-from distrijax.config import DistriError
 from distrijax.convert.engine import KERNEL, Row, Table, raise_for, to_ours, to_theirs
 from distrijax.convert.tensors import Tensors
-from distrijax.weights import IGNORED, current_name
+from distrijax.errors import DistriError
+from distrijax.weights.names import IGNORED, current_name
 
 KERNEL_AND_BIAS = Table(Row("kernel", "weight", KERNEL), Row("bias", "bias"))
 """A linear layer or a convolution."""

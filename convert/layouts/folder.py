@@ -8,14 +8,16 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
-from distrijax.convert.flax_files import write_flax
-from distrijax.convert.flax_names import from_flax, to_flax
-from distrijax.convert.safetensors_files import write_safetensors
+from distrijax.convert.layouts.flax_names import from_flax, to_flax
+from distrijax.convert.readers.flax_files import write_flax
+from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.tensors import Tensors
-from distrijax.weights import STEMS, check_variant, current_name, read_json, weight_files
+from distrijax.errors import DistriError
+from distrijax.json_config import read_json
+from distrijax.weights.files import STEMS, check_variant, weight_files
+from distrijax.weights.names import current_name
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")

@@ -11,26 +11,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from distrijax.config import DistriError, choose
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import SAME, Mapped, raise_for, to_ours, to_theirs
-from distrijax.convert.family import MARKERS, UNET, Config, OriginalFamily, without
 from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise
-from distrijax.convert.original_parts import unet_from, vae_from
-from distrijax.convert.original_text import describe_text, heads_of
-from distrijax.convert.original_unet import TIME_COND, describe_unet
-from distrijax.convert.original_vae import describe_vae
-from distrijax.convert.refiner import REFINER
-from distrijax.convert.sd1 import SD1
-from distrijax.convert.sd2 import EPSILON_STEP, SD2
-from distrijax.convert.sdxl import SDXL
+from distrijax.convert.layouts.family import MARKERS, UNET, Config, OriginalFamily, without
+from distrijax.convert.layouts.original_parts import unet_from, vae_from
+from distrijax.convert.layouts.original_text import describe_text, heads_of
+from distrijax.convert.layouts.original_unet import TIME_COND, describe_unet
+from distrijax.convert.layouts.original_vae import describe_vae
+from distrijax.convert.layouts.refiner import REFINER
+from distrijax.convert.layouts.sd1 import SD1
+from distrijax.convert.layouts.sd2 import EPSILON_STEP, SD2
+from distrijax.convert.layouts.sdxl import SDXL
+from distrijax.convert.layouts.vocabulary import SIZE, tokenizer_files
 from distrijax.convert.settle import agree, settle
 from distrijax.convert.tensors import Tensors, of_array
-from distrijax.convert.vocabulary import SIZE, tokenizer_files
-from distrijax.processes import warn
+from distrijax.errors import DistriError, warn
 from distrijax.schedulers import SCHEDULERS
 from distrijax.schedulers.common import Prediction
-from distrijax.weights import IGNORED, current_name
+from distrijax.validate import choose
+from distrijax.weights.names import IGNORED, current_name
 
 __all__ = ["FAMILIES", "convert_original", "from_original", "to_original", "unet_from", "vae_from"]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from distrijax.config import DistriError
 from distrijax.convert.engine import Table, raise_for, to_ours
-from distrijax.convert.family import DROPPED, Config, without
 from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise, unet_prefix, vae_prefix
-from distrijax.convert.original_unet import TIME_COND, UNetLayout, describe_unet, unet_table
-from distrijax.convert.original_vae import describe_vae, levels_of, vae_table
+from distrijax.convert.layouts.family import DROPPED, Config, without
+from distrijax.convert.layouts.original_unet import TIME_COND, UNetLayout, describe_unet, unet_table
+from distrijax.convert.layouts.original_vae import describe_vae, levels_of, vae_table
 from distrijax.convert.settle import spoken
 from distrijax.convert.tensors import Tensors
-from distrijax.weights import current_name
+from distrijax.errors import DistriError
+from distrijax.weights.names import current_name
 
 
 def unet_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable
 from typing import Any, Self
 
-from distrijax.config import DistriError
 from distrijax.convert.engine import LAYER, Row, Table
 from distrijax.convert.settle import shape_of
 from distrijax.convert.tensors import Tensors
+from distrijax.errors import DistriError
 
 RESNET = Table(
     Row("in_layers.0.", "norm1.", LAYER),

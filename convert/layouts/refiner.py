@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distrijax.convert.family import OPEN_CLIP_BIG_G, OriginalFamily, Text, index_of
 from distrijax.convert.kinds import Kind
-from distrijax.convert.sdxl import SDXL, XL_SCHEDULER, XL_VAE
+from distrijax.convert.layouts.family import OPEN_CLIP_BIG_G, OriginalFamily, Text, index_of
+from distrijax.convert.layouts.sdxl import SDXL, XL_SCHEDULER, XL_VAE
 
 REFINER = OriginalFamily(
     kind=Kind.REFINER,

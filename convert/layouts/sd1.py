@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distrijax.convert.family import CLIP_L, SCHEDULER, UNET_CONFIG, VAE_CONFIG, OriginalFamily, Text, index_of
 from distrijax.convert.kinds import Kind
+from distrijax.convert.layouts.family import CLIP_L, SCHEDULER, UNET_CONFIG, VAE_CONFIG, OriginalFamily, Text, index_of
 
 ABSENT = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 """What the hub's pipeline has beside the model that is in a single file."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distrijax.convert.family import SCHEDULER, TEXT_CONFIG, VAE_CONFIG, OriginalFamily, Text, index_of
 from distrijax.convert.kinds import Kind
-from distrijax.convert.sd1 import ABSENT, SD1
+from distrijax.convert.layouts.family import SCHEDULER, TEXT_CONFIG, VAE_CONFIG, OriginalFamily, Text, index_of
+from distrijax.convert.layouts.sd1 import ABSENT, SD1
 
 OPEN_CLIP_H = {
     **TEXT_CONFIG,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distrijax.convert.family import (
+from distrijax.convert.kinds import Kind
+from distrijax.convert.layouts.family import (
     CLIP_L,
     OPEN_CLIP_BIG_G,
     SCHEDULER,
@@ -12,7 +13,6 @@ from distrijax.convert.family import (
     Text,
     index_of,
 )
-from distrijax.convert.kinds import Kind
 
 XL_SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",

@@ -10,7 +10,7 @@ import gzip
 import json
 from importlib import resources
 
-from distrijax.tokenizer import BEGIN, END, LENGTH, WORD_END
+from distrijax.models.tokenizer import BEGIN, END, LENGTH, WORD_END
 
 FILE = "clip_bpe.txt.gz"
 

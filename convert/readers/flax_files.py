@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from distrijax.config import DistriError
-from distrijax.convert.safetensors_files import DTYPES, little_endian_bytes
+from distrijax.convert.readers.safetensors_files import DTYPES, little_endian_bytes
 from distrijax.convert.source import NAME, Source, checked_shape
 from distrijax.convert.tensors import Tensor, Tensors
+from distrijax.errors import DistriError
 
 ARRAY, SCALAR = 1, 3
 """Flax's extension types; 2 is a complex number."""

@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.json_cost import json_cost
-from distrijax.convert.orbax_guard import METADATA, SMALL, check_folder, check_unpacked
-from distrijax.convert.safetensors_files import DTYPES
+from distrijax.convert.readers.json_cost import json_cost
+from distrijax.convert.readers.orbax_guard import METADATA, SMALL, check_folder, check_unpacked
+from distrijax.convert.readers.safetensors_files import DTYPES
 from distrijax.convert.source import Source, checked_shape, reason
 from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.weights import shown
+from distrijax.errors import DistriError
+from distrijax.weights.names import shown
 
 DESCRIPTION = "pipeline.json"
 

@@ -19,10 +19,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from distrijax.config import DistriError
-from distrijax.convert.json_cost import json_cost
+from distrijax.convert.readers.json_cost import json_cost
 from distrijax.convert.source import Source, add, checked_shape, reason
 from distrijax.convert.tensors import Tensor, Tensors
+from distrijax.errors import DistriError
 
 DTYPES = {
     name: np.dtype(kind)

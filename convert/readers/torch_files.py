@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from distrijax.config import DistriError
-from distrijax.convert import zips
-from distrijax.convert.pickles import UNKNOWN, Call, Hostile, Named, Persistent, read_pickle
+from distrijax.convert.readers import zips
+from distrijax.convert.readers.pickles import UNKNOWN, Call, Hostile, Named, Persistent, read_pickle
 from distrijax.convert.source import NAME, Source, checked_shape, reason
 from distrijax.convert.tensors import Shape, Tensor, Tensors
+from distrijax.errors import DistriError
 
 MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY = b"\x80\x02\x8a\x0a" + MAGIC.to_bytes(10, "little")

@@ -1,6 +1,6 @@
 """How faithful is each way of sharing a picture out? Many prompts, a grid of settings, and one device's pictures beside.
 
-    python examples/evaluate.py --output evaluation
+    distrijax evaluate --output evaluation
 
 Paints every prompt on one device and in every setting, seed = index, and writes into --output: the pictures; fidelity.csv, a row
 for each setting (PSNR, SSIM, LPIPS, FID, bytes exchanged); plot.png, PSNR against bytes; sheet.png, pictures with their errors.
@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from command_line import (
+from tqdm import tqdm
+
+from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
+from distrijax.cli.fidelity import figures
+from distrijax.cli.fidelity.grid import AXES, Axis, Setting, label, settings, text
+from distrijax.cli.fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, Optional, compare
+from distrijax.cli.fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
+from distrijax.cli.fidelity.results import Results
+from distrijax.cli.options import (
     Parser,
     add_model_flags,
     check_positive,
@@ -30,20 +38,14 @@ from command_line import (
     find_model,
     keep_compiled_programs,
     plain_errors,
-    run,
     written_whole,
 )
-from fidelity import figures
-from fidelity.grid import AXES, Axis, Setting, label, settings, text
-from fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, Optional, compare
-from fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
-from fidelity.results import Results
-from tqdm import tqdm
-
-from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
-from distrijax import plan as planning
-from distrijax.loading import DTYPES, Configs, default_size, read_configs
-from distrijax.pipeline import lay_out, to_pil
+from distrijax.models.families import default_size
+from distrijax.pipelines.call import to_pil
+from distrijax.pipelines.loading import Configs, read_configs
+from distrijax.plan.traffic import traffic
+from distrijax.sampling.denoise import image_layout
+from distrijax.weights.dtypes import DTYPES
 
 SHOWN = 4  # prompts on the contact sheet
 
@@ -178,13 +180,13 @@ def check(setting: Setting, job: Job) -> int:
     config = DistriConfig(**setting)
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
     mesh = plan_mesh(config, config.devices, branches=job.configs.unet.branches).abstract()
-    return lay_out(config, mesh, job.configs.unet, job.configs.vae, size, guided=guided).patches
+    return image_layout(config, mesh, job.configs.unet, job.configs.vae, size, guided=guided).patches
 
 
 def cost(setting: Setting, job: Job) -> dict[str, Any]:
     """What a setting exchanges for one picture, and whether it is lossless: exact but for rounding."""
     config, vae_scale = DistriConfig(**setting), job.configs.vae.scale
-    planned = planning.plan(
+    planned = traffic(
         config,
         job.configs.unet,
         job.configs.scheduler,
@@ -253,7 +255,3 @@ def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
     print(f"{title}, guidance {arguments.guidance_scale:g}; PSNR, SSIM, LPIPS and FID against one device's pictures\n")
     print(figures.table(results.rows))
     print(f"\nwrote {results.table} and, beside it, {', '.join(written)} and the pictures")
-
-
-if __name__ == "__main__":
-    run(main)

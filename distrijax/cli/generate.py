@@ -1,6 +1,6 @@
 """Paints a picture of a prompt, by displaced patch parallelism on as many devices as you name.
 
-    python examples/generate.py --devices 8 --prompt "a small green star in the center, on a dotted pink background"
+    distrijax generate --devices 8 --prompt "a small green star in the center, on a dotted pink background"
 
 A machine without accelerators works on virtual CPU devices. The PNG carries the prompt, the seed and all settings in its text.
 Compiled programs are kept in the user's cache folder, so that the second run is quick.
@@ -17,22 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from command_line import (
-    Parser,
-    add_model_flags,
-    device_kind,
-    find_configurations,
-    find_devices,
-    find_dtype,
-    find_model,
-    keep_compiled_programs,
-    plain_errors,
-    run,
-    written_whole,
-)
 from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
-from together import add_flags, ending_together, join
 
 from distrijax import (
     SCHEDULERS,
@@ -44,14 +30,29 @@ from distrijax import (
     load_pipeline,
     plan_mesh,
 )
-from distrijax import plan as planning
-from distrijax.config import check_file
-from distrijax.denoise import Layout
+from distrijax.cli.multiprocess import add_flags, ending_together, join
+from distrijax.cli.options import (
+    Parser,
+    add_model_flags,
+    device_kind,
+    find_configurations,
+    find_devices,
+    find_dtype,
+    find_model,
+    keep_compiled_programs,
+    plain_errors,
+    written_whole,
+)
 from distrijax.flags import add_config_flags, config_of, settings_of
-from distrijax.loading import DTYPES, Configs, default_size, read_configs
-from distrijax.mesh import CFG, check_images
-from distrijax.pipeline import lay_out
-from distrijax.processes import is_first
+from distrijax.models.families import default_size
+from distrijax.parallel.layout import Layout, check_images
+from distrijax.parallel.mesh import CFG
+from distrijax.parallel.processes import is_main_process
+from distrijax.pipelines.loading import Configs, read_configs
+from distrijax.plan.traffic import traffic
+from distrijax.sampling.denoise import image_layout
+from distrijax.validate import check_file
+from distrijax.weights.dtypes import DTYPES
 
 PROMPT = (
     "a large blue star at the top left and a large red triangle at the bottom right, on a striped yellow background"
@@ -113,7 +114,7 @@ def generate(arguments: argparse.Namespace) -> None:
         return
     recipe, (folder, variant) = find_model(arguments)
     configs, size = configurations(arguments, folder)
-    outputs = output_files(arguments.output, arguments.batch) if is_first() else []
+    outputs = output_files(arguments.output, arguments.batch) if is_main_process() else []
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices), branches=configs.unet.branches)
     dtype = find_dtype(arguments.dtype)
@@ -164,7 +165,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
         "software": software(),
     }
-    for index, (picture, output) in enumerate(zip(pictures, outputs, strict=is_first())):
+    for index, (picture, output) in enumerate(zip(pictures, outputs, strict=is_main_process())):
         write(picture, output, {**settings, "image": f"{index} of {arguments.batch}"})
         print(f"wrote    {output}")
 
@@ -183,7 +184,7 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
     dtype = find_dtype(arguments.dtype)
     mesh = plan_mesh(config, devices, branches=configs.unet.branches)
     layout = share(arguments, config, configs, size, mesh)
-    planned = planning.plan(
+    planned = traffic(
         config,
         configs.unet,
         configs.scheduler,
@@ -203,7 +204,7 @@ def share(
     """How the picture lies on the devices; raises DistriError where it cannot be shared out."""
     check_images(arguments.batch, mesh.data)
     guided = arguments.guidance_scale > 1
-    return lay_out(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided)
+    return image_layout(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided)
 
 
 def axes(mesh: MeshPlan, layout: Layout) -> MeshPlan:
@@ -252,7 +253,3 @@ def write(picture: Image, output: Path, settings: dict[str, Any]) -> None:
             text.add_text(name, str(value))
     with written_whole(output) as beside:
         picture.save(beside, format="PNG", pnginfo=text)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,7 +1,7 @@
 """One script in several processes: its flags, process 0 alone to speak, and one sentence in each where one of them ends.
 
-JAX's part is `distrijax.processes`. Where a process dies, is missing or falls silent, the collectives of the others fail, or
-XLA writes a page and aborts them, whichever comes first; both become a sentence and exit code 1 here. And a process that
+JAX's part is `distrijax.parallel.processes`. Where a process dies, is missing or falls silent, the collectives of the others
+fail, or XLA writes a page and aborts them, whichever comes first; both become a sentence and exit code 1 here. And a process that
 fails by itself leaves at once, without JAX's farewell, which would wait for the others while they wait for this one.
 """
 
@@ -21,7 +21,7 @@ from typing import BinaryIO, NoReturn, TextIO
 
 import jax
 
-from distrijax import processes
+from distrijax.parallel import processes
 
 REASONS = {
     "RegisterTask": "not all processes arrived in time; start every one of them, and let all reach the coordinator",
@@ -57,8 +57,8 @@ def join(arguments: argparse.Namespace, devices: int | None) -> None:
     coordinates = arguments.coordinator, arguments.num_processes, arguments.process_id
     if any(value is not None for value in coordinates) or processes.tasks() != 1:
         _tell_aborts_in_a_sentence(_hide_native_output())
-    processes.start(*coordinates, devices=devices, timeout=arguments.process_timeout)
-    if not processes.is_first():
+    processes.initialize(*coordinates, devices=devices, timeout=arguments.process_timeout)
+    if not processes.is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
 
 

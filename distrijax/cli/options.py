@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
-from distrijax.config import positive
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
-from distrijax.hub import find
-from distrijax.loading import PARTS, resolve_dtype
+from distrijax.models.families import PARTS
+from distrijax.validate import positive
+from distrijax.weights.dtypes import resolve_dtype
+from distrijax.weights.hub import find
 
 INTERRUPTED = 130
 """How a script exits after Ctrl-C."""

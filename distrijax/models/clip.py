@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from distrijax.config import DistriError, ModelConfig, check_choice, positive
-from distrijax.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
+from distrijax.errors import DistriError
+from distrijax.json_config import ModelConfig
+from distrijax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
+from distrijax.validate import check_choice, positive
 
 LEGACY_EOS = 2
 """Configs from before transformers 4.31 say 2 where 49407 is meant; there the largest id marks the end of the text."""

@@ -21,9 +21,9 @@ from jaxtyping import Int32
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from distrijax.config import DistriError, check_choice, positive
-from distrijax.processes import warn
-from distrijax.weights import read_json
+from distrijax.errors import DistriError, warn
+from distrijax.json_config import read_json
+from distrijax.validate import check_choice, positive
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"

@@ -7,7 +7,6 @@ the pooled text and of the sizes) is computed once, by `condition`, before the d
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -16,126 +15,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distrijax.config import DistriError, ModelConfig, check_choice, per_block, positive
-from distrijax.exchange import Exchange, KeysValues
-from distrijax.layers import (
-    Attention,
+from distrijax.errors import DistriError
+from distrijax.models.blocks import (
+    BasicTransformerBlock,
+    Downsample2D,
+    ResnetBlock2D,
+    TimestepEmbedding,
+    Transformer2DModel,
+    Upsample2D,
+)
+from distrijax.models.layers import (
     Conv,
-    Cut,
     GroupNorm,
-    LayerNorm,
-    Linear,
-    Side,
+    TPKind,
+    TPSpec,
     abstract,
-    gelu,
     name_layers,
     sinusoidal,
-    upsample_nearest,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class UNetConfig(ModelConfig):
-    """The keys of a UNet's config.json that shape it; see diffusers' UNet2DConditionModel for their meaning.
-
-    As there, `attention_head_dim` is, for historical reasons, the *number* of heads unless `num_attention_heads` is set.
-    """
-
-    block_out_channels: tuple[int, ...]
-    cross_attention_dim: int | tuple[int, ...]
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-    in_channels: int = 4
-    out_channels: int = 4
-    sample_size: int | tuple[int, int] | None = None
-    layers_per_block: int | tuple[int, ...] = 2
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    use_linear_projection: bool = False
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    time_cond_proj_dim: int | None = None
-    flip_sin_to_cos: bool = True
-    freq_shift: float = 0
-
-    INERT = frozenset({"dropout", "upcast_attention"})  # attention scores are always float32
-    FIXED = {
-        "act_fn": ("silu", "swish"),
-        "addition_embed_type_num_heads": (64,),
-        "attention_type": ("default",),
-        "center_input_sample": (False,),
-        "class_embed_type": (None,),
-        "class_embeddings_concat": (False, None),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-        "cross_attention_norm": (None,),
-        "downsample_padding": (1,),
-        "dual_cross_attention": (False,),
-        "encoder_hid_dim": (None,),
-        "encoder_hid_dim_type": (None,),
-        "mid_block_only_cross_attention": (None, False),
-        "mid_block_scale_factor": (1,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "num_class_embeds": (None,),
-        "only_cross_attention": (False,),
-        "resnet_out_scale_factor": (1,),
-        "resnet_skip_time_act": (False,),
-        "resnet_time_scale_shift": ("default",),
-        "reverse_transformer_layers_per_block": (None,),
-        "time_embedding_act_fn": (None,),
-        "time_embedding_dim": (None,),
-        "time_embedding_type": ("positional",),
-        "timestep_post_act": (None,),
-    }
-
-    def __post_init__(self):
-        blocks = len(self.block_out_channels)
-        for types, cross, plain in (
-            (self.down_block_types, "CrossAttnDownBlock2D", "DownBlock2D"),
-            (self.up_block_types, "CrossAttnUpBlock2D", "UpBlock2D"),
-        ):
-            per_block(types, blocks, "block types")
-            for kind in types:
-                check_choice(kind, (cross, plain), "UNetConfig: block type")
-        check_choice(self.addition_embed_type, (None, "text_time"), "UNetConfig: addition_embed_type")
-        if self.addition_embed_type and not (
-            self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
-        ):
-            raise DistriError(
-                "UNetConfig: addition_embed_type 'text_time' needs addition_time_embed_dim and "
-                "projection_class_embeddings_input_dim; add them to the config"
-            )
-        if self.time_cond_proj_dim is not None:
-            positive(self.time_cond_proj_dim, "UNetConfig: time_cond_proj_dim", least=4)
-        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if channels % self.norm_num_groups or channels % heads:
-                raise DistriError(
-                    f"UNetConfig: {channels} channels do not divide into {self.norm_num_groups} groups and {heads} heads; "
-                    "correct block_out_channels, norm_num_groups or attention_head_dim"
-                )
-
-    @property
-    def branches(self) -> int:
-        """How many branches guidance has: one where the model is told the scale (`time_cond_proj_dim`), as LCM's are, else two."""
-        return 2 if self.time_cond_proj_dim is None else 1
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        return per_block(self.num_attention_heads or self.attention_head_dim, len(self.block_out_channels), "heads")
-
-    def depth(self, block: int) -> int:
-        return per_block(self.layers_per_block, len(self.block_out_channels), "layers_per_block")[block]
-
-    def transformer_depth(self, block: int) -> int:
-        layers = per_block(self.transformer_layers_per_block, len(self.block_out_channels), "transformer layers")
-        return layers[block]
-
-    def context(self, block: int) -> int:
-        return per_block(self.cross_attention_dim, len(self.block_out_channels), "cross_attention_dim")[block]
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.collectives import KeysValues
+from distrijax.parallel.exchange import Exchange
 
 
 class Conditioning(NamedTuple):
@@ -153,132 +53,6 @@ class Conditioning(NamedTuple):
 
 Times = dict[str, Array]
 """What each resnet adds to its features at a timestep, by its path, [b, c] each."""
-
-
-class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between them; condition: features of what `cond_proj` lets the caller add to the input."""
-
-    def __init__(self, features_in: int, features: int, *, condition: int | None = None, rngs: nnx.Rngs):
-        self.cond_proj = Linear(condition, features_in, bias=False, rngs=rngs) if condition else None
-        self.linear_1 = Linear(features_in, features, rngs=rngs)
-        self.linear_2 = Linear(features, features, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
-
-
-class ResnetBlock2D(nnx.Module):
-    """Two normalised 3x3 convolutions around the time embedding; `time` None leaves it out (VAE)."""
-
-    def __init__(self, channels_in, channels_out, *, time: int | None, groups: int, eps: float, rngs: nnx.Rngs):
-        inner = Cut(Side.OUTPUT, channels_out // groups)
-        self.norm1 = GroupNorm(channels_in, groups, eps)
-        self.conv1 = Conv(channels_in, channels_out, cut=inner, rngs=rngs)
-        self.time_emb_proj = Linear(time, channels_out, cut=inner, rngs=rngs) if time else None
-        self.norm2 = GroupNorm(channels_out, groups, eps, cut=inner)
-        self.conv2 = Conv(channels_out, channels_out, cut=Cut(Side.INPUT, inner.unit), rngs=rngs)
-        self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs) if channels_in != channels_out else None
-        self.path = ""
-
-    def project_time(self, embedding: Float[Array, "b t"]) -> Float[Array, "b C"]:
-        """The embedding as a call adds it; with tensor parallelism this device's channels of it."""
-        return self.time_emb_proj(jax.nn.silu(embedding))
-
-    def __call__(
-        self, x: Float[Array, "b h w c"], exchange: Exchange, time: Float[Array, "b C"] | None = None
-    ) -> Float[Array, "b h w o"]:
-        h = self.conv1(jax.nn.silu(self.norm1(x, exchange)), exchange)
-        if self.time_emb_proj is not None:
-            h = h + time[:, None, None, :]
-        h = self.conv2(jax.nn.silu(self.norm2(h, exchange)), exchange)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class GEGLU(nnx.Module):
-    """Gated GELU: one projection, one half gates the other."""
-
-    def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = Linear(channels, 2 * inner, cut=Cut(Side.OUTPUT, parts=2), rngs=rngs)
-
-    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... i"]:
-        value, gate = jnp.split(self.proj(x), 2, -1)
-        return value * gelu(gate)
-
-
-class FeedForward(nnx.Module):
-    """GEGLU and a projection back; `net.1` is diffusers' dropout and has no parameters."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        last = Linear(4 * channels, channels, cut=Cut(Side.INPUT), rngs=rngs)
-        self.net = nnx.List([GEGLU(channels, 4 * channels, rngs=rngs), None, last])
-
-    def __call__(self, x: Float[Array, "... c"], exchange: Exchange) -> Float[Array, "... c"]:
-        return self.net[2](self.net[0](x), exchange)
-
-
-class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, each normalised first and added."""
-
-    def __init__(self, channels: int, heads: int, context: int, *, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(channels)
-        self.attn1 = Attention(channels, heads, rngs=rngs)
-        self.norm2 = LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context=context, rngs=rngs)
-        self.norm3 = LayerNorm(channels)
-        self.ff = FeedForward(channels, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, KeysValues]
-    ) -> Float[Array, "b h w c"]:
-        x = x + self.attn1(self.norm1(x), exchange)
-        x = x + self.attn2(self.norm2(x), exchange, context[self.attn2.path])
-        return x + self.ff(self.norm3(x), exchange)
-
-
-class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the pixels of a band of rows, in raster order."""
-
-    def __init__(self, config: UNetConfig, block: int, depth: int, *, rngs: nnx.Rngs):
-        channels = config.block_out_channels[block]
-        self.norm = GroupNorm(channels, config.norm_num_groups, 1e-6)
-        project = Linear if config.use_linear_projection else lambda i, o, rngs: Conv(i, o, 1, rngs=rngs)
-        self.proj_in = project(channels, channels, rngs=rngs)
-        self.transformer_blocks = nnx.List(
-            [
-                BasicTransformerBlock(channels, config.heads[block], config.context(block), rngs=rngs)
-                for _ in range(depth)
-            ]
-        )
-        self.proj_out = project(channels, channels, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, KeysValues]) -> Array:
-        # a linear layer and a 1x1 convolution are the same map
-        inner = self.proj_in(self.norm(x, exchange))
-        for block in self.transformer_blocks:
-            inner = block(inner, exchange, context)
-        return x + self.proj_out(inner)
-
-
-class Downsample2D(nnx.Module):
-    """3x3 convolution of stride 2."""
-
-    def __init__(self, channels: int, *, trailing: bool = False, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, stride=2, trailing=trailing, cut=Cut(Side.INPUT), rngs=rngs)
-
-    def __call__(self, x: Array, exchange: Exchange) -> Array:
-        return self.conv(x, exchange)
-
-
-class Upsample2D(nnx.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution."""
-
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, cut=Cut(Side.INPUT), rngs=rngs)
-
-    def __call__(self, x: Array, exchange: Exchange, size: tuple[int, int] | None = None) -> Array:
-        """`size`: height and width of the result, where the level above has one row or column less than twice as many."""
-        height, width = size or (None, None)
-        return self.conv(upsample_nearest(x)[:, :height, :width], exchange)
 
 
 class Block(nnx.Module):
@@ -377,7 +151,7 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(config, rngs=rngs)
         self.up_blocks = nnx.List([UpBlock(config, i, rngs=rngs) for i in reversed(levels)])
         self.conv_norm_out = GroupNorm(channels[0], config.norm_num_groups, config.norm_eps)
-        self.conv_out = Conv(channels[0], config.out_channels, cut=Cut(Side.INPUT), rngs=rngs)
+        self.conv_out = Conv(channels[0], config.out_channels, cut=TPSpec(TPKind.INPUT), rngs=rngs)
         name_layers(self)
 
     def condition(
@@ -476,20 +250,6 @@ class UNet(nnx.Module):
 def guidance_embedding(scale: Float[Array, "b"], size: int) -> Float[Array, "b {size}"]:
     """Sinusoids of guidance scales, float32; agrees with diffusers' get_guidance_scale_embedding of scale - 1."""
     return sinusoidal(1000 * (scale - 1), size, flip_sin_to_cos=False, shift=1.0)
-
-
-SDXL_BASE = UNetConfig(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    cross_attention_dim=2048,
-    transformer_layers_per_block=(1, 2, 10),
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-"""Stable Diffusion XL base 1.0's."""
 
 
 def abstract_unet(config: UNetConfig) -> UNet:

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distrijax.config import DistriError, ModelConfig, check_choice
-from distrijax.exchange import Exchange
-from distrijax.layers import Attention, Conv, GroupNorm, name_layers
-from distrijax.unet import Downsample2D, ResnetBlock2D, Upsample2D
+from distrijax.errors import DistriError
+from distrijax.json_config import ModelConfig
+from distrijax.models.attention import Attention
+from distrijax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
+from distrijax.models.layers import Conv, GroupNorm, name_layers
+from distrijax.parallel.exchange import Exchange
+from distrijax.validate import check_choice
 
 
 @dataclasses.dataclass(frozen=True)

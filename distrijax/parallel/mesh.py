@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from distrijax.config import DistriConfig, DistriError, positive
+from distrijax.config import DistriConfig
+from distrijax.errors import DistriError
+from distrijax.validate import positive
 
 DATA = "data"  # different images
 CFG = "cfg"  # the unconditional and the conditional branch of one image (size 1 or 2)
@@ -40,7 +42,7 @@ class MeshPlan:
     def build(self, devices: Sequence[jax.Device]) -> Mesh:
         """A mesh over `devices`: each branch on its own half, a branch's neighbouring patches on neighbouring devices.
 
-        `patch` comes before `cfg` among the axes, because rows may be cut along both, and lax.ppermute numbers the devices
+        `patch` comes before `cfg` among the axes, because rows may be cut along both, and a permute numbers the devices
         along several axes in the mesh's order, whatever order it is told.
         Raises DistriError for more devices or fewer.
         """
@@ -118,45 +120,3 @@ def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
             f"give a multiple of {len(own)} up to {len(own) * fewest}, or all {len(devices)}"
         )
     return list(itertools.chain(*(some[:each] for some in own)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Bands:
-    """How the rows of an image are shared out: every patch has `band` of them, and those beyond the image's are padding.
-
-    rows: of the whole image. Patches take their rows from the top, so all padding lies at the bottom, and the last patches
-    may have nothing else. A model halves or doubles the rows from level to level: those of a band exactly, those of the
-    image rounded up.
-    """
-
-    rows: int
-    band: int
-
-    @classmethod
-    def among(cls, rows: int, patches: int, *, levels: int = 1) -> Bands:
-        """Bands as equal as a model of so many levels allows; a single patch has the image's own rows at every level."""
-        unit = 2 ** (levels - 1)
-        return cls(rows, rows if patches == 1 else -(-rows // (patches * unit)) * unit)
-
-    def image_rows(self, band: int) -> int:
-        """The rows of the whole image at the level where every patch has `band`."""
-        return -(-self.rows * band // self.band)
-
-
-def check_sizes(*, height: int, width: int, vae_scale: int) -> None:
-    """Raises DistriError, naming the nearest sizes that do, unless pixels make whole rows and columns of the latent.
-
-    vae_scale: pixels for each of them.
-    """
-    for name, size in (("height", height), ("width", width)):
-        positive(size, name)
-        if size % vae_scale:
-            below, above = size // vae_scale * vae_scale, (size // vae_scale + 1) * vae_scale
-            near = f"{below} or {above}" if below else str(above)
-            raise DistriError(f"{name} is {size} and this model needs a multiple of {vae_scale}; use {near}")
-
-
-def check_images(images: int, data: int) -> None:
-    """Raises DistriError unless so many images divide among the `data` axis."""
-    if images % data:
-        raise DistriError(f"{images} images do not divide among data={data}; make a multiple of {data}")

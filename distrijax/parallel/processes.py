@@ -10,8 +10,6 @@ import importlib.util
 import itertools
 import os
 import socket
-import sys
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -21,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree, Shaped
 
-from distrijax.config import DistriError, DistriWarning, positive
+from distrijax.errors import DistriError
+from distrijax.validate import positive
 
 LAUNCHERS: dict[str, tuple[str, ...]] = {
     "OMPI_MCA_orte_hnp_uri": ("OMPI_COMM_WORLD_SIZE",),
@@ -44,7 +43,7 @@ def tasks() -> int | None:
     return None if importlib.util.find_spec("libtpu") is not None else 1
 
 
-def start(
+def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -141,22 +140,12 @@ def _line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is process 0, which speaks and writes for all; true where there is no other."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def warn(sentence: str) -> None:
-    """Warns, once for all processes, whoever called this package: the warning names the caller's line."""
-    if not is_first():
-        return
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("distrijax."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(sentence, DistriWarning, stacklevel=level)
-
-
-def connect(mesh: Mesh) -> None:
+def warm_up_collectives(mesh: Mesh) -> None:
     """Has the processes of a mesh connect along all its axes, now that they are in step.
 
     Gloo gives a group of devices 30 seconds to form, at its first exchange, and that comes after compiling, which may take
@@ -173,18 +162,18 @@ def connect(mesh: Mesh) -> None:
     def sums(x):
         return tuple(jax.lax.psum(x, group) for group in groups)
 
-    ones = put(np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, whole))
+    ones = to_devices(np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, whole))
     jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=left))(ones))
 
 
-def put(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSharding) -> PyTree[jax.Array]:
+def to_devices(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSharding) -> PyTree[jax.Array]:
     """A host's arrays on the devices of all processes, each of which has the same ones; nothing travels between them."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
-    return jax.tree.map(lambda leaf: put_blocks(leaf.shape, sharding, leaf.__getitem__), value)
+    return jax.tree.map(lambda leaf: blocks_to_devices(leaf.shape, sharding, leaf.__getitem__), value)
 
 
-def put_blocks(
+def blocks_to_devices(
     shape: tuple[int, ...], sharding: NamedSharding, block: Callable[[tuple[slice, ...]], np.ndarray | jax.Array]
 ) -> jax.Array:
     """An array of so many elements along each axis, of which every process makes what its devices hold, and nothing twice."""
@@ -201,7 +190,7 @@ def put_blocks(
         return jax.make_array_from_callback(shape, sharding, once)
 
 
-def fetch(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
+def to_host(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """The whole of an array on the host, in every process; all of them have to ask for it."""
     here = array.is_fully_addressable or array.is_fully_replicated
     return np.asarray(array) if here else multihost_utils.process_allgather(array, tiled=True)

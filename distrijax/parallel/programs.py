@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from distrijax.config import DistriError
-from distrijax.processes import warn
+from distrijax.errors import DistriError, warn
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},

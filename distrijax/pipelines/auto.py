@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from distrijax.config import DistriConfig
-from distrijax.loading import find_family, find_folder
-from distrijax.pipeline import Pipeline
-from distrijax.pipeline_sd import DistriSDPipeline
-from distrijax.pipeline_sdxl import DistriSDXLPipeline
+from distrijax.pipelines.loading import find_family, find_folder
+from distrijax.pipelines.pipeline import Pipeline
+from distrijax.pipelines.sd import DistriSDPipeline
+from distrijax.pipelines.sdxl import DistriSDXLPipeline
 
 
 def load_pipeline(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,77 +10,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distrijax import hub
-from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError, ModelConfig, Parallelism, check_choice
-from distrijax.layers import abstract
-from distrijax.placement import Form, Model
+from distrijax.config import Parallelism
+from distrijax.errors import DistriError
+from distrijax.json_config import ModelConfig, read_json
+from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from distrijax.models.families import FAMILIES, PARTS, Family
+from distrijax.models.layers import abstract
+from distrijax.models.tokenizer import CLIPTokenizer
+from distrijax.models.unet import UNet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.schedulers import Scheduler, load_scheduler
-from distrijax.tokenizer import CLIPTokenizer
-from distrijax.unet import UNet, UNetConfig
-from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import SAFE, check_variant, load_module, read_json
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Family:
-    """What tells one family of models from the other: the parts of its text, and how they are used.
-
-    name: for people. pipeline: the class of this package that paints with it.
-    suffixes: of the folders `tokenizer` and `text_encoder`, in the order in which the encoders' embeddings are joined.
-    pooled: whether the last encoder has a projection, whose pooled embedding the UNet reads.
-    penultimate: what the UNet reads of a token: its embedding before the last layer, or the last one, normalised.
-    sample_size: rows of the latent, for a UNet whose config names none.
-    scheduler: options that hold whatever scheduler_config.json says.
-    """
-
-    name: str
-    pipeline: str
-    suffixes: tuple[str, ...]
-    pooled: bool
-    penultimate: bool
-    sample_size: int
-    scheduler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        return tuple(f"tokenizer{suffix}" for suffix in self.suffixes)
-
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        return tuple(f"text_encoder{suffix}" for suffix in self.suffixes)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The folders that a checkpoint needs."""
-        return *self.tokenizers, *self.text_encoders, "unet", "vae", "scheduler"
-
-
-SD = Family(
-    name="Stable Diffusion",
-    pipeline="DistriSDPipeline",
-    suffixes=("",),
-    pooled=False,
-    penultimate=False,
-    sample_size=64,
-    scheduler={"steps_offset": 1, "clip_sample": False},  # diffusers corrects old files so, too
-)
-SDXL = Family(
-    name="Stable Diffusion XL",
-    pipeline="DistriSDXLPipeline",
-    suffixes=("", "_2"),
-    pooled=True,
-    penultimate=True,
-    sample_size=128,
-)
-
-FAMILIES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
-"""By `_class_name` of model_index.json."""
-
-PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
-"""The folders that a checkpoint of any family needs."""
+from distrijax.validate import check_choice
+from distrijax.weights import hub
+from distrijax.weights.files import SAFE, check_variant
+from distrijax.weights.load import load_module
+from distrijax.weights.sharding import Model, ModelLayout
 
 
 class Components(NamedTuple):
@@ -104,23 +48,6 @@ class Configs(NamedTuple):
     unet: UNetConfig
     vae: VAEConfig
     scheduler: Scheduler
-
-
-def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
-    """The dtype to compute in: the one asked for, else bfloat16 on accelerators and float32 on CPUs.
-
-    dtype: a name, or JAX's, NumPy's or torch's dtype. Raises DistriError for one that is not computed in.
-    """
-    if dtype is None:
-        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    try:
-        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    except TypeError:
-        kind = type(dtype)
-        name = str(dtype).removeprefix("torch.") if kind.__module__ == "torch" else kind.__name__
-    if name not in DTYPES:
-        raise DistriError(f"dtype is {name!r}; use one of: {', '.join(DTYPES)}")
-    return jnp.dtype(DTYPES[name])
 
 
 def find_folder(
@@ -189,13 +116,6 @@ def read_configs(
     )
 
 
-def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
-    """Height and width in pixels that a model was trained for."""
-    size = unet.sample_size or family.sample_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return height * vae.scale, width * vae.scale
-
-
 def outline_components(
     folder: Path,
     configs: Configs,
@@ -216,7 +136,7 @@ def outline_components(
 
     def model(build: Callable, config: ModelConfig, dtype: jnp.dtype, parallelism=Parallelism.PATCH) -> Model:
         platform = mesh.devices.flat[0].platform
-        form = Form.of(abstract(partial(build, config)), parallelism, shard=shard_weights, platform=platform)
+        form = ModelLayout.of(abstract(partial(build, config)), parallelism, shard=shard_weights, platform=platform)
         return Model.of(config, form, mesh, dtype)
 
     def text_encoder(name: str, config: CLIPTextConfig) -> Model:

@@ -12,11 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from distrijax.config import DistriError, host_array
-from distrijax.placement import Model
-from distrijax.processes import fetch, put, warn
-from distrijax.programs import Programs
-from distrijax.tokenizer import CLIPTokenizer
+from distrijax.errors import DistriError, warn
+from distrijax.models.tokenizer import CLIPTokenizer
+from distrijax.parallel.processes import to_devices, to_host
+from distrijax.parallel.programs import Programs
+from distrijax.validate import host_array
+from distrijax.weights.sharding import Model
 
 Prompt = str | Sequence[str]
 
@@ -58,9 +59,9 @@ class PromptEncoder:
         """Embeddings of as many prompts as each encoder is given."""
         outputs = []
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
-            ids = put(tokenizer(prompts), self.everywhere)
+            ids = to_devices(tokenizer(prompts), self.everywhere)
             outputs.append(self.programs(_encode, self._static(encoder, clip_skip), encoder.params, ids))
-        tokens, pooled = zip(*((fetch(part) for part in output) for output in outputs), strict=True)
+        tokens, pooled = zip(*((to_host(part) for part in output) for output in outputs), strict=True)
         return Embeddings(np.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
 
     def _static(self, encoder: Model, clip_skip: int) -> tuple:

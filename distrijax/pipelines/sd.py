@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.loading import SD
-from distrijax.pipeline import Callback, Pipeline, PipelineOutput, Request
-from distrijax.prompt import Prompt
+from distrijax.models.families import SD
+from distrijax.pipelines.call import Callback, PipelineOutput, Request
+from distrijax.pipelines.pipeline import Pipeline
+from distrijax.pipelines.prompt import Prompt
 
 
 class DistriSDPipeline(Pipeline):
@@ -46,7 +47,7 @@ class DistriSDPipeline(Pipeline):
         callback_on_step_end: Callback | None = None,
         chunk_size: int | None = 1,
     ) -> PipelineOutput:
-        """Paints prompts; arguments as in diffusers, except those that `distrijax.pipeline.Call` describes.
+        """Paints prompts; arguments as in diffusers, except those that `distrijax.pipelines.call.Call` describes.
 
         height, width: pixels; None takes the size the model was trained for. negative_prompt: None is "". clip_skip: how
         many of the text encoder's last layers the prompt leaves out. Raises DistriError for arguments that cannot be used.

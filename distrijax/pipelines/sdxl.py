@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.config import DistriError, finite_number
-from distrijax.loading import SDXL
-from distrijax.pipeline import Callback, Pipeline, PipelineOutput, Request, Size
-from distrijax.processes import warn
-from distrijax.prompt import Prompt
+from distrijax.errors import DistriError, warn
+from distrijax.models.families import SDXL
+from distrijax.pipelines.call import Callback, PipelineOutput, Request, Size
+from distrijax.pipelines.pipeline import Pipeline
+from distrijax.pipelines.prompt import Prompt
+from distrijax.validate import finite_number
 
 SIZES, NEGATIVE = ("original_size", "crops_coords_top_left", "target_size"), "negative_"
 """SDXL's micro-conditioning, and what the arguments of the negative prompt begin with."""
@@ -57,7 +58,7 @@ class DistriSDXLPipeline(Pipeline):
         callback_on_step_end: Callback | None = None,
         chunk_size: int | None = 1,
     ) -> PipelineOutput:
-        """Paints prompts; arguments as in diffusers, except those that `distrijax.pipeline.Call` describes.
+        """Paints prompts; arguments as in diffusers, except those that `distrijax.pipelines.call.Call` describes.
 
         height, width: pixels; None takes the size the model was trained for. sizes: (height, width). prompt_2 and
         negative_prompt_2 go to the second text encoder, which reads the first's otherwise. Raises DistriError for

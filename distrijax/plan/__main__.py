@@ -21,16 +21,28 @@ from typing import NamedTuple
 
 import jax
 
-from distrijax.config import DistriConfig, DistriError, check_file, positive
+from distrijax.config import DistriConfig
+from distrijax.errors import DistriError
 from distrijax.flags import add_config_flags, config_of
-from distrijax.loading import DTYPES, find_folder, read_configs
-from distrijax.mesh import check_sizes
-from distrijax.plan import megabytes
-from distrijax.projection import LINKS, CompiledStep, Event, compile_decoder, compile_step, seconds, timeline, waiting
+from distrijax.models.unet_config import SDXL_BASE, UNetConfig
+from distrijax.models.vae import SDXL_VAE, VAEConfig
+from distrijax.parallel.layout import check_sizes
+from distrijax.pipelines.loading import find_folder, read_configs
+from distrijax.plan.projection import (
+    LINKS,
+    CompiledStep,
+    Event,
+    compile_decoder,
+    compile_step,
+    seconds,
+    timeline,
+    waiting,
+)
+from distrijax.plan.targets import GPUS, TPUS
+from distrijax.plan.traffic import megabytes
 from distrijax.schedulers import Scheduler, load_scheduler
-from distrijax.targets import GPUS, TPUS
-from distrijax.unet import SDXL_BASE, UNetConfig
-from distrijax.vae import SDXL_VAE, VAEConfig
+from distrijax.validate import check_file, positive
+from distrijax.weights.dtypes import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

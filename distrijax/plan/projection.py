@@ -27,20 +27,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from distrijax import denoise
 from distrijax.config import DistriConfig
-from distrijax.decode import Decoder, decode
-from distrijax.layers import abstract
-from distrijax.mesh import MeshPlan, plan_mesh
-from distrijax.overlap import Instruction, Program, Transfer, array_bytes
-from distrijax.placement import Form, Model, placed
-from distrijax.plan import step_of
-from distrijax.programs import compiled, options_for, trace
+from distrijax.models.layers import abstract
+from distrijax.models.unet_config import UNetConfig
+from distrijax.models.vae import AutoencoderKL, VAEConfig
+from distrijax.parallel.mesh import MeshPlan, plan_mesh
+from distrijax.parallel.programs import compiled, options_for, trace
+from distrijax.plan.overlap import Instruction, Program, Transfer, array_bytes
+from distrijax.plan.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
+from distrijax.plan.traffic import step_of
+from distrijax.sampling import denoise
+from distrijax.sampling.decode import Decoder, decode
+from distrijax.sampling.shapes import StepProgram
 from distrijax.schedulers import Scheduler
-from distrijax.shapes import Step
-from distrijax.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
-from distrijax.unet import UNetConfig
-from distrijax.vae import AutoencoderKL, VAEConfig
+from distrijax.weights.sharding import Model, ModelLayout, placed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +106,7 @@ def compile_step(
 ) -> CompiledStep:
     """Compiles the step that most of a run's steps are, for GPUs or TPUs that need not be there.
 
-    target: a name out of `distrijax.targets.GPUS` or `TPUS`. latent: its height and width. options: for XLA, before the
+    target: a name out of `distrijax.plan.targets.GPUS` or `TPUS`. latent: its height and width. options: for XLA, before the
     pipeline's. Raises DistriError for what cannot be shared out, and where the compiler for these devices is not installed.
     """
     mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(target, devices)
@@ -147,7 +147,7 @@ def compile_decoder(
     targets = compile_only_devices(target, devices)
     mesh, platform = plan_mesh(config, devices, branches=unet.branches).build(targets), targets[0].platform
     layout = denoise.layout_of(config, mesh, unet, guided=guided, latent=latent)
-    form = Form.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform=platform)
+    form = ModelLayout.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform=platform)
     dtype = vae.compute_dtype(dtype)
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
@@ -191,7 +191,7 @@ def _on_device(part: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _memory(step: Step, program: Program, temporaries: int) -> dict[str, int]:
+def _memory(step: StepProgram, program: Program, temporaries: int) -> dict[str, int]:
     """Bytes on each device, by kind. All weights count, those too that this program does not read."""
 
     params, *arguments = step.placed()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
 
 
 @dataclasses.dataclass(frozen=True)

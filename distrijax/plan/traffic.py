@@ -16,16 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distrijax import denoise
 from distrijax.config import DistriConfig
-from distrijax.exchange import HALO, MOMENTS, TOKENS
-from distrijax.mesh import CFG, MeshPlan, check_images, plan_mesh
-from distrijax.placement import Form
+from distrijax.models.unet import abstract_unet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.exchange import HALO, KV, MOMENTS
+from distrijax.parallel.layout import check_images
+from distrijax.parallel.mesh import CFG, MeshPlan, plan_mesh
+from distrijax.sampling import denoise
+from distrijax.sampling.shapes import StepProgram, step_programs
 from distrijax.schedulers import Scheduler
-from distrijax.shapes import Step, steps_of
-from distrijax.unet import UNetConfig, abstract_unet
+from distrijax.weights.sharding import ModelLayout
 
-KINDS = {
+COLLECTIVES = {
     "all_gather": None,
     "all_gather_invariant": "weights",
     "ppermute": HALO,
@@ -37,7 +39,7 @@ KINDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Traffic:
     """What one device does at a step.
 
     patches: bands of rows. rows: of the latent, in each. height: all rows of the latent. stale: bytes that it keeps of its own
@@ -71,7 +73,7 @@ class Plan:
         )
 
 
-def plan(
+def traffic(
     config: DistriConfig,
     unet: UNetConfig,
     scheduler: Scheduler,
@@ -81,7 +83,7 @@ def plan(
     images: int = 1,
     guided: bool = True,
     dtype: Any = jnp.bfloat16,
-) -> Plan:
+) -> Traffic:
     """The plan of a run; latent: its height and width. guided: whether the guidance scale is above 1.
 
     Raises DistriError for axis sizes that do not fit `devices` or `images`.
@@ -102,7 +104,7 @@ def plan(
     for leaf in step.stale.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
     rounded = {kind: round(count) for kind, count in received.items()}
-    return Plan(mesh, layout.patches, layout.bands.band, latent[0], dict(stale), rounded)
+    return Traffic(mesh, layout.patches, layout.bands.band, latent[0], dict(stale), rounded)
 
 
 def step_of(
@@ -117,7 +119,7 @@ def step_of(
     dtype: Any = jnp.bfloat16,
     devices: Sequence[jax.Device] | None = None,
     platform: str | None = None,
-) -> Step:
+) -> StepProgram:
     """The step that most of a run's steps are: displaced, or stateless where no step is.
 
     guided: whether the guidance scale is above 1. devices: to compile it for; None where it is only traced. platform: of
@@ -127,8 +129,8 @@ def step_of(
     where = mesh.abstract() if devices is None else mesh.build(devices)
     layout = denoise.layout_of(config, where, unet, guided=guided, latent=latent)
     platform = platform or (devices[0].platform if devices else "cpu")
-    form = Form.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights, platform=platform)
-    return steps_of(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]
+    form = ModelLayout.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights, platform=platform)
+    return step_programs(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]
 
 
 def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, float]]:
@@ -148,20 +150,20 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
             for program in inner:
                 yield from _collectives(program, sizes)
         name = equation.primitive.name
-        if name not in KINDS:
+        if name not in COLLECTIVES:
             continue
         axes = equation.params.get("axes") or equation.params["axis_name"]
         axes = axes if isinstance(axes, tuple) else (axes,)
         n = math.prod(sizes[axis] for axis in axes)
         for operand in (variable.aval for variable in equation.invars):
             if name == "ppermute":
-                yield from ((KINDS[name], target, _bytes(operand)) for _, target in equation.params["perm"])
+                yield from ((COLLECTIVES[name], target, _bytes(operand)) for _, target in equation.params["perm"])
                 continue
             times = {"all_gather": n - 1, "all_gather_invariant": n - 1, "all_to_all": (n - 1) / n}.get(
                 name, 2 * (n - 1) / n
             )
             summed = "guidance" if CFG in axes else "partial sums"
-            kind = KINDS[name] or (_kind(operand) if name == "all_gather" else summed)
+            kind = COLLECTIVES[name] or (_kind(operand) if name == "all_gather" else summed)
             yield kind, None, times * _bytes(operand)
 
 
@@ -185,10 +187,10 @@ def _programs(value: Any) -> Iterator[Any]:
 
 
 def _kind(leaf: Any) -> str:
-    """Which question of a layer a published array answers (`distrijax.exchange.Stale`)."""
+    """Which question of a layer a published array answers (`distrijax.parallel.exchange.Stale`)."""
     if len(leaf.shape) == 4:
         return HALO
-    return MOMENTS if leaf.shape[-1] == 2 else TOKENS
+    return MOMENTS if leaf.shape[-1] == 2 else KV
 
 
 def _bytes(leaf: Any) -> int:
@@ -198,9 +200,3 @@ def _bytes(leaf: Any) -> int:
 def megabytes(count: float) -> str:
     """Bytes for people."""
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
-
-
-if __name__ == "__main__":
-    from distrijax.plan_command import main
-
-    main()

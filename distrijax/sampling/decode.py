@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from distrijax.denoise import Layout
-from distrijax.exchange import Synchronous
-from distrijax.mesh import CFG, DATA, PATCH, Bands
-from distrijax.placement import Form
-from distrijax.programs import Params
+from distrijax.parallel.bands import Bands
+from distrijax.parallel.exchange import Synchronous
+from distrijax.parallel.layout import Layout
+from distrijax.parallel.mesh import CFG, DATA, PATCH
+from distrijax.parallel.programs import Params
+from distrijax.weights.sharding import ModelLayout
 
 
 class Decoder(NamedTuple):
     """What the program depends on besides shapes; a static argument of jit."""
 
     layout: Layout  # of the latents
-    vae: Form
+    vae: ModelLayout
     dtype: Any  # to compute in
 
 

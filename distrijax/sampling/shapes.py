@@ -9,24 +9,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from distrijax import denoise
-from distrijax.denoise import Inputs, Loop, Steps
-from distrijax.exchange import Stale
-from distrijax.placement import placed
-from distrijax.programs import Params
-from distrijax.unet import UNetConfig
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.exchange import Stale
+from distrijax.parallel.programs import Params
+from distrijax.sampling import denoise
+from distrijax.sampling.denoise import CallInputs, LoopSpec, StepInputs
+from distrijax.sampling.noise import image_keys
+from distrijax.weights.sharding import placed
 
 PROMPT_TOKENS = 77
 
 
-class Step(NamedTuple):
+class StepProgram(NamedTuple):
     """A program of one step, and the shapes of what it takes: `function(loop, params, *arguments)`.
 
     stale: of `arguments`; empty where it takes none. donate: those of `arguments` that it may overwrite.
     """
 
     function: Callable
-    loop: Loop
+    loop: LoopSpec
     params: Params
     arguments: tuple
     stale: Stale
@@ -38,9 +39,9 @@ class Step(NamedTuple):
         return placed(self.loop.layout.mesh, specs, (self.params, *self.arguments))
 
 
-def steps_of(
-    loop: Loop, unet: UNetConfig, images: int, *, tokens: int = PROMPT_TOKENS, rescale: bool = False
-) -> list[Step]:
+def step_programs(
+    loop: LoopSpec, unet: UNetConfig, images: int, *, tokens: int = PROMPT_TOKENS, rescale: bool = False
+) -> list[StepProgram]:
     """The kinds of steps that a call has, the one that most of its steps are last.
 
     tokens: of a prompt. rescale: whether guidance is rescaled.
@@ -48,19 +49,19 @@ def steps_of(
     params = loop.unet.laid_out(loop.layout.mesh.shape, loop.dtype)
     inputs, state, xs = _arguments(loop, unet, params, images, tokens, rescale)
     if loop.strategy is None:
-        return [Step(denoise.stateless, loop, params, (inputs, state, xs), {}, (1,))]
-    first = Step(denoise.warm_up, loop, params, (inputs, state, xs), {}, (1,))
+        return [StepProgram(denoise.synchronous_steps, loop, params, (inputs, state, xs), {}, (1,))]
+    first = StepProgram(denoise.warm_up, loop, params, (inputs, state, xs), {}, (1,))
     # jit keeps the trace for compiling
     state, stale = jax.jit(denoise.warm_up, static_argnums=0).eval_shape(loop, params, inputs, state, xs)
-    return [first, Step(denoise.displaced, loop, params, (inputs, state, stale, xs), stale, (1, 2))]
+    return [first, StepProgram(denoise.displaced, loop, params, (inputs, state, stale, xs), stale, (1, 2))]
 
 
-def prompt_of(loop: Loop, unet: UNetConfig, images: int, tokens: int) -> tuple:
+def prompt_of(loop: LoopSpec, unet: UNetConfig, images: int, tokens: int) -> tuple:
     """What `denoise.condition` takes besides parameters, placed: see `_prompt`."""
     return placed(loop.layout.mesh, denoise.ALL_BRANCHES, _prompt(loop, unet, images, tokens))
 
 
-def latents_of(loop: Loop, unet: UNetConfig, images: int) -> jax.ShapeDtypeStruct:
+def latents_of(loop: LoopSpec, unet: UNetConfig, images: int) -> jax.ShapeDtypeStruct:
     """The latents of a call, placed."""
     layout = loop.layout
     return placed(layout.mesh, layout.latents, _array(images, *layout.canvas, unet.in_channels))
@@ -70,7 +71,7 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _prompt(loop: Loop, unet: UNetConfig, images: int, tokens: int) -> tuple:
+def _prompt(loop: LoopSpec, unet: UNetConfig, images: int, tokens: int) -> tuple:
     """Embeddings; SDXL's pooled embedding and sizes, or None twice; the guidance scale, where the model is told it, or None."""
     branches = 2 if loop.layout.guided else 1
     embeddings = _array(branches, images, tokens, unet.context(0), dtype=loop.dtype)
@@ -83,12 +84,12 @@ def _prompt(loop: Loop, unet: UNetConfig, images: int, tokens: int) -> tuple:
     return embeddings, pooled, _array(branches, images, sizes), guidance_scale
 
 
-def _arguments(loop: Loop, unet: UNetConfig, params: Params, images: int, tokens: int, rescale: bool) -> tuple:
+def _arguments(loop: LoopSpec, unet: UNetConfig, params: Params, images: int, tokens: int, rescale: bool) -> tuple:
     """Inputs, state, and the constants of one step."""
     prompt = _prompt(loop, unet, images, tokens)
     conditioning = jax.eval_shape(partial(denoise.condition, (loop.layout, loop.unet)), params, *prompt)
-    keys = jax.eval_shape(denoise.image_keys, _array(images, 3, dtype=jnp.uint32))
-    inputs = Inputs(conditioning, _array(prompt[0].shape[0], 2), _array() if rescale else None, keys)
+    keys = jax.eval_shape(image_keys, _array(images, 3, dtype=jnp.uint32))
+    inputs = CallInputs(conditioning, _array(prompt[0].shape[0], 2), _array() if rescale else None, keys)
     state = jax.eval_shape(loop.scheduler.init, latents_of(loop, unet, images), _array())
-    xs = jax.tree.map(lambda column: column[:1], Steps.of(loop.scheduler.schedule(2)[0]))
+    xs = jax.tree.map(lambda column: column[:1], StepInputs.of(loop.scheduler.schedule(2)[0]))
     return inputs, state, xs

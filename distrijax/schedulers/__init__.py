@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
 from distrijax.schedulers.base import Scheduler, State
 from distrijax.schedulers.ddim import DDIM
 from distrijax.schedulers.dpm_solver import DPMSolverPP2M, MultistepState

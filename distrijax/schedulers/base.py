@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.config import DistriError, ModelConfig, choose, flag, freeze, positive
+from distrijax.errors import DistriError
+from distrijax.json_config import ModelConfig, freeze
 from distrijax.schedulers import common
+from distrijax.validate import choose, flag, positive
 
 ELSEWHERE = frozenset(
     "algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final "

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.config import check_choice
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, ZeroSNRScheduler, to_float32
+from distrijax.validate import check_choice
 
 
 class SolverType(enum.StrEnum):

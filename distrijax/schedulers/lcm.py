@@ -11,9 +11,10 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from distrijax.config import DistriError, positive
+from distrijax.errors import DistriError
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
+from distrijax.validate import positive
 
 SIGMA_DATA = 0.5
 """The spread of images for which the boundary conditions were made (arXiv 2303.01469, appendix C)."""

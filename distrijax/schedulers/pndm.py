@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, Scheduler, to_float32
 

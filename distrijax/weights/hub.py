@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from distrijax.config import DistriError
-from distrijax.weights import SAFE, STEMS, no_weights
+from distrijax.errors import DistriError
+from distrijax.weights.files import SAFE, STEMS, no_weights
 
 Result = TypeVar("Result")
 

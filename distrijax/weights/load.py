@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,10 +23,19 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
+from distrijax.weights.files import summary, weight_files
+from distrijax.weights.names import (
+    IGNORED,
+    ParamPath,
+    checkpoint_name,
+    current_name,
+    native_axes,
+    to_native,
+    to_pytorch,
+)
 
 Module = TypeVar("Module", bound=nnx.Module)
-ParamPath = tuple[str | int, ...]
 
 
 class Values(Protocol):
@@ -45,51 +54,6 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 
 EIGHT_BITS, OF_EIGHT_BITS = ("F8_E4M3", "F8_E5M2"), "of 8 bits"
 """Types of weights that `distrijax.convert` makes others of, and what an error calls the trouble with them."""
-
-IGNORED = ("text_model.embeddings.position_ids",)
-"""Tensors that some checkpoints carry and no model needs."""
-
-UNPREFIXED = ("embeddings.", "encoder.layers.", "final_layer_norm.")
-"""Beginnings of names in text encoders that transformers 5 wrote without their `text_model.`"""
-
-DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""What old VAEs, those of Stable Diffusion 1.x and 2.x among them, call the projections of their attention."""
-
-STEMS = {
-    ".safetensors": ("diffusion_pytorch_model", "model"),
-    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
-    ".msgpack": ("diffusion_flax_model", "flax_model"),
-}
-"""What files with a model's weights are called, by their format; the first format that a model has is the one to take."""
-
-SAFE = (".safetensors",)
-"""The format that needs no conversion."""
-
-JSON = 32 << 20
-"""Characters of a JSON file: those of a tokenizer are 4 million."""
-
-LISTED = 8
-"""How many offending tensors an error names for each kind of trouble."""
-
-LONGEST = 150
-"""Characters of a name that an error shows."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises DistriError when there is none or it is not one."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(JSON + 1)
-        if len(text) > JSON:
-            raise ValueError(f"it has more than {JSON} characters")
-        content = json.loads(text)
-    except FileNotFoundError:
-        raise DistriError(f"{path} does not exist; give a folder in the diffusers layout") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DistriError(f"{path} is not readable JSON ({error}); fetch the file again") from None
-    if not isinstance(content, dict):
-        raise DistriError(f"{path} holds a {type(content).__name__}; a JSON object is needed; fetch the file again")
-    return content
 
 
 def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp.dtype, place: Place) -> Module:
@@ -147,98 +111,6 @@ def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, ste
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
-def checkpoint_name(path: tuple) -> str:
-    """The PyTorch name of a parameter's path."""
-    *module, leaf = path
-    return ".".join(map(str, [*module, leaf if leaf == "bias" else "weight"]))
-
-
-def to_native(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    """A PyTorch parameter in this project's layout."""
-    return tensor.transpose(_axes(leaf, tensor.ndim))
-
-
-def to_pytorch(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    """The inverse of `to_native`."""
-    return tensor.transpose(np.argsort(_axes(leaf, tensor.ndim)))
-
-
-def _axes(leaf: str, rank: int) -> tuple[int, ...]:
-    """PyTorch's axes of a parameter in this project's order."""
-    kernels = {4: (2, 3, 1, 0), 2: (1, 0)}
-    return kernels[rank] if leaf == "kernel" and rank in kernels else tuple(range(rank))
-
-
-def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = SAFE) -> list[Path]:
-    """The files with a model's weights: one, or the shards its index names, of the first format that is there.
-
-    variant: where the folder has none of it the plain ones are taken, as in diffusers (see `check_variant`). formats: keys of
-    `STEMS`. Raises DistriError where there are none, and for shards that lie elsewhere.
-    """
-    if not folder.is_dir():
-        raise DistriError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
-    for each in (variant, None):
-        if (files := _files_of(folder, each, formats)) is not None:
-            return files
-    raise no_weights(str(folder), _holding_weights(folder), variant, formats)
-
-
-def check_variant(folder: Path, parts: Iterable[str], variant: str | None, formats: Sequence[str] = SAFE) -> None:
-    """Raises DistriError where parts of a folder have weights, and none of them has any of the variant."""
-    folders = [folder / part for part in parts if (folder / part).is_dir()]
-    found = [name for each in folders for name in _holding_weights(each)]
-    if variant and found and all(_files_of(each, variant, formats) is None for each in folders):
-        raise no_weights(str(folder), found, variant, formats)
-
-
-def no_weights(where: str, found: Iterable[str], variant: str | None, formats: Sequence[str]) -> DistriError:
-    """The error for a place without the weights that are wanted. found: names of the files with weights that are there."""
-    names = sorted(set(found))
-    listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-    wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
-    advice = "choose a variant that is there"
-    if names and not any(name.endswith(tuple(formats)) for name in names):
-        advice = "convert the model first: python -m distrijax.convert FOLDER DESTINATION"
-    return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
-
-
-def _holding_weights(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.suffix in STEMS]
-
-
-def _files_of(folder: Path, variant: str | None, formats: Sequence[str]) -> list[Path] | None:
-    """The files with weights of just this variant; None where there are none."""
-    for end in formats:
-        for stem in STEMS[end]:
-            for index in _index_names(stem + end, variant):
-                if (folder / index).exists():
-                    return _shards(folder, index)
-            single = folder / (f"{stem}.{variant}{end}" if variant else stem + end)
-            if single.exists():
-                return [single]
-    return None
-
-
-def _index_names(file: str, variant: str | None) -> list[str]:
-    stem, end = file.split(".")
-    plain = f"{file}.index"
-    return [f"{plain}.{variant}.json", f"{stem}.{end}.{variant}.index.json"] if variant else [f"{plain}.json"]
-
-
-def _shards(folder: Path, index: str) -> list[Path]:
-    """The files beside an index that it names. Raises DistriError for a name that leads elsewhere."""
-    shards = read_json(folder / index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise DistriError(f"{folder / index} has no weight_map; fetch the file again")
-    end = "." + index.split(".")[1]
-    for name in shards.values():
-        if not name.endswith(end) or not name.isprintable() or {"/", "\\"} & set(name):
-            raise DistriError(
-                f"{folder / index} names {shown(name)!r} as a shard, and shards are {end} files beside it; fetch it again"
-            )
-    return [folder / name for name in sorted(set(shards.values()))]
-
-
 class FileTensor:
     """A tensor in an open safetensors file, in PyTorch's layout. kind: its type, as the file calls it."""
 
@@ -260,7 +132,7 @@ class Stored:
 
     def __init__(self, tensor: FileTensor, leaf: str, dtype: jnp.dtype):
         self._tensor, self._leaf, self._dtype = tensor, leaf, dtype
-        self._axes = _axes(leaf, len(tensor.shape))
+        self._axes = native_axes(leaf, len(tensor.shape))
         self.shape = tuple(tensor.shape[axis] for axis in self._axes)
         self.finite = True
 
@@ -294,16 +166,6 @@ def _reading(file: Path) -> Iterator[None]:
         raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
 
 
-def current_name(name: str) -> str:
-    """A parameter's name as diffusers and transformers write it today."""
-    if name.startswith(UNPREFIXED):
-        return f"text_model.{name}"
-    if ".mid_block.attentions." in name:
-        for old, new in DEPRECATED.items():
-            name = name.replace(old, new)
-    return name
-
-
 def finite(tensor: np.ndarray) -> bool:
     """Whether no element is NaN or infinite; reads the exponent bits, several times faster than isfinite in 16 bit."""
     info = jnp.finfo(tensor.dtype)
@@ -325,18 +187,3 @@ def _trouble(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, s
     if tensor.kind not in FLOATING:
         return f"of a type other than {', '.join(FLOATING)}", f"{name} is {tensor.kind}"
     return None, name
-
-
-def summary(problems: dict[str, list[str]]) -> str:
-    """Kinds of trouble and the first tensors that have each."""
-    parts = []
-    for kind, names in problems.items():
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        parts.append(f"{len(names)} {kind} ({', '.join(map(shown, names[:LISTED]))}{more})")
-    return "; ".join(parts)
-
-
-def shown(name: str) -> str:
-    """A name out of a file, fit for a sentence whatever the file says."""
-    short = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
-    return short if short.isprintable() else ascii(short)

@@ -1,9 +1,9 @@
-"""How the parameters of a model lie on the mesh: whole on every device, divided as their layers say, or shared out evenly.
+"""Tensor parallelism's weights: which part of a layer's channels each device holds (arXiv 1909.08053, section 3).
 
-What a layer that is applied once a call reads (cross-attention's keys and values) is divided by channels in every parallelism:
-each device makes its part, and the result is small. With `DistriConfig.shard_weights` all other large parameters are shared out:
-cut into equal pieces, whatever their shape, and put together again inside the program that uses them. XLA begins each of these
-gathers a few layers before its use, so that a device holds some layers at a time and never the model.
+Layers say how they may be divided (`distrijax.models.layers.TPSpec`): attention by heads, the feed-forward network and what lies
+between the two convolutions of a resnet by channels, convolutions that change the size by input channels. Here their
+parameters are laid out for that: along the divided axis the channels are padded with zeros to a multiple of the devices,
+which changes no sum, and put in the devices' order, so that an even cut gives each its own.
 """
 
 from __future__ import annotations
@@ -23,25 +23,87 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from distrijax.config import Parallelism
-from distrijax.exchange import joined
-from distrijax.layers import Cut, Side, walk
-from distrijax.mesh import CFG, EVERY_AXIS, PATCH
-from distrijax.processes import put_blocks
-from distrijax.programs import Params
-from distrijax.tensor import Piece, pieces
-from distrijax.weights import ParamPath, Place, Values
+from distrijax.models.layers import TPKind, TPSpec, walk
+from distrijax.parallel.collectives import all_gather_flat
+from distrijax.parallel.mesh import CFG, EVERY_AXIS, PATCH
+from distrijax.parallel.processes import blocks_to_devices
+from distrijax.parallel.programs import Params
+from distrijax.weights.load import Place, Values
+from distrijax.weights.names import ParamPath
 
-LEAST = 2**16
+
+class ChannelSharded(NamedTuple):
+    """The divided axis of a parameter, in whose `cut` `length` channels go to the devices along some axes of the mesh."""
+
+    axis: int
+    cut: TPSpec
+    length: int
+    among: tuple[str, ...] = (PATCH,)
+
+    def spec(self) -> P:
+        """How the laid out parameter lies on the mesh."""
+        return P(*[None] * self.axis, self.among)
+
+    def shape(self, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of a parameter that is laid out. sizes: of the mesh's axes."""
+        devices = self._devices(sizes)
+        return (*shape[: self.axis], devices * self._each(devices), *shape[self.axis + 1 :])
+
+    def block(self, value: Values, sizes: Mapping[str, int], at: tuple[slice, ...]) -> Float[np.ndarray, "..."]:
+        """What the parameter in the order of the devices, padded with zeros, has at the place of one of them."""
+        devices, parts = self._devices(sizes), self.cut.parts
+        if self.length % (self.cut.unit * parts):
+            raise ValueError(f"{self.length} channels are not {parts} parts of units of {self.cut.unit}")
+        share, length = self._each(devices) // parts, self.length // parts
+        first = (at[self.axis].start or 0) // parts
+
+        def part(number: int) -> np.ndarray:
+            start, stop = (number * length + min(end, length) for end in (first, first + share))
+            held = value[*at[: self.axis], slice(start, stop), *at[self.axis + 1 :]]
+            widths = [(0, 0)] * held.ndim
+            widths[self.axis] = (0, share - (stop - start))
+            return np.pad(held, widths)
+
+        return np.concatenate([part(number) for number in range(parts)], self.axis)
+
+    def restored(self, value: Array) -> Array:
+        """A layer takes what its device holds."""
+        return value
+
+    def _devices(self, sizes: Mapping[str, int]) -> int:
+        return math.prod(sizes[axis] for axis in self.among)
+
+    def _each(self, devices: int) -> int:
+        group = self.cut.unit * self.cut.parts
+        return math.ceil(self.length // group / devices) * group
+
+
+def channel_sharded(module: nnx.Module) -> dict[ParamPath, ChannelSharded]:
+    """The parameters of a module that may be divided, by their path."""
+    found = {}
+    for path, layer in walk(module):
+        if (cut := getattr(layer, "cut", None)) is None:
+            continue
+        for name in ("kernel", "bias", "scale"):
+            value = getattr(layer, name, None)
+            if value is None or (cut.side is TPKind.INPUT and name != "kernel"):
+                continue
+            axis = len(value.shape) - (2 if cut.side is TPKind.INPUT else 1)
+            found[(*path, name)] = ChannelSharded(axis, cut, value.shape[axis])
+    return found
+
+
+MIN_SHARDED_SIZE = 2**16
 """Elements of the smallest parameter that is shared out; smaller ones lie whole on every device."""
 
-CHANNELS = Cut(Side.OUTPUT)
+CHANNELS = TPSpec(TPKind.OUTPUT)
 """Of layers whose result is put together again at once: no channels have to stay together."""
 
 Shape = tuple[int, ...]
 Sizes = Mapping[str, int]  # of the mesh's axes
 
 
-class Part(Protocol):
+class ParamLayout(Protocol):
     """How one parameter lies on the mesh; `tensor.Piece` is another one than those below."""
 
     def spec(self) -> P: ...
@@ -57,7 +119,7 @@ class Part(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Replicated:
     """On every device."""
 
     def spec(self) -> P:
@@ -74,7 +136,7 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
+class FlatSharded:
     """Flat, filled up with zeros, and in equal pieces on all devices. whole: the parameter's shape."""
 
     whole: Shape
@@ -96,18 +158,18 @@ class Shared:
         return np.pad(held, (0, stop - start - held.size))
 
     def restored(self, value):
-        return joined(value)[: math.prod(self.whole)].reshape(self.whole)
+        return all_gather_flat(value)[: math.prod(self.whole)].reshape(self.whole)
 
 
 @dataclasses.dataclass(frozen=True)
-class Turned:
+class OutputMajor:
     """A kernel with its output channels first. Turning it back is a matter of the layout to XLA, which for GPUs moves nothing.
 
     part: of the turned kernel. cuDNN reads those of convolutions so (OHWI), which otherwise would be made in every step, and
     files have all of them so: a share of one is a run of the file.
     """
 
-    part: Whole | Shared
+    part: Replicated | FlatSharded
 
     def spec(self) -> P:
         return self.part.spec()
@@ -138,7 +200,7 @@ def _turned(shape: Shape) -> Shape:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Form:
+class ModelLayout:
     """A model without its parameters: its structure, and each parameter's path, shape and part, in the order of the leaves.
 
     arrays: the leaves of each array that the programs take, several where kernels of the same input lie side by side. XLA
@@ -148,7 +210,7 @@ class Form:
     structure: jax.tree_util.PyTreeDef
     paths: tuple[ParamPath, ...]
     shapes: tuple[Shape, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[ParamLayout, ...]
     arrays: tuple[tuple[int, ...], ...]
 
     @classmethod
@@ -159,23 +221,25 @@ class Form:
         *,
         shard: bool = False,
         platform: str = "cpu",
-    ) -> Form:
+    ) -> ModelLayout:
         """The form of a module of values or of shapes.
 
         shard: whether large parameters are shared out. platform: JAX's name for the devices', which read kernels in their way.
         """
-        divided = pieces(module)
+        divided = channel_sharded(module)
         if parallelism is not Parallelism.TENSOR:
             once = {path: piece for path, piece in divided.items() if piece.cut.once}
-            divided = {path: Piece(piece.axis, CHANNELS, piece.length, (PATCH, CFG)) for path, piece in once.items()}
+            divided = {
+                path: ChannelSharded(piece.axis, CHANNELS, piece.length, (PATCH, CFG)) for path, piece in once.items()
+            }
 
-        def part(path: ParamPath, shape: Shape) -> Part:
+        def part(path: ParamPath, shape: Shape) -> ParamLayout:
             if path in divided:
                 return divided[path]
-            share = shard and math.prod(shape) >= LEAST
+            share = shard and math.prod(shape) >= MIN_SHARDED_SIZE
             turn = path[-1] == "kernel" and (share or (platform == "gpu" and len(shape) == 4))
-            part = Shared(_turned(shape) if turn else shape) if share else Whole()
-            return Turned(part) if turn else part
+            part = FlatSharded(_turned(shape) if turn else shape) if share else Replicated()
+            return OutputMajor(part) if turn else part
 
         leaves = [(path, tuple(leaf.shape)) for path, leaf in nnx.to_flat_state(nnx.state(module))]
         paths, shapes = zip(*leaves, strict=True)
@@ -208,7 +272,7 @@ class Form:
         def place(path: ParamPath, value: Values) -> jax.Array:
             part = parts[path]
             shape, sharding = part.shape(value.shape, mesh.shape), NamedSharding(mesh, part.spec())
-            return put_blocks(shape, sharding, lambda at: part.block(value, mesh.shape, at))
+            return blocks_to_devices(shape, sharding, lambda at: part.block(value, mesh.shape, at))
 
         return place
 
@@ -231,20 +295,22 @@ class Form:
         """The model, inside a shard_map, of what one device holds of its parameters (`specs`)."""
         restored: dict[int, Array] = {}
         for indices, value in zip(self.arrays, params, strict=True):
-            pieces = jnp.split(value, len(indices), -1) if len(indices) > 1 else [value]
-            restored |= {index: self.parts[index].restored(piece) for index, piece in zip(indices, pieces, strict=True)}
+            channel_sharded = jnp.split(value, len(indices), -1) if len(indices) > 1 else [value]
+            restored |= {
+                index: self.parts[index].restored(piece) for index, piece in zip(indices, channel_sharded, strict=True)
+            }
         return jax.tree.unflatten(self.structure, [restored[index] for index in range(len(self.parts))])
 
 
 def _side_by_side(
-    module: nnx.Module, paths: tuple[ParamPath, ...], parts: tuple[Part, ...]
+    module: nnx.Module, paths: tuple[ParamPath, ...], parts: tuple[ParamLayout, ...]
 ) -> tuple[tuple[int, ...], ...]:
-    """`Form.arrays` where kernels that are whole on every device, and multiply the same input, are put together."""
+    """`ModelLayout.arrays` where kernels that are whole on every device, and multiply the same input, are put together."""
     index = {path: number for number, path in enumerate(paths)}
     together: dict[int, tuple[int, ...]] = {}
     for path, layer in walk(module):
         kernels = tuple(index[*path, name, "kernel"] for name in getattr(layer, "same_input", ()))
-        if kernels and all(isinstance(parts[kernel], Whole) for kernel in kernels):
+        if kernels and all(isinstance(parts[kernel], Replicated) for kernel in kernels):
             together |= dict.fromkeys(kernels, kernels)
     return tuple(dict.fromkeys(together.get(number, (number,)) for number in range(len(parts))))
 
@@ -258,11 +324,11 @@ class Model(NamedTuple):
     """A model on the devices: its config, its form, and its parameters as they lie there, or their shapes before."""
 
     config: Any
-    form: Form
+    form: ModelLayout
     params: Params
 
     @classmethod
-    def of(cls, config: Any, form: Form, mesh: Mesh, dtype: Any) -> Model:
+    def of(cls, config: Any, form: ModelLayout, mesh: Mesh, dtype: Any) -> Model:
         """A model of which no parameter has been read."""
         return cls(config, form, placed(mesh, form.specs, form.laid_out(mesh.shape, dtype)))
 

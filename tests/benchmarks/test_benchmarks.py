@@ -8,24 +8,22 @@ import runpy
 import sys
 from pathlib import Path
 
+import convert_file
 import jax
 import jax.numpy as jnp
-import pytest
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import convert_file
 import latency
+import pytest
 import scaling
 import shard
+from PIL import Image
 from test_unet import BASE
 
-from distrijax import DistriConfig, DistriError, layers, load_scheduler, plan_mesh
-from distrijax.convert.original import from_original, to_original
-from distrijax.overlap import Program
-from distrijax.plan import step_of
-from distrijax.unet import UNetConfig
+from distrijax import DistriConfig, DistriError, load_scheduler, plan_mesh
+from distrijax.convert.layouts.original import from_original, to_original
+from distrijax.models import layers
+from distrijax.models.unet_config import UNetConfig
+from distrijax.plan.overlap import Program
+from distrijax.plan.traffic import step_of
 
 
 @pytest.fixture(autouse=True)

@@ -9,18 +9,18 @@ import sys
 import types
 from pathlib import Path
 
-import evaluate
 import jax
 import numpy as np
 import pytest
 import torch
-from fidelity import figures, grid, metrics, prompts
-from fidelity.results import COLUMNS, Results
 from PIL import Image
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode
-from distrijax.pipeline import PipelineOutput
+from distrijax.cli import evaluate
+from distrijax.cli.fidelity import figures, grid, metrics, prompts
+from distrijax.cli.fidelity.results import COLUMNS, Results
+from distrijax.pipelines.call import PipelineOutput
 
 CAPTIONS, STEPS, SIZE = 3, 3, 64
 GRID = "--devices 2 --parallelism patch --sync-mode corrected_async_gn full_sync --warmup-steps 0"

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import generate as generate_script
 import numpy as np
 import pytest
 from PIL import Image
 
+import distrijax.cli.generate as generate_script
 from distrijax import DistriConfig, DistriSDXLPipeline
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "generate.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "generate.py"
 PROMPT = "a small green star in the center, on a black background — ★"
 NEGATIVE = "a red circle"
 
@@ -100,7 +100,7 @@ def test_the_plan_alone_needs_no_devices_and_writes_nothing(shallow_checkpoint, 
     mesh, image, stale, received = capsys.readouterr().out.splitlines()
     assert mesh == "mesh     data 1 x cfg 2 x patch 32, bfloat16"
     assert image == "image    2048x512; each device has 64 rows of pixels, 8 of the latent"
-    assert stale.startswith("stale    ") and "tokens" in stale
+    assert stale.startswith("stale    ") and "kv" in stale
     assert received.startswith("received ") and "guidance" in received
     assert not list(tmp_path.iterdir())
 
@@ -118,7 +118,7 @@ def test_the_plan_of_stable_diffusion_1_has_its_size(tiny_sd_checkpoints, capsys
     mesh, image, _, received = capsys.readouterr().out.splitlines()
     assert mesh == "mesh     data 1 x cfg 2 x patch 2, float32"
     assert image == "image    128x128; each device has 64 rows of pixels, 8 of the latent"
-    assert "tokens" in received
+    assert "kv" in received
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import check_scenes
-import evaluate
-import generate
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
+from distrijax.cli import evaluate, generate
 
 TEXT_ENCODER = "text_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"

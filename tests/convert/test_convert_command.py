@@ -13,9 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import evaluate
-import generate
 import jax
+import latency
 import numpy as np
 import pytest
 import torch
@@ -26,10 +25,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import latency
-
 from distrijax import DistriError
+from distrijax.cli import evaluate, generate
 from distrijax.convert.__main__ import main
 from distrijax.convert.cache import _locked, prepared
 from distrijax.convert.sources import Recipe
@@ -156,7 +153,7 @@ def test_an_interrupted_run_leaves_what_was_there(model, tmp_path, monkeypatch, 
 
     if force:
         (tmp_path / "new").mkdir()
-    monkeypatch.setattr("distrijax.convert.folder.write_safetensors", lambda tensors, path: fail(path))
+    monkeypatch.setattr("distrijax.convert.layouts.folder.write_safetensors", lambda tensors, path: fail(path))
     with pytest.raises(RuntimeError if error is RuntimeError else SystemExit):
         convert(model, tmp_path / "new", *["--force"] * force)
     assert [path.name for path in tmp_path.glob("**/*")] == ["new"] * force
@@ -165,7 +162,7 @@ def test_an_interrupted_run_leaves_what_was_there(model, tmp_path, monkeypatch, 
 def test_a_terminated_run_leaves_nothing(model, tmp_path):
     script = (
         "import sys, time\n"
-        "from distrijax.convert import folder, __main__\n"
+        "from distrijax.convert import __main__; from distrijax.convert.layouts import folder\n"
         "def write(tensors, path):\n"
         "    path.write_bytes(b'half')\n"
         "    open(sys.argv.pop(), 'w').close()\n"

@@ -15,10 +15,12 @@ import pytest
 from safetensors.numpy import save_file
 from tensor_files import everything, small, written
 
-from distrijax import weights
-from distrijax.config import DistriError
+from distrijax import json_config
 from distrijax.convert.files import open_tensors
-from distrijax.weights import FLOATING, read_json, read_tensors, weight_files
+from distrijax.errors import DistriError
+from distrijax.json_config import read_json
+from distrijax.weights.files import weight_files
+from distrijax.weights.load import FLOATING, read_tensors
 
 SPARE = 1 << 20
 """Bytes that a reader may take beside twice the file."""
@@ -162,7 +164,7 @@ def test_an_index_that_is_none(elsewhere, content):
 
 
 def test_json_is_not_read_beyond_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "JSON", 10)
+    monkeypatch.setattr(json_config, "JSON", 10)
     (tmp_path / "a.json").write_text('{"a": 345}')
     assert read_json(tmp_path / "a.json") == {"a": 345}
     (tmp_path / "a.json").write_text('{"a": 3456}')

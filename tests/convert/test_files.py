@@ -15,13 +15,13 @@ import safetensors.numpy
 import torch
 from tensor_files import Arrays, arrays, of_torch, small, torch_bytes, torch_state, written
 
-from distrijax.config import DistriError
-from distrijax.convert import flax_files
 from distrijax.convert.files import open_tensors
-from distrijax.convert.flax_files import write_flax
-from distrijax.convert.safetensors_files import read_metadata, write_safetensors
+from distrijax.convert.readers import flax_files
+from distrijax.convert.readers.flax_files import write_flax
+from distrijax.convert.readers.safetensors_files import read_metadata, write_safetensors
+from distrijax.convert.readers.torch_files import LEGACY
 from distrijax.convert.tensors import Tensor, of_array
-from distrijax.convert.torch_files import LEGACY
+from distrijax.errors import DistriError
 
 NAMED = torch_state()
 

@@ -16,13 +16,13 @@ from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from distrijax.config import DistriError
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
-from distrijax.convert.flax_files import write_flax
-from distrijax.convert.flax_names import flax_part, from_flax, to_flax
+from distrijax.convert.layouts.flax_names import flax_part, from_flax, to_flax
+from distrijax.convert.readers.flax_files import write_flax
 from distrijax.convert.tensors import Shape, Tensor, Tensors, of_array
-from distrijax.weights import current_name
+from distrijax.errors import DistriError
+from distrijax.weights.names import current_name
 
 FAMILIES = ("xl", 1, 2)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensor_files import SPARE, read_all, refusal, small, torch_bytes, written
 
-from distrijax.convert import pickles
+from distrijax.convert.readers import pickles
 
 
 class Harm:

@@ -1,4 +1,4 @@
-"""Learned words put into a checkpoint by distrijax.convert.inversion, against diffusers' `load_textual_inversion`."""
+"""Learned words put into a checkpoint by distrijax.convert.adapters.inversion, against diffusers' `load_textual_inversion`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tensor_files import everything
 from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 from transformers import CLIPTokenizer as TorchTokenizer
 
-from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError, DistriWarning
+from distrijax.convert.adapters.inversion import Embedding, with_embeddings
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
-from distrijax.convert.inversion import Embedding, with_embeddings
 from distrijax.convert.tensors import Tensors, of_array
-from distrijax.layers import abstract
-from distrijax.tokenizer import CLIPTokenizer
-from distrijax.weights import load_module
+from distrijax.errors import DistriError, DistriWarning
+from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from distrijax.models.layers import abstract
+from distrijax.models.tokenizer import CLIPTokenizer
+from distrijax.weights.load import load_module
 
 PROMPTS = [
     "a red <thing> on a table",

@@ -11,7 +11,7 @@ from test_wrong_input import assert_one_sentence
 
 from distrijax import DistriError
 from distrijax.convert.kinds import Kind, recognise
-from distrijax.convert.original import FAMILIES, from_original
+from distrijax.convert.layouts.original import FAMILIES, from_original
 from distrijax.convert.tensors import of_array
 
 UNET = "model.diffusion_model."

@@ -12,11 +12,11 @@ import pytest
 from original_layouts import original, unread
 from tensor_files import SPARE, read_all, refusal, written
 
-from distrijax.config import DistriError
 from distrijax.convert.files import open_tensors
-from distrijax.convert.original import from_original
-from distrijax.convert.safetensors_files import read_metadata
+from distrijax.convert.layouts.original import from_original
+from distrijax.convert.readers.safetensors_files import read_metadata
 from distrijax.convert.tensors import of_array
+from distrijax.errors import DistriError
 
 
 def headed(header: object, data: bytes = bytes(12)) -> bytes:

@@ -1,4 +1,4 @@
-"""Adapters merged by distrijax.convert.lora, against torch diffusers with the same adapter loaded by PEFT."""
+"""Adapters merged by distrijax.convert.adapters.lora, against torch diffusers with the same adapter loaded by PEFT."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from safetensors.torch import load_file
 from tiny_pipeline import load_torch_pipeline
 from torch.nn.functional import conv2d
 
-from distrijax import hub
-from distrijax.config import DistriError, DistriWarning
+from distrijax.convert.adapters.lora import Lora, with_loras
+from distrijax.convert.adapters.lora_names import spellings
+from distrijax.convert.adapters.merging import LORA, Change, merged
 from distrijax.convert.cache import fingerprint
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.family import UNET
-from distrijax.convert.lora import Lora, with_loras
-from distrijax.convert.lora_names import spellings
-from distrijax.convert.merging import LORA, Change, merged
-from distrijax.convert.original import from_original
-from distrijax.convert.original_unet import UNetLayout, unet_table
+from distrijax.convert.layouts.family import UNET
+from distrijax.convert.layouts.original import from_original
+from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
 from distrijax.convert.sources import Found, Recipe, assemble
 from distrijax.convert.tensors import Tensor, Tensors, of_array
+from distrijax.errors import DistriError, DistriWarning
+from distrijax.weights import hub
 
 Weights = dict[str, dict[str, np.ndarray]]
 CLOSE = 5e-6

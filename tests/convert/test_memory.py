@@ -15,9 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 from tensor_files import torch_bytes
-from test_convert_hostile import legacy, zipped
-from test_convert_lies import entry, headed
-from test_convert_orbax_damaged import frame, rewritten
+from test_hostile import legacy, zipped
+from test_lies import entry, headed
+from test_orbax_damaged import frame, rewritten
 
 SPARE = 32 << 20
 """Bytes beside twice the file."""

@@ -15,16 +15,16 @@ import pytest
 from adapters import checkpoint_of
 
 import distrijax
-from distrijax.config import DistriError
-from distrijax.convert import orbax_files
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
-from distrijax.convert.flax_files import write_flax
-from distrijax.convert.flax_names import from_flax, to_flax
-from distrijax.convert.folder import from_folder
-from distrijax.convert.orbax_files import is_orbax, read_orbax, write_orbax
-from distrijax.convert.safetensors_files import DTYPES
+from distrijax.convert.layouts.flax_names import from_flax, to_flax
+from distrijax.convert.layouts.folder import from_folder
+from distrijax.convert.readers import orbax_files
+from distrijax.convert.readers.flax_files import write_flax
+from distrijax.convert.readers.orbax_files import is_orbax, read_orbax, write_orbax
+from distrijax.convert.readers.safetensors_files import DTYPES
 from distrijax.convert.tensors import Tensor, Tensors, of_array
+from distrijax.errors import DistriError
 
 FAMILIES = ("xl", 1, 2)
 

@@ -16,10 +16,10 @@ import pytest
 import tensorstore
 from tensor_files import read_all, sentence
 
-from distrijax.config import DistriError
-from distrijax.convert import orbax_guard
-from distrijax.convert.orbax_files import open_model
-from distrijax.convert.orbax_guard import ZSTD, check_unpacked
+from distrijax.convert.readers import orbax_guard
+from distrijax.convert.readers.orbax_files import open_model
+from distrijax.convert.readers.orbax_guard import ZSTD, check_unpacked
+from distrijax.errors import DistriError
 
 TREE = {
     "a": {"weight": np.arange(6000, dtype=np.float32).reshape(20, 300), "bias": np.zeros(3, np.float16)},

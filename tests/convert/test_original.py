@@ -13,15 +13,15 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from original_layouts import averages, clip, open_clip, original, prefixed, unet, unread, vae
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from distrijax.clip import CLIPTextConfig as OurTextConfig
-from distrijax.config import DistriError, DistriWarning
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
-from distrijax.convert.original import convert_original, from_original, to_original, unet_from, vae_from
+from distrijax.convert.layouts.original import convert_original, from_original, to_original, unet_from, vae_from
 from distrijax.convert.tensors import Tensors, of_array
+from distrijax.errors import DistriError, DistriWarning
+from distrijax.models.clip import CLIPTextConfig as OurTextConfig
+from distrijax.models.unet_config import UNetConfig
+from distrijax.models.vae import VAEConfig
 from distrijax.schedulers import load_scheduler
-from distrijax.unet import UNetConfig
-from distrijax.vae import VAEConfig
 
 FAMILIES = ("sd1", "sd2", "sdxl", "refiner")
 

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_pipeline import TEXT_WIDTH, UNET, load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
 
 from distrijax import DistriConfig, load_pipeline
-from distrijax.config import DistriWarning
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.original import from_original, to_original
+from distrijax.convert.layouts.original import from_original, to_original
 from distrijax.convert.tensors import Tensors, of_array
+from distrijax.errors import DistriWarning
 
 CALL = {
     "prompt": "a red circle on the left",

@@ -11,12 +11,12 @@ from adapters import checkpoint_of, tensors_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny_pipeline import SD_VAE, UNET, VAE
 
-from distrijax.config import DistriError
+from distrijax.convert.adapters.replace import with_unet, with_vae
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
-from distrijax.convert.replace import with_unet, with_vae
 from distrijax.convert.tensors import Tensors
-from distrijax.unet import UNetConfig
+from distrijax.errors import DistriError
+from distrijax.models.unet_config import UNetConfig
 
 TIME_COND = "time_embedding.cond_proj.weight"
 

@@ -7,8 +7,8 @@ import json
 import pytest
 from test_tokenizer import PADDINGS, TEXTS, assert_equal_to_transformers, random_texts
 
-from distrijax.convert.vocabulary import SIZE, merges, tokenizer_files
-from distrijax.tokenizer import CLIPTokenizer
+from distrijax.convert.layouts.vocabulary import SIZE, merges, tokenizer_files
+from distrijax.models.tokenizer import CLIPTokenizer
 
 
 @pytest.fixture

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import check_scenes
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import check_scenes
-import scenes
+from distrijax.cli.fidelity import scenes
 
 SIZE = (96, 96)
 CAPTION_0 = "a large black circle at the top right and a red diamond in the center, on an orange dotted background"

@@ -27,19 +27,19 @@ import atheris
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 with atheris.instrument_imports(include=["distrijax.convert", "pickletools", "json"]):
-    import distrijax.convert.files
-    from distrijax.convert import orbax_guard
-    from distrijax.convert.family import MARKERS
-    from distrijax.convert.orbax_files import open_model
-    from distrijax.convert.original import from_original, to_original
+    from distrijax.convert import files
+    from distrijax.convert.layouts.family import MARKERS
+    from distrijax.convert.layouts.original import from_original, to_original
+    from distrijax.convert.readers import orbax_guard
+    from distrijax.convert.readers.orbax_files import open_model
 
 import numpy as np
 import orbax.checkpoint as ocp
 from original_layouts import Shapes, clip, open_clip, prefixed, unet, vae
 from tensor_files import small
 
-from distrijax.config import DistriError
 from distrijax.convert.tensors import Tensor, Tensors
+from distrijax.errors import DistriError
 
 SPARE = 4 << 20
 """Bytes that may be taken beside twice the file, or beside what an orbax folder's arrays may become."""
@@ -56,7 +56,7 @@ def check_file(path: Path, content: bytes) -> None:
     """Opens and reads a file of these bytes, in bounded memory."""
     path.write_bytes(content)
     with watched(2 * len(content) + SPARE):
-        tensors = distrijax.convert.files.open_tensors(path)
+        tensors = files.open_tensors(path)
         check_arrays(tensors)
         check_original(tensors)
 

@@ -13,8 +13,8 @@ from flax import nnx
 from transformers import CLIPTextConfig as TorchConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
+from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
 
 EOS = 98
 TINY = {

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from oracle import nhwc, port, relative_error
 
-from distrijax import convolution
-from distrijax.exchange import Synchronous, WholeImage
-from distrijax.layers import Conv
-from distrijax.mesh import PATCH, MeshPlan
-from distrijax.programs import options_for
+from distrijax.models import convolution
+from distrijax.models.layers import Conv
+from distrijax.parallel.exchange import Synchronous, WholeImage
+from distrijax.parallel.mesh import PATCH, MeshPlan
+from distrijax.parallel.programs import options_for
 
 EXACT = 1e-5
 

@@ -16,9 +16,10 @@ from flax import nnx
 from jaxtyping import TypeCheckError
 from oracle import disturb, nhwc, port, relative_error
 
-from distrijax import layers
-from distrijax.exchange import WholeImage
-from distrijax.layers import Attention, Conv, GroupNorm, LayerNorm, Linear
+from distrijax.models import attention, layers
+from distrijax.models.attention import Attention
+from distrijax.models.layers import Conv, GroupNorm, LayerNorm, Linear
+from distrijax.parallel.exchange import WholeImage
 
 EXACT = 1e-5
 
@@ -82,9 +83,9 @@ def test_cudnn_attends_where_no_gpu_is_older_than_ampere(here, expected, monkeyp
             raise RuntimeError(f"Unknown backend {backend}")
         return [SimpleNamespace(compute_capability=capability) for capability in here]
 
-    monkeypatch.setattr(layers, "_cudnn_attention", lambda query, key, value: query)  # as if cuDNN were installed
+    monkeypatch.setattr(attention, "_cudnn_attention", lambda query, key, value: query)  # as if cuDNN were installed
     monkeypatch.setattr(jax, "local_devices", gpus)
-    assert layers._cudnn_attends.__wrapped__() is expected
+    assert attention._cudnn_attends.__wrapped__() is expected
 
 
 @pytest.mark.parametrize(
@@ -99,12 +100,12 @@ def test_cudnn_attends_where_no_gpu_is_older_than_ampere(here, expected, monkeyp
     ],
 )
 def test_attention_in_chunks_equals_torch_and_holds_no_more_scores_than_allowed(monkeypatch, chunk, rows, held):
-    monkeypatch.setattr(layers, "CPU_ATTENTION_CHUNK", chunk)
-    monkeypatch.setattr(layers, "ATTENTION_ROWS", rows)
+    monkeypatch.setattr(attention, "CPU_ATTENTION_CHUNK", chunk)
+    monkeypatch.setattr(attention, "ATTENTION_ROWS", rows)
     query, key, value = randn(2, 64, 3, 8), randn(2, 50, 3, 8), randn(2, 50, 3, 8)
     wanted = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
     heads = [t.numpy() for t in (query, key, value)]
-    lowered = jax.jit(lambda *heads: layers.attend(*heads)).lower(*heads)
+    lowered = jax.jit(lambda *heads: attention.attend(*heads)).lower(*heads)
     assert set(re.findall(r"exponential .* : tensor<(\w+)xf32>", lowered.as_text())) == {held}
     assert relative_error(lowered.compile()(*heads), wanted.transpose(1, 2)) < EXACT
 

@@ -16,7 +16,7 @@ import pytest
 from transformers import CLIPTokenizer as TorchTokenizer
 
 from distrijax import DistriError, DistriWarning
-from distrijax.tokenizer import BEGIN, END, CLIPTokenizer
+from distrijax.models.tokenizer import BEGIN, END, CLIPTokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from tiny_tokenizer import BYTES, count_words, learn_merges, train_tokenizer, write_tokenizer

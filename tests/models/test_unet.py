@@ -16,11 +16,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from oracle import disturb, host, nhwc, part, port, record, relative_error
 
-from distrijax.config import DistriError
-from distrijax.exchange import FIRST, LAST, Displaced, Synchronous, WholeImage
-from distrijax.mesh import PATCH, MeshPlan
-from distrijax.unet import UNet, UNetConfig, guidance_embedding
-from distrijax.weights import checkpoint_name, to_pytorch
+from distrijax.errors import DistriError
+from distrijax.models.unet import UNet, guidance_embedding
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.collectives import FIRST, LAST
+from distrijax.parallel.displaced import Displaced
+from distrijax.parallel.exchange import Synchronous, WholeImage
+from distrijax.parallel.mesh import PATCH, MeshPlan
+from distrijax.weights.names import checkpoint_name, to_pytorch
 
 EXACT = 1e-5
 
@@ -285,12 +288,12 @@ def published(kind: dict, side: int) -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    return "moments" if "norm" in name else "tokens" if "attn" in name else "halo"
+    return "moments" if "norm" in name else "kv" if "attn" in name else "halo"
 
 
 @pytest.mark.parametrize(
     ("kind", "counts"),
-    [(FULL_BASE, {"moments": 46, "halo": 39, "tokens": 70}), (FULL_SD15, {"moments": 61, "halo": 51, "tokens": 16})],
+    [(FULL_BASE, {"moments": 46, "halo": 39, "kv": 70}), (FULL_SD15, {"moments": 61, "halo": 51, "kv": 16})],
     ids=["SDXL", "SD 1.x"],
 )
 def test_full_size_model_exchanges_the_tensors_of_the_original(kind, counts):

@@ -14,11 +14,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from oracle import disturb, nhwc, part, port, record, relative_error
 
-from distrijax.config import DistriError
-from distrijax.exchange import Synchronous, WholeImage
-from distrijax.mesh import CFG, PATCH, MeshPlan
-from distrijax.vae import AutoencoderKL, VAEConfig
-from distrijax.weights import checkpoint_name, to_pytorch
+from distrijax.errors import DistriError
+from distrijax.models.vae import AutoencoderKL, VAEConfig
+from distrijax.parallel.exchange import Synchronous, WholeImage
+from distrijax.parallel.mesh import CFG, PATCH, MeshPlan
+from distrijax.weights.names import checkpoint_name, to_pytorch
 
 EXACT = 1e-5
 TINY = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distrijax import Compression
-from distrijax.compression import decode, encode
+from distrijax.parallel.compression import decode, encode
 
 EVERY = pytest.mark.parametrize(("compression", "levels"), [("int8", 256), ("int4", 16)])
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

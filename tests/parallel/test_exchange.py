@@ -11,26 +11,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from distrijax.config import Compression, SyncMode
-from distrijax.exchange import (
-    ENDS,
-    FIRST,
-    KINDS,
-    LAST,
-    MEAN,
-    MOMENTS,
-    DampedMoments,
+from distrijax.parallel.bands import Bands
+from distrijax.parallel.collectives import FIRST, LAST
+from distrijax.parallel.displaced import (
+    STRATEGIES,
+    AsyncTokens,
+    DampedAsyncGN,
     Displaced,
-    FreshMoments,
-    FreshRows,
-    Frozen,
-    OwnMoments,
-    PartOfChannels,
-    StaleMoments,
+    NoSync,
+    SeparateGN,
+    StaleGN,
     Strategy,
-    Synchronous,
-    WholeImage,
+    SyncGN,
 )
-from distrijax.mesh import CFG, PATCH, Bands, MeshPlan
+from distrijax.parallel.exchange import ENDS, MEAN, MOMENTS, Synchronous, TensorParallel, WholeImage
+from distrijax.parallel.mesh import CFG, PATCH, MeshPlan
 
 AXES = pytest.mark.parametrize(
     ("plan", "axis"),
@@ -76,7 +71,7 @@ def test_halo_is_the_rows_of_the_whole_image(plan, axis, above, below):
 @AXES
 def test_tokens_are_those_of_the_whole_image_in_order(plan, axis):
     n, kv = plan.devices, normal(2, ROWS, 3, 6)
-    (got,) = on_bands(plan, axis, lambda kv: (side_by_side(Synchronous(axis).tokens("a", kv)),), kv)
+    (got,) = on_bands(plan, axis, lambda kv: (side_by_side(Synchronous(axis).kv("a", kv)),), kv)
     for band in bands(got, n):
         np.testing.assert_array_equal(band, kv.reshape(2, -1, 6))
 
@@ -129,9 +124,9 @@ def test_padding_is_zeros_to_a_convolution_no_tokens_and_no_part_of_the_moments(
 
 
 @UNEVEN
-@pytest.mark.parametrize("mode", KINDS, ids=str)
+@pytest.mark.parametrize("mode", STRATEGIES, ids=str)
 def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_synchronous_ones(mode, rows, n, levels):
-    kind = KINDS[mode]
+    kind = STRATEGIES[mode]
 
     def again(exchange, x):
         *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, Strategy(kind)), x)
@@ -144,7 +139,7 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
         np.testing.assert_array_equal(halo[i], padded[:, i * cut.band : (i + 1) * cut.band + 2])
         np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
         own = x[:, i * cut.band : (i + 1) * cut.band]
-        if not issubclass(kind, OwnMoments):
+        if not issubclass(kind, SeparateGN):
             np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
         elif own.size:
             np.testing.assert_allclose(moments[i][:, 0], moments_of(own), rtol=1e-5, atol=1e-6)
@@ -183,9 +178,9 @@ def test_on_tpus_tokens_begin_with_the_own_ones(as_on_tpus, plan, axis):
     def local(previous, present):
         earlier = Synchronous(axis)
         for name in names:
-            earlier.tokens(name, previous)
+            earlier.kv(name, previous)
         later = Displaced(earlier.finish(), axis)
-        return tuple(side_by_side(later.tokens(name, present)) for name in names)
+        return tuple(side_by_side(later.kv(name, present)) for name in names)
 
     for layer in on_bands(plan, axis, local, PREVIOUS, PRESENT, out=len(names)):
         for own, got in enumerate(bands(layer, n)):
@@ -196,7 +191,7 @@ def test_on_tpus_tokens_begin_with_the_own_ones(as_on_tpus, plan, axis):
 def test_one_device_needs_nothing():
     x, whole = jnp.asarray(normal(1, 4, 3, 2)), WholeImage()
     np.testing.assert_array_equal(whole.halo("a", x, 1, 0), np.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0))))
-    np.testing.assert_array_equal(side_by_side(whole.tokens("b", x)), x.reshape(1, 12, 2))
+    np.testing.assert_array_equal(side_by_side(whole.kv("b", x)), x.reshape(1, 12, 2))
     np.testing.assert_allclose(whole.moments("c", x, SIZE), moments_of(np.asarray(x)), rtol=1e-5)
     assert whole.finish() == {}
 
@@ -206,7 +201,7 @@ def test_each_device_has_its_part_of_the_channels_and_sums_are_everyones():
     x = normal(1, 3, 2, 5)
 
     def local(x):
-        exchange = PartOfChannels(PATCH)
+        exchange = TensorParallel(PATCH)
         part = exchange.channels(x, 2)
         assert exchange.channels(part, 2) is part
         return part, exchange.whole_sum(jnp.sum(part))
@@ -226,22 +221,22 @@ def side_by_side(keys_values):
 def ask_everything(exchange, x):
     """All three questions, as a layer's results that have rows, and what was published."""
     halo = exchange.halo("halo", x, 1, 1)
-    tokens = side_by_side(exchange.tokens("tokens", x))
+    tokens = side_by_side(exchange.kv("tokens", x))
     moments = exchange.moments("moments", x, SIZE)[:, None]
     return halo, tokens, moments, exchange.finish()
 
 
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=[str(mode) for mode in KINDS])
+EVERY_KIND = pytest.mark.parametrize("kind", STRATEGIES.values(), ids=[str(mode) for mode in STRATEGIES])
 
 
 @AXES
 @EVERY_KIND
 def test_displaced_with_what_was_just_published_equals_synchronous(plan, axis, kind):
     def both(x):
-        *synchronous, stale = ask_everything(Synchronous(axis, strategy=Strategy(kind)), x)
+        *synchronous, stale = ask_everything(Synchronous(axis, publishing=Strategy(kind).publishing), x)
         *displaced, fresh = ask_everything(kind(stale, axis), x)
         same = jnp.all(jnp.stack([jnp.all(stale[name] == fresh[name]) for name in stale])).reshape(1, 1)
-        if issubclass(kind, OwnMoments):
+        if issubclass(kind, SeparateGN):
             synchronous[2] = WholeImage().moments("own", x, SIZE)[:, None]
         return *synchronous, *displaced, same
 
@@ -259,7 +254,7 @@ def displaced(kind: type[Displaced]) -> list[np.ndarray]:
     """Answers to four bands that see the present image and know each other's previous one."""
 
     def local(previous, present):
-        *_, stale = ask_everything(Synchronous(strategy=Strategy(kind)), previous)
+        *_, stale = ask_everything(Synchronous(publishing=Strategy(kind).publishing), previous)
         return ask_everything(kind(stale), present)[:3]
 
     return on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, out=3)
@@ -268,7 +263,7 @@ def displaced(kind: type[Displaced]) -> list[np.ndarray]:
 @EVERY_KIND
 def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(kind):
     """But for the kind whose rows are all fresh."""
-    padded = np.pad(PRESENT if kind is FreshRows else PREVIOUS, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    padded = np.pad(PRESENT if kind is AsyncTokens else PREVIOUS, ((0, 0), (1, 1), (0, 0), (0, 0)))
     for i, band in enumerate(bands(displaced(kind)[0], 4)):
         np.testing.assert_array_equal(band[:, 1:-1], PRESENT[:, 4 * i : 4 * i + 4])
         np.testing.assert_array_equal(band[:, [0, -1]], padded[:, [4 * i, 4 * i + 5]])
@@ -284,21 +279,21 @@ def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(kind):
 
 ROWS_SENT = {"halo" + LAST, "halo" + FIRST}
 KEPT = {
-    FreshMoments: {*ROWS_SENT, "tokens"},
-    FreshRows: {"tokens"},
-    OwnMoments: {*ROWS_SENT, "tokens"},
-    Frozen: {*ROWS_SENT, "tokens"},
+    SyncGN: {*ROWS_SENT, "tokens"},
+    AsyncTokens: {"tokens"},
+    SeparateGN: {*ROWS_SENT, "tokens"},
+    NoSync: {*ROWS_SENT, "tokens"},
 }
 
 
 @EVERY_KIND
 def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again(kind):
     def local(previous, present):
-        *_, stale = ask_everything(Synchronous(strategy=Strategy(kind)), previous)
+        *_, stale = ask_everything(Synchronous(publishing=Strategy(kind).publishing), previous)
         *_, kept = ask_everything(kind(stale), present)
-        *_, fresh = ask_everything(Synchronous(strategy=Strategy(kind)), present)
+        *_, fresh = ask_everything(Synchronous(publishing=Strategy(kind).publishing), present)
         assert kept.keys() == stale.keys() == KEPT.get(kind, {*ROWS_SENT, "tokens", MOMENTS})
-        wanted = stale if kind is Frozen else fresh
+        wanted = stale if kind is NoSync else fresh
         return (jnp.all(jnp.stack([jnp.all(kept[name] == wanted[name]) for name in kept])).reshape(1, 1),)
 
     assert on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT)[0].all()
@@ -317,7 +312,7 @@ def test_compressed_tokens_are_the_others_previous_ones_rounded_to_levels(
     strategy = Strategy(Displaced, compress=compression)
 
     def local(previous, present):
-        *_, stale = ask_everything(Synchronous(strategy=strategy), previous)
+        *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), previous)
         assert (stale["tokens"].shape, stale["tokens"].dtype) == ((2, 12, packed), jnp.uint8)
         assert (stale["tokens" + ENDS].shape, stale["tokens" + ENDS].dtype) == ((2, 2, 4), dtype)
         _, tokens, _, fresh = ask_everything(strategy(stale), present)
@@ -364,12 +359,12 @@ def test_displaced_moments_are_the_papers(kind):
         mean, squares = np.moveaxis(
             {
                 Displaced: previous.mean(0) + (present[i] - previous[i]),
-                DampedMoments: previous.mean(0) + 0.5 * (present[i] - previous[i]),
-                StaleMoments: mixed.mean(0),
-                FreshMoments: present.mean(0),
-                FreshRows: present.mean(0),
-                OwnMoments: present[i],
-                Frozen: present[i],
+                DampedAsyncGN: previous.mean(0) + 0.5 * (present[i] - previous[i]),
+                StaleGN: mixed.mean(0),
+                SyncGN: present.mean(0),
+                AsyncTokens: present.mean(0),
+                SeparateGN: present[i],
+                NoSync: present[i],
             }[kind],
             -1,
             0,
@@ -406,10 +401,10 @@ def stale_tokens(shape=(1, 4, 6), dtype=jnp.float32) -> dict[str, jax.Array]:
     ("call", "error", "sentence"),
     [
         (lambda kv: twice(kv), KeyError, "used twice"),
-        (lambda kv: Displaced({}).tokens("a", kv), KeyError, "no stale state for 'a'"),
+        (lambda kv: Displaced({}).kv("a", kv), KeyError, "no stale state for 'a'"),
         (lambda kv: Displaced(stale_tokens()).finish(), KeyError, "stale state was never read: a"),
-        (lambda kv: Displaced(stale_tokens((1, 2, 6))).tokens("a", kv), ValueError, r"float32\[1, 2, 6\]"),
-        (lambda kv: Displaced(stale_tokens(dtype=jnp.bfloat16)).tokens("a", kv), ValueError, "bfloat16"),
+        (lambda kv: Displaced(stale_tokens((1, 2, 6))).kv("a", kv), ValueError, r"float32\[1, 2, 6\]"),
+        (lambda kv: Displaced(stale_tokens(dtype=jnp.bfloat16)).kv("a", kv), ValueError, "bfloat16"),
     ],
     ids=["name used twice", "missing key", "left-over key", "another shape", "another dtype"],
 )
@@ -424,7 +419,7 @@ def test_stale_state_of_another_model_is_refused(call, error, sentence):
 
 def twice(kv):
     exchange = Synchronous()
-    return jax.tree.map(jnp.add, exchange.tokens("a", kv), exchange.tokens("a", kv))
+    return jax.tree.map(jnp.add, exchange.kv("a", kv), exchange.kv("a", kv))
 
 
 def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_the_steps():
@@ -433,10 +428,10 @@ def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_th
     third = normal(2, ROWS, 3, 4, seed=2)
 
     def local(first, second, third):
-        *_, stale = ask_everything(Synchronous(strategy=strategy), first)
+        *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), first)
         assert stale.keys() == {name + suffix for name in (*ROWS_SENT, "tokens", MOMENTS) for suffix in ("", MEAN)}
-        *_, stale = ask_everything(strategy(stale, pace=jnp.float32(pace)), second)
-        halo, tokens, _, stale = ask_everything(strategy(stale, pace=jnp.float32(1.0)), third)
+        *_, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(pace)), second)
+        halo, tokens, _, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(1.0)), third)
         return halo, tokens, stale["tokens" + MEAN], stale["moments"][:, None, :, 1]
 
     halo, tokens, mean, variance = on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, third, out=4)
@@ -459,9 +454,9 @@ def test_a_predicted_variance_is_never_negative():
     strategy = Strategy(Displaced, extrapolate=True)
 
     def local(x):
-        exchange = Synchronous(strategy=strategy)
+        exchange = Synchronous(publishing=strategy.publishing)
         exchange.moments("a", x, SIZE)
-        following = strategy(exchange.finish(), pace=2.0)
+        following = strategy(exchange.finish(), step_ratio=2.0)
         following.moments("a", 0.1 * x, SIZE)
         return (following.finish()["a"][:, None],)
 

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from distrijax.config import DistriConfig, DistriError
-from distrijax.mesh import CFG, DATA, PATCH, Bands, MeshPlan, check_sizes, plan_mesh
+from distrijax.config import DistriConfig
+from distrijax.errors import DistriError
+from distrijax.parallel.bands import Bands
+from distrijax.parallel.layout import check_sizes
+from distrijax.parallel.mesh import CFG, DATA, PATCH, MeshPlan, plan_mesh
 
 
 @pytest.mark.parametrize(

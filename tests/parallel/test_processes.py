@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 from process_worker import WAYS, paint
 
-from distrijax import DistriError, processes
-from distrijax.mesh import MeshPlan, pick_devices
+from distrijax import DistriError
+from distrijax.parallel import processes
+from distrijax.parallel.mesh import MeshPlan, pick_devices
 
 TESTS = Path(__file__).parent
 MINUTE = 60
@@ -31,7 +32,7 @@ LONG = 300  # seconds for what a loaded machine should have done by then
 
 STEPPING = """
 import functools, pathlib, sys, time
-import generate
+from distrijax.cli import generate
 from distrijax import DistriSDXLPipeline
 
 def step(pipe, number, *_):
@@ -218,7 +219,7 @@ def test_a_coordinator_in_use_is_refused():
         with pytest.raises(
             DistriError, match=rf"^process 0 cannot listen at localhost:{port} \(Address already in use\)"
         ):
-            processes.start(f"localhost:{port}", 2, 0)
+            processes.initialize(f"localhost:{port}", 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -236,13 +237,13 @@ def test_a_coordinator_in_use_is_refused():
 )
 def test_wrong_coordinates_are_refused_in_a_sentence(arguments, told):
     with pytest.raises(DistriError, match="^" + re.escape(told)):
-        processes.start(*arguments[:3], devices=arguments[3] if arguments[3:] else None)
+        processes.initialize(*arguments[:3], devices=arguments[3] if arguments[3:] else None)
 
 
 def test_numpys_numbers_reach_jax_as_pythons(monkeypatch):
     given = []
     monkeypatch.setattr(processes, "_initialize", lambda *values, **_: given.extend(values))
-    processes.start("h:1", np.int64(2), np.int64(1), timeout=np.int64(5))
+    processes.initialize("h:1", np.int64(2), np.int64(1), timeout=np.int64(5))
     assert given == [5, "h:1", 2, 1]
     assert [type(value) for value in given] == [int, str, int, int]
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriError, DistriWarning
-from distrijax.programs import OPTIONS, Programs, check_memory, compiled
+from distrijax.parallel.programs import OPTIONS, Programs, check_memory, compiled
 
 
 def slow_sum(static, params, x):

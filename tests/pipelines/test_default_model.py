@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from oracle import nhwc, relative_error
-from scenes import found, held_out_example
 from tiny_pipeline import load_torch_pipeline
 
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
-from distrijax.exchange import WholeImage
+from distrijax.cli.fidelity.scenes import found, held_out_example
+from distrijax.parallel.exchange import WholeImage
 
 PROMPTS = (
     "a large red circle at the top left and a small blue square on the right, on a striped yellow background",

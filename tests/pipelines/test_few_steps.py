@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 
-import generate
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,14 +12,16 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from oracle import relative_error
-from test_plan import received_by_hlo
+from test_traffic import received_by_hlo
 from tiny_pipeline import load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriWarning, load_pipeline
-from distrijax.denoise import band_noise, image_keys
-from distrijax.mesh import MeshPlan
-from distrijax.pipeline import Pipeline, _image_seeds
-from distrijax.plan import plan
+from distrijax.cli import generate
+from distrijax.parallel.mesh import MeshPlan
+from distrijax.pipelines.call import image_seeds
+from distrijax.pipelines.pipeline import Pipeline
+from distrijax.plan.traffic import traffic
+from distrijax.sampling.noise import band_noise, image_keys
 
 PROMPT = "a red circle on the left"
 SIZE = {"height": 256, "width": 64}
@@ -79,7 +80,7 @@ def same_noise(monkeypatch):
     """Has diffusers' schedulers draw, from its first step on, the noise of this project's seed."""
 
     def draw_as(seed: int) -> None:
-        (key,), steps = image_keys(jnp.asarray(_image_seeds(seed, 1))), iter(range(1, 100))
+        (key,), steps = image_keys(jnp.asarray(image_seeds(seed, 1))), iter(range(1, 100))
 
         def noise(*_, **__) -> torch.Tensor:
             channels, rows, columns = LATENT
@@ -197,7 +198,7 @@ def test_the_plan_is_that_of_the_compiled_program(pipe_on):
     pipe = pipe_on("xl", devices=4, warmup_steps=1)
     paint(pipe)
     programs = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}
-    planned = plan(config, pipe.unet_config, pipe.scheduler, devices=4, latent=LATENT[1:], dtype=pipe.dtype)
+    planned = traffic(config, pipe.unet_config, pipe.scheduler, devices=4, latent=LATENT[1:], dtype=pipe.dtype)
     assert planned.mesh == MeshPlan(1, 1, 4)
     assert planned.patches == 4
     assert sum(planned.received.values()) == received_by_hlo(programs["displaced"].as_text())

@@ -17,8 +17,10 @@ import torch
 from oracle import relative_error
 from test_denoise import Seen, Still
 
-from distrijax import Compression, DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode, denoise
-from distrijax.exchange import KINDS, OwnMoments
+from distrijax import Compression, DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode
+from distrijax.parallel.displaced import STRATEGIES, SeparateGN
+from distrijax.sampling import denoise
+from distrijax.sampling.noise import draw_latents
 
 PROMPT = "a red circle on the left"
 SIZE = {"height": 136, "width": 64}  # 17 rows of the latent: no number of devices divides them
@@ -34,7 +36,7 @@ EVERY = PATCH | NAIVE | TENSOR
 EXACT = {name: EVERY[name] for name in ("full_sync", "tensor")}
 DISPLACED = {name: PATCH[name] for name in PATCH if name != "full_sync"}
 # by definition the moments of the others never come in: the synchronous answer is not their fixed point
-POOLED = {name: it for name, it in DISPLACED.items() if not issubclass(KINDS[it["sync_mode"]], OwnMoments)}
+POOLED = {name: it for name, it in DISPLACED.items() if not issubclass(STRATEGIES[it["sync_mode"]], SeparateGN)}
 
 ROUNDED = {None: 1e-5, Compression.INT8: 2e-3, Compression.INT4: 2e-3 * 255 / 15}
 """How near its fixed point an exchange comes: the fewer the levels of what it rounds, the less."""
@@ -110,7 +112,7 @@ def the_same_seed_gives_the_same_noise_and_the_same_bits(case: Case, request) ->
     def noise(pipe):
         parallelism, scheme = pipe.config.parallelism, pipe.config.split_scheme
         whole = layout(pipe.mesh, parallelism=parallelism, split_scheme=scheme)
-        return np.asarray(jax.jit(lambda keys: denoise.draw_latents(whole, 4, keys))(keys))[:, :17, :8]
+        return np.asarray(jax.jit(lambda keys: draw_latents(whole, 4, keys))(keys))[:, :17, :8]
 
     np.testing.assert_array_equal(noise(pipe), noise(case.pipe(devices=1)))
 

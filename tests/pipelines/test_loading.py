@@ -15,11 +15,13 @@ from diffusers import StableDiffusionPipeline
 from flax import nnx
 
 from distrijax import DistriConfig, DistriError, DistriSDPipeline, plan_mesh
-from distrijax.clip import CLIPTextEncoder
 from distrijax.config import Parallelism
-from distrijax.loading import SD, default_size, outline_components, read_configs, resolve_dtype
+from distrijax.models.clip import CLIPTextEncoder
+from distrijax.models.families import SD, default_size
+from distrijax.models.vae import AutoencoderKL
+from distrijax.pipelines.loading import outline_components, read_configs
 from distrijax.schedulers import DDIM, PNDM
-from distrijax.vae import AutoencoderKL
+from distrijax.weights.dtypes import resolve_dtype
 
 UNET = {
     "_class_name": "UNet2DConditionModel",

@@ -18,8 +18,8 @@ from PIL import Image
 from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
-from distrijax.exchange import KINDS
-from distrijax.pipeline import _image_seeds
+from distrijax.parallel.displaced import STRATEGIES
+from distrijax.pipelines.call import image_seeds
 from distrijax.schedulers import with_class
 
 PROMPT = "a red circle on the left"
@@ -236,12 +236,12 @@ def test_seeds_draw_different_noise(one):
 
 @pytest.mark.parametrize("array", [np.array, jnp.asarray, torch.tensor])
 def test_seeds_may_be_arrays_of_any_library(array):
-    np.testing.assert_array_equal(_image_seeds(array(3), 2), _image_seeds(3, 2))
-    np.testing.assert_array_equal(_image_seeds(array([3, 4]), 2), _image_seeds([3, 4], 2))
-    np.testing.assert_array_equal(_image_seeds([array(3), 4], 2), _image_seeds([3, 4], 2))
+    np.testing.assert_array_equal(image_seeds(array(3), 2), image_seeds(3, 2))
+    np.testing.assert_array_equal(image_seeds(array([3, 4]), 2), image_seeds([3, 4], 2))
+    np.testing.assert_array_equal(image_seeds([array(3), 4], 2), image_seeds([3, 4], 2))
     for wrong in (array(True), array(1.0), array(-1), array([[3], [4]]), np.array("3"), jax.random.key(0)):
         with pytest.raises(DistriError, match="(?s)seed is .*; give a whole number"):
-            _image_seeds(wrong, 2)
+            image_seeds(wrong, 2)
 
 
 def test_the_guidance_scale_may_be_an_array_without_dimensions(one):
@@ -255,7 +255,7 @@ def trajectory(pipe: DistriSDXLPipeline, **changes) -> list[np.ndarray]:
     return seen
 
 
-@pytest.mark.parametrize("sync_mode", KINDS, ids=str)
+@pytest.mark.parametrize("sync_mode", STRATEGIES, ids=str)
 def test_first_steps_are_exact_and_later_ones_are_displaced(pipe_on, sync_mode):
     got = trajectory(pipe_on(devices=4, warmup_steps=1, sync_mode=sync_mode), num_inference_steps=5)
     wanted = trajectory(pipe_on(devices=4, sync_mode="full_sync"), num_inference_steps=5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distrijax.progress import Progress
+from distrijax.pipelines.progress import Progress
 
 GIVEN_AWAY = jax.jit(lambda x: x + 1, donate_argnums=0)
 

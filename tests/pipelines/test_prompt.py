@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distrijax import DistriError, DistriWarning
-from distrijax.prompt import Embeddings, PromptEncoder, Prompts
+from distrijax.pipelines.prompt import Embeddings, PromptEncoder, Prompts
 
 GIVEN = Embeddings(np.zeros((1, 77, 8)), np.zeros((1, 4)))
 

@@ -1,6 +1,6 @@
 """What hides what: the reading of HLO in closed form, and the displaced step compiled for GPUs and TPUs that are not here.
 
-The former need the extra `plan`, the latter libtpu, which the extra `tpu` brings.
+The former need the extra `traffic`, the latter libtpu, which the extra `tpu` brings.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ import jax
 import pytest
 from PIL import Image
 
-from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler, plan_command, projection, targets
-from distrijax.loading import DTYPES, read_configs
-from distrijax.overlap import Instruction, Program, Transfer, array_bytes
-from distrijax.plan import plan
-from distrijax.programs import OPTIONS
-from distrijax.projection import CompiledStep, compile_decoder, compile_step, seconds, waiting
-from distrijax.targets import GPUS, compile_only_devices, compiler_is_installed, tpu_compiler_is_installed
-from distrijax.unet import SDXL_BASE
-from distrijax.vae import SDXL_VAE
+from distrijax import DEFAULT_MODEL, DistriConfig, DistriError, load_scheduler
+from distrijax.models.unet_config import SDXL_BASE
+from distrijax.models.vae import SDXL_VAE
+from distrijax.parallel.programs import OPTIONS
+from distrijax.pipelines.loading import read_configs
+from distrijax.plan import __main__ as plan_command
+from distrijax.plan import projection, targets
+from distrijax.plan.overlap import Instruction, Program, Transfer, array_bytes
+from distrijax.plan.projection import CompiledStep, compile_decoder, compile_step, seconds, waiting
+from distrijax.plan.targets import GPUS, compile_only_devices, compiler_is_installed, tpu_compiler_is_installed
+from distrijax.plan.traffic import traffic
+from distrijax.weights.dtypes import DTYPES
 
 CONVOLUTION = 'window={size=3x3}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"'
 
@@ -225,7 +228,7 @@ def test_a_gpu_that_is_not_known_is_refused():
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(targets, "compiler_is_installed", lambda: False)
-    with pytest.raises(DistriError, match="needs JAX's CUDA plugin and cuDNN; install the extra `plan`"):
+    with pytest.raises(DistriError, match="needs JAX's CUDA plugin and cuDNN; install the extra `traffic`"):
         compile_only_devices("a100-sxm-80gb", 8)
 
 
@@ -242,7 +245,7 @@ def test_a_compiler_for_tpus_that_is_not_installed_is_named(monkeypatch):
 
 # Compiled for GPUs ------------------------------------------------------------------------------------------------------
 
-compiler = pytest.mark.skipif(not compiler_is_installed(), reason="needs the extra `plan`")
+compiler = pytest.mark.skipif(not compiler_is_installed(), reason="needs the extra `traffic`")
 SHALLOW = dataclasses.replace(SDXL_BASE, transformer_layers_per_block=1)
 """SDXL's widths, every block and every kind of exchange, but one transformer layer where there are two or ten."""
 DDIM = load_scheduler({"_class_name": "DDIMScheduler"})
@@ -287,7 +290,7 @@ def exceptions(side: int, split_batch: bool) -> set[tuple[str, int]]:
 @compiler
 def test_the_compiled_step_receives_what_the_plan_says():
     latent = (128, 128)
-    planned = plan(DistriConfig(split_batch=False), SHALLOW, DDIM, devices=8, latent=latent)
+    planned = traffic(DistriConfig(split_batch=False), SHALLOW, DDIM, devices=8, latent=latent)
     assert step("a100-sxm-80gb", 1024, False).received == sum(planned.received.values())
 
 
@@ -364,7 +367,7 @@ def test_weights_that_are_shared_out_are_gathered_a_layer_at_a_time():
     hidden = sum(transfer.received for transfer in transfers if transfer.asynchronous and transfer.behind)
     assert hidden > 0.95 * shared.received > 0.95 * 7 / 8 * whole.memory["weights"]
     assert sum(shared.memory.values()) < 0.45 * sum(whole.memory.values())
-    planned = plan(config, SHALLOW, DDIM, devices=8, latent=(128, 128))
+    planned = traffic(config, SHALLOW, DDIM, devices=8, latent=(128, 128))
     assert shared.received == sum(planned.received.values())
 
 
@@ -423,7 +426,7 @@ def transfers_on_tpus(unet, side: int, config: DistriConfig, **options) -> tuple
     """Of a displaced step on eight TPU v5e: all, and those that are not asynchronous, or that no product hides."""
     latent = (side // 8, side // 8)
     program = compile_step(config, unet, DDIM, "v5e", devices=8, latent=latent, options=options).program
-    planned = plan(config, unet, DDIM, devices=8, latent=latent)
+    planned = traffic(config, unet, DDIM, devices=8, latent=latent)
     assert sum(transfer.received for transfer in program.transfers) == sum(planned.received.values())
     exposed = [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.behind)]
     return program.transfers, exposed
@@ -495,5 +498,5 @@ def test_the_command_refuses_wrong_flags_in_one_line(flags, told):
 def test_what_is_not_installed_is_told_before_anything_is_compiled(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(plan_command, "compile_step", lambda *_, **__: pytest.fail("a step was compiled"))
-    with pytest.raises(SystemExit, match="^error: --timeline needs matplotlib; install the extra `plan`$"):
+    with pytest.raises(SystemExit, match="^error: --timeline needs matplotlib; install the extra `traffic`$"):
         plan_command.main(["--timeline", "x.png"])

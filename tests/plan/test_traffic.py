@@ -10,9 +10,9 @@ import pytest
 from test_unet import BASE, FULL_BASE
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
-from distrijax.plan import plan
+from distrijax.models.unet_config import UNetConfig
+from distrijax.plan.traffic import traffic
 from distrijax.schedulers import load_scheduler
-from distrijax.unet import UNetConfig
 
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -21,7 +21,7 @@ DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_
 def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
     """In elements received from seven others, both boundary rows of every convolution going to all of them."""
     latent = side // 8
-    planned = plan(
+    planned = traffic(
         DistriConfig(split_batch=False),
         UNetConfig.from_dict(FULL_BASE),
         load_scheduler(DDIM),
@@ -29,13 +29,13 @@ def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
         latent=(latent, latent),
     )
     assert planned.rows == latent // 8
-    elements = planned.stale["tokens"] // 2 + planned.stale["halo"] // 2 + planned.stale["moments"] // 4
+    elements = planned.stale["kv"] // 2 + planned.stale["halo"] // 2 + planned.stale["moments"] // 4
     never_read = 2 * (
         latent * 320 + latent // 2 * 640
     )  # the row below a convolution of stride 2, which ours leaves out
     assert 7 * (elements + never_read) / 1e9 == pytest.approx(billions, abs=0.0005)
     assert planned.stale["moments"] // 4 == 5888
-    assert planned.received["tokens"] == 7 * planned.stale["tokens"]
+    assert planned.received["kv"] == 7 * planned.stale["kv"]
     assert planned.received["moments"] == 7 * planned.stale["moments"]
     fresh = 2 * 2 * latent * 4 * 2  # a row of the latent from above and from below, in two branches of bfloat16
     assert planned.received["halo"] == planned.stale["halo"] + fresh
@@ -43,7 +43,7 @@ def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
 
 @pytest.mark.parametrize(("side", "billions"), [(1024, 1.333), (2048, 5.332), (3840, 18.744)])
 def test_tensor_parallelism_sums_as_much_as_the_originals(side, billions):
-    planned = plan(
+    planned = traffic(
         DistriConfig(split_batch=False, parallelism="tensor"),
         UNetConfig.from_dict(FULL_BASE),
         load_scheduler(DDIM),
@@ -59,7 +59,7 @@ def test_tensor_parallelism_sums_as_much_as_the_originals(side, billions):
 def test_full_size_models_tokens_travel_in_a_half_or_a_quarter_of_bfloat16s_bytes(compress, bits, percent):
     """Besides, two values of each channel in each layer: 70 layers, 2 branches, keys and values."""
     whole, less = (
-        plan(
+        traffic(
             DistriConfig(split_batch=False, compress=kind),
             UNetConfig.from_dict(FULL_BASE),
             load_scheduler(DDIM),
@@ -69,8 +69,8 @@ def test_full_size_models_tokens_travel_in_a_half_or_a_quarter_of_bfloat16s_byte
         for kind in (None, compress)
     )
     channels = 10 * 640 + 60 * 1280
-    assert less.stale["tokens"] == whole.stale["tokens"] * bits // 16 + 2 * 2 * channels * 2 * 2
-    assert less.received["tokens"] == 7 * less.stale["tokens"]
+    assert less.stale["kv"] == whole.stale["kv"] * bits // 16 + 2 * 2 * channels * 2 * 2
+    assert less.received["kv"] == 7 * less.stale["kv"]
     assert round(100 * sum(less.received.values()) / sum(whole.received.values())) == percent
 
 
@@ -100,7 +100,9 @@ def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_chec
     pipe("a red circle", height=128, width=128, num_inference_steps=2, output_type="latent")
     steps = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}
     program = next(steps[name] for name in ("displaced", "stateless") if name in steps)
-    planned = plan(config, pipe.unet_config, pipe.scheduler, devices=config.devices, latent=(16, 16), dtype=pipe.dtype)
+    planned = traffic(
+        config, pipe.unet_config, pipe.scheduler, devices=config.devices, latent=(16, 16), dtype=pipe.dtype
+    )
     assert sum(planned.received.values()) == received_by_hlo(program.as_text())
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stale_of(pipe)) // config.devices
     assert sum(planned.stale.values()) == kept
@@ -157,7 +159,7 @@ def received_by_hlo(text: str) -> int:
 )
 def test_rows_that_are_padding_are_told(side, devices, padding, told):
     config = DistriConfig(split_batch=False)
-    planned = plan(
+    planned = traffic(
         config, UNetConfig.from_dict(BASE), load_scheduler(DDIM), devices=devices, latent=(side // 8, side // 8)
     )
     assert planned.padding == pytest.approx(padding)
@@ -166,4 +168,6 @@ def test_rows_that_are_padding_are_told(side, devices, padding, told):
 
 def test_images_that_do_not_divide_are_refused():
     with pytest.raises(DistriError, match="1 images do not divide among data=2"):
-        plan(DistriConfig(data=2), UNetConfig.from_dict(FULL_BASE), load_scheduler(DDIM), devices=4, latent=(128, 128))
+        traffic(
+            DistriConfig(data=2), UNetConfig.from_dict(FULL_BASE), load_scheduler(DDIM), devices=4, latent=(128, 128)
+        )

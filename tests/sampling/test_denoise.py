@@ -14,13 +14,15 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from oracle import nhwc, relative_error
 
-from distrijax import denoise
-from distrijax.denoise import Inputs, Layout, Loop
-from distrijax.exchange import Displaced, Strategy
-from distrijax.mesh import MeshPlan
-from distrijax.placement import Form, Whole
+from distrijax.models.unet import Conditioning
+from distrijax.parallel.displaced import Displaced, Strategy
+from distrijax.parallel.layout import Layout
+from distrijax.parallel.mesh import MeshPlan
+from distrijax.sampling import denoise
+from distrijax.sampling.denoise import CallInputs, LoopSpec
+from distrijax.sampling.noise import band_noise, draw_latents, image_keys
 from distrijax.schedulers import State, load_scheduler
-from distrijax.unet import Conditioning
+from distrijax.weights.sharding import ModelLayout, Replicated
 
 ONE = MeshPlan(1, 1, 1)
 PLANS = [ONE, MeshPlan(1, 1, 4), MeshPlan(1, 2, 1), MeshPlan(1, 2, 4), MeshPlan(2, 2, 2)]
@@ -113,12 +115,12 @@ class Call:
         leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
         self.params = tuple(leaves)
         arrays = tuple((index,) for index in range(len(leaves)))
-        form = Form(structure, paths=(), shapes=(), parts=(Whole(),) * len(leaves), arrays=arrays)
-        self.loop = Loop(Layout(mesh, guided, SHAPE[1:3]), form, scheduler, dtype, Strategy(Displaced))
+        form = ModelLayout(structure, paths=(), shapes=(), parts=(Replicated(),) * len(leaves), arrays=arrays)
+        self.loop = LoopSpec(Layout(mesh, guided, SHAPE[1:3]), form, scheduler, dtype, Strategy(Displaced))
         branches = 2 if guided else 1
         said = normal(2, *SHAPE[::3], seed=5) if said is None else said
         weights = np.float32(denoise.guidance_weights(scale, guided=guided))
-        self.inputs = Inputs(
+        self.inputs = CallInputs(
             Conditioning({}, said[-branches:].astype(dtype)),
             weights,
             None if rescale is None else np.float32(rescale),
@@ -129,10 +131,10 @@ class Call:
         return jax.jit(function, static_argnums=0)(self.loop, self.params, self.inputs, *arguments)
 
 
-def steps(first: int, last: int) -> denoise.Steps:
+def steps(first: int, last: int) -> denoise.StepInputs:
     """The steps from `first` to before `last`."""
     return jax.tree.map(
-        lambda column: column[first:last], denoise.Steps.of(Step(np.linspace(900, 0, 8, dtype=np.float32)))
+        lambda column: column[first:last], denoise.StepInputs.of(Step(np.linspace(900, 0, 8, dtype=np.float32)))
     )
 
 
@@ -142,7 +144,7 @@ def start() -> State:
 
 def test_noise_is_the_same_whatever_generator_jax_is_configured_to_use():
     def noise():
-        return denoise.band_noise(denoise.image_keys(jnp.uint32([[1, 0, 0], [2, 0, 0]])), 0, 0, (8, 4, 3))
+        return band_noise(image_keys(jnp.uint32([[1, 0, 0], [2, 0, 0]])), 0, 0, (8, 4, 3))
 
     usual = noise()
     with jax.default_prng_impl("rbg"):
@@ -150,13 +152,13 @@ def test_noise_is_the_same_whatever_generator_jax_is_configured_to_use():
 
 
 def test_noise_does_not_depend_on_the_cut_into_bands():
-    whole = denoise.band_noise(keys(), 3, 0, (8, 4, 3))
-    parts = [denoise.band_noise(keys(), 3, first, (2, 4, 3)) for first in range(0, 8, 2)]
+    whole = band_noise(keys(), 3, 0, (8, 4, 3))
+    parts = [band_noise(keys(), 3, first, (2, 4, 3)) for first in range(0, 8, 2)]
     np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
 
 
 def test_noise_is_normal_and_never_the_same_twice():
-    values = np.concatenate([denoise.band_noise(keys(), number, 0, (32, 16, 4)) for number in (0, 1)])
+    values = np.concatenate([band_noise(keys(), number, 0, (32, 16, 4)) for number in (0, 1)])
     assert len(np.unique(values)) > 0.999 * values.size  # float32 normals coincide now and then
     assert abs(values.mean()) < 0.03
     assert abs(values.std() - 1) < 0.03
@@ -169,7 +171,7 @@ def test_noise_is_normal_and_never_the_same_twice():
 def test_starting_noise_is_bit_identical_on_every_mesh(plan, guided):
     def draw(plan, guided):
         layout = Layout(plan.build(jax.devices()[: plan.devices]), guided, (8, 4))
-        return jax.jit(lambda keys: denoise.draw_latents(layout, 3, keys))(keys())
+        return jax.jit(lambda keys: draw_latents(layout, 3, keys))(keys())
 
     np.testing.assert_array_equal(draw(plan, guided), draw(ONE, True))
 
@@ -178,7 +180,7 @@ def test_starting_noise_is_bit_identical_on_every_mesh(plan, guided):
 def test_guidance_goes_beyond_the_text_branch(plan):
     said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
     call = Call(plan, Still(), model=Prompt(), said=said, scale=5.0)
-    result = call.run(denoise.stateless, Seen(start().latents, start().latents), steps(0, 1))
+    result = call.run(denoise.synchronous_steps, Seen(start().latents, start().latents), steps(0, 1))
     np.testing.assert_allclose(result.output, np.full(SHAPE, 1.0 + 5.0 * (3.0 - 1.0)), rtol=1e-6)
 
 
@@ -186,7 +188,7 @@ def test_guidance_goes_beyond_the_text_branch(plan):
 def test_without_guidance_the_text_branch_is_the_output(plan):
     said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
     call = Call(plan, Still(), model=Prompt(), said=said, guided=False, scale=1.0)
-    result = call.run(denoise.stateless, Seen(start().latents, start().latents), steps(0, 1))
+    result = call.run(denoise.synchronous_steps, Seen(start().latents, start().latents), steps(0, 1))
     np.testing.assert_array_equal(result.output, np.full(SHAPE, 3.0))
 
 
@@ -194,11 +196,11 @@ def test_without_guidance_the_text_branch_is_the_output(plan):
 def test_guidance_rescale_equals_diffusers(plan):
     state = Seen(start().latents, start().latents)
     scale, rescale = 4.0, 0.7
-    text = Call(ONE, Still(), guided=False).run(denoise.stateless, state, steps(0, 1)).output
-    guided = Call(ONE, Still(), scale=scale).run(denoise.stateless, state, steps(0, 1)).output
+    text = Call(ONE, Still(), guided=False).run(denoise.synchronous_steps, state, steps(0, 1)).output
+    guided = Call(ONE, Still(), scale=scale).run(denoise.synchronous_steps, state, steps(0, 1)).output
     text, guided = (torch.from_numpy(np.moveaxis(np.array(value), -1, 1)) for value in (text, guided))
     wanted = nhwc(rescale_noise_cfg(guided, text, guidance_rescale=rescale))
-    got = Call(plan, Still(), scale=scale, rescale=rescale).run(denoise.stateless, state, steps(0, 1)).output
+    got = Call(plan, Still(), scale=scale, rescale=rescale).run(denoise.synchronous_steps, state, steps(0, 1)).output
     assert relative_error(got, wanted) < 1e-5
     assert relative_error(got, nhwc(guided)) > 0.01
 
@@ -207,8 +209,8 @@ def test_guidance_rescale_equals_diffusers(plan):
 @EVERY_MESH
 def test_synchronous_steps_with_noise_are_those_of_one_device(plan, guided):
     scheduler = Add(needs_noise=True)
-    wanted = Call(ONE, scheduler, guided=guided).run(denoise.stateless, start(), steps(0, 4))
-    got = Call(plan, scheduler, guided=guided).run(denoise.stateless, start(), steps(0, 4))
+    wanted = Call(ONE, scheduler, guided=guided).run(denoise.synchronous_steps, start(), steps(0, 4))
+    got = Call(plan, scheduler, guided=guided).run(denoise.synchronous_steps, start(), steps(0, 4))
     assert relative_error(got.latents, wanted.latents) < 1e-5
 
 
@@ -241,7 +243,7 @@ def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
         call = Call(plan, Add(rate=0.5))
         return relative_error(
             call.run(denoise.whole, start(), steps(0, 1), steps(1, 4)).latents,
-            call.run(denoise.stateless, start(), steps(0, 4)).latents,
+            call.run(denoise.synchronous_steps, start(), steps(0, 4)).latents,
         )
 
     assert difference(MeshPlan(1, 1, 4)) > 1e-3
@@ -251,7 +253,7 @@ def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
 def test_state_and_guidance_are_float32_when_the_model_is_bfloat16():
     call = Call(MeshPlan(1, 2, 2), Still(), model=Prompt(), dtype=jnp.bfloat16)
     result = jax.eval_shape(
-        lambda *a: denoise.stateless(call.loop, call.params, call.inputs, *a),
+        lambda *a: denoise.synchronous_steps(call.loop, call.params, call.inputs, *a),
         Seen(start().latents, start().latents),
         steps(0, 1),
     )
@@ -261,9 +263,9 @@ def test_state_and_guidance_are_float32_when_the_model_is_bfloat16():
 def test_latents_stay_cut_by_rows():
     call = Call(MeshPlan(2, 2, 2), load_scheduler({"_class_name": "EulerDiscreteScheduler"}))
     table, sigma = call.loop.scheduler.schedule(4)
-    xs = denoise.Steps.of(table)
+    xs = denoise.StepInputs.of(table)
     state = call.loop.scheduler.init(jnp.asarray(normal(*SHAPE)), np.float32(sigma))
-    result = call.run(denoise.stateless, state, xs).latents
+    result = call.run(denoise.synchronous_steps, state, xs).latents
     assert {shard.data.shape for shard in result.addressable_shards} == {(1, 4, *SHAPE[2:])}
 
 
@@ -289,16 +291,16 @@ jax.tree_util.register_static(Timed)
 def test_what_depends_on_the_timestep_alone_is_computed_before_the_loop():
     call = Call(ONE, Still(), model=Timed(), guided=False)
     state, few = Seen(start().latents, start().latents), steps(2, 6)
-    result = call.run(denoise.stateless, state, few)
+    result = call.run(denoise.synchronous_steps, state, few)
     wanted = np.sinh(few.scheduler.timestep[-1] / 1000) + call.inputs.conditioning.embedding[0]
     np.testing.assert_allclose(result.output, np.broadcast_to(wanted[:, None, None], SHAPE), rtol=1e-6)
-    program = str(jax.make_jaxpr(partial(denoise.stateless, call.loop))(call.params, call.inputs, state, few))
+    program = str(jax.make_jaxpr(partial(denoise.synchronous_steps, call.loop))(call.params, call.inputs, state, few))
     before, loop = program.split(" scan[")
     assert " sinh " in before and " sinh " not in loop
 
 
 def test_the_pace_is_the_next_stride_over_the_previous_one():
     """PNDM repeats a timestep; there, and at both ends, nothing is known."""
-    steps = denoise.Steps.of(Step(np.array([900.0, 800, 800, 600, 500, 250])))
-    np.testing.assert_allclose(steps.pace, [1, 1, 1, 0.5, 2.5, 1])
+    steps = denoise.StepInputs.of(Step(np.array([900.0, 800, 800, 600, 500, 250])))
+    np.testing.assert_allclose(steps.step_ratio, [1, 1, 1, 0.5, 2.5, 1])
     np.testing.assert_array_equal(steps.number, np.arange(1, 7))

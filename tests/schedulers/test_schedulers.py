@@ -17,7 +17,7 @@ import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from jax.sharding import PartitionSpec as P
 
-from distrijax.config import DistriError
+from distrijax.errors import DistriError
 from distrijax.schedulers import (
     DDIM,
     LCM,

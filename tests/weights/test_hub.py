@@ -15,10 +15,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
-from distrijax import DistriError, hub
-from distrijax.hub import Remote, find, parse
-from distrijax.loading import PARTS, find_folder
-from distrijax.weights import STEMS
+from distrijax import DistriError
+from distrijax.models.families import PARTS
+from distrijax.pipelines.loading import find_folder
+from distrijax.weights import hub
+from distrijax.weights.files import STEMS
+from distrijax.weights.hub import Remote, find, parse
 
 STEM = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "safety_checker/model")
 TEXTS = ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]

@@ -15,10 +15,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tensor_files import everything
 
-from distrijax.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.config import DistriError
-from distrijax.layers import Conv, Embedding, GroupNorm, Linear, abstract
-from distrijax.weights import check_variant, finite, load_module, read_json, save_module, weight_files
+from distrijax.errors import DistriError
+from distrijax.json_config import read_json
+from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from distrijax.models.layers import Conv, Embedding, GroupNorm, Linear, abstract
+from distrijax.weights.files import check_variant, weight_files
+from distrijax.weights.load import finite, load_module, save_module
 
 STEM = "diffusion_pytorch_model"
 

@@ -13,11 +13,13 @@ from jax.sharding import PartitionSpec as P
 from oracle import relative_error
 from test_unet import BASE
 
-from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline, placement
+from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
 from distrijax.config import Parallelism
-from distrijax.mesh import EVERY_AXIS, MeshPlan
-from distrijax.placement import Form, Shared, Turned, Whole
-from distrijax.unet import UNet, UNetConfig, abstract_unet
+from distrijax.models.unet import UNet, abstract_unet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.mesh import EVERY_AXIS, MeshPlan
+from distrijax.weights import sharding
+from distrijax.weights.sharding import FlatSharded, ModelLayout, OutputMajor, Replicated
 
 MESHES = [MeshPlan(1, 1, 1), MeshPlan(1, 1, 3), MeshPlan(2, 2, 2)]
 
@@ -28,7 +30,7 @@ LEAST = 1000
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(placement, "LEAST", LEAST)
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", LEAST)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def unet() -> UNet:
 @pytest.mark.parametrize("shard", [False, True])
 def test_shapes_are_those_of_the_placed_parameters(unet, parallelism, shard):
     mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
-    form = Form.of(abstract_unet(unet.config), parallelism, shard=shard)
+    form = ModelLayout.of(abstract_unet(unet.config), parallelism, shard=shard)
     flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(mesh)
     for (path, leaf), shape, spec in zip(flat, form.laid_out(mesh.shape, np.float32), form.specs, strict=True):
         placed = place(path, np.asarray(leaf.get_value()))
@@ -50,19 +52,19 @@ def test_shapes_are_those_of_the_placed_parameters(unet, parallelism, shard):
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
     """Sizes that three devices do not divide among them."""
-    form = Form.of(unet, shard=True)
+    form = ModelLayout.of(unet, shard=True)
     devices = mesh.build(jax.devices()[: mesh.devices])
     flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(devices)
     values = [np.asarray(leaf.get_value()) for _, leaf in flat]
     placed = tuple(place(path, value) for path, value in zip(form.paths, values, strict=True))
-    parts = [part.part if isinstance(part, Turned) else part for part in form.parts]
-    shared = [isinstance(part, Shared) for part in parts]
+    parts = [part.part if isinstance(part, OutputMajor) else part for part in form.parts]
+    shared = [isinstance(part, FlatSharded) for part in parts]
     assert any(shared) and not all(shared)
     for value, there, part in zip(values, placed, parts, strict=True):
-        if isinstance(part, Shared):
+        if isinstance(part, FlatSharded):
             assert value.size >= LEAST
             assert {shard.data.size for shard in there.addressable_shards} == {math.ceil(value.size / mesh.devices)}
-    take = [index for index, part in enumerate(parts) if isinstance(part, Shared | Whole)]
+    take = [index for index, part in enumerate(parts) if isinstance(part, FlatSharded | Replicated)]
 
     def back(params):
         leaves = jax.tree.leaves(form.module(params))
@@ -89,13 +91,13 @@ class Counted:
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, parallelism):
     """Once for all devices of a process that hold the same. A share may begin and end within an output channel's row."""
-    form = Form.of(unet, parallelism, shard=True, platform=platform)
+    form = ModelLayout.of(unet, parallelism, shard=True, platform=platform)
     devices = mesh.build(jax.devices()[: mesh.devices])
     flat = zip(form.paths, form.shapes, form.parts, strict=True)
     for (path, shape, part), value in zip(flat, jax.tree.leaves(unet), strict=True):
         counted, row = Counted(np.asarray(value)), math.prod(shape[:-1])
         everyone = form.place_on(devices)(path, counted)
-        if isinstance(part, Turned | Shared) and part.spec() != P():
+        if isinstance(part, OutputMajor | FlatSharded) and part.spec() != P():
             assert counted.reads.min() == 1 and counted.reads.sum() <= value.size + (mesh.devices - 1) * row
         else:
             assert (counted.reads == 1).all()
@@ -104,14 +106,14 @@ def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, 
         part.block(counted, devices.shape, index)
         cuts = math.prod(devices.shape[axis] for axes in part.spec() if axes for axis in np.atleast_1d(axes))
         held = math.prod(part.shape(shape, devices.shape)) // cuts
-        assert counted.reads.sum() <= held + (row if isinstance(part, Turned | Shared) and cuts > 1 else 0)
+        assert counted.reads.sum() <= held + (row if isinstance(part, OutputMajor | FlatSharded) and cuts > 1 else 0)
 
 
 @pytest.mark.parametrize("parallelism", list(Parallelism))
 @pytest.mark.parametrize("shard", [False, True])
 def test_gpus_get_kernels_of_the_same_input_in_one_array_and_layers_get_them_back(unet, parallelism, shard):
     mesh = MeshPlan(1, 1, 1).build(jax.devices()[:1])
-    form = Form.of(abstract_unet(unet.config), parallelism, shard=shard, platform="gpu")
+    form = ModelLayout.of(abstract_unet(unet.config), parallelism, shard=shard, platform="gpu")
     flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(mesh)
     values = [np.asarray(leaf.get_value()) for _, leaf in flat]
     placed = [place(path, value) for path, value in zip(form.paths, values, strict=True)]
@@ -135,8 +137,8 @@ def test_gpus_get_kernels_of_the_same_input_in_one_array_and_layers_get_them_bac
 
 
 def test_only_projections_of_the_prompt_are_divided_in_every_parallelism(unet):
-    form = Form.of(unet)
-    divided = {path for path, part in zip(form.paths, form.parts, strict=True) if not isinstance(part, Whole)}
+    form = ModelLayout.of(unet)
+    divided = {path for path, part in zip(form.paths, form.parts, strict=True) if not isinstance(part, Replicated)}
     assert divided == {path for path in form.paths if "attn2" in path and path[-2] in ("to_k", "to_v")}
     assert len(divided) == 2 * len(unet._transformer_blocks())
 

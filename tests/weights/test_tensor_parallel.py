@@ -16,29 +16,29 @@ from oracle import relative_error
 from test_unet import FULL_BASE, KINDS, picture
 
 from distrijax.config import Parallelism
-from distrijax.exchange import PartOfChannels, WholeImage
-from distrijax.layers import Cut, Side
-from distrijax.mesh import PATCH, MeshPlan
-from distrijax.placement import Form
-from distrijax.processes import put_blocks
-from distrijax.tensor import Piece, pieces
-from distrijax.unet import UNet, UNetConfig, abstract_unet
+from distrijax.models.layers import TPKind, TPSpec
+from distrijax.models.unet import UNet, abstract_unet
+from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.exchange import TensorParallel, WholeImage
+from distrijax.parallel.mesh import PATCH, MeshPlan
+from distrijax.parallel.processes import blocks_to_devices
+from distrijax.weights.sharding import ChannelSharded, ModelLayout, channel_sharded
 
-HEADS = Cut(Side.OUTPUT, unit=2)
+HEADS = TPSpec(TPKind.OUTPUT, unit=2)
 
 
-def laid_out(piece: Piece, values: np.ndarray, devices: int) -> np.ndarray:
+def laid_out(piece: ChannelSharded, values: np.ndarray, devices: int) -> np.ndarray:
     """What all devices together hold of a parameter."""
     shape = piece.shape(values.shape, {PATCH: devices})
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
     block = functools.partial(piece.block, values, {PATCH: devices})
-    return np.asarray(put_blocks(shape, NamedSharding(mesh, piece.spec()), block))
+    return np.asarray(blocks_to_devices(shape, NamedSharding(mesh, piece.spec()), block))
 
 
 def test_heads_stay_together_and_missing_ones_are_zeros():
     """Three heads of two channels on two devices: the second one has a head and a place for one."""
     weights = np.arange(12, dtype=np.float32).reshape(2, 6)
-    both = laid_out(Piece(1, HEADS, 6), weights, 2)
+    both = laid_out(ChannelSharded(1, HEADS, 6), weights, 2)
     np.testing.assert_array_equal(both[:, :4], weights[:, :4])
     np.testing.assert_array_equal(both[:, 4:6], weights[:, 4:])
     np.testing.assert_array_equal(both[:, 6:], 0)
@@ -46,14 +46,14 @@ def test_heads_stay_together_and_missing_ones_are_zeros():
 
 def test_every_device_has_some_of_each_part():
     """Values and gates side by side, four of each on two devices."""
-    both = laid_out(Piece(0, Cut(Side.OUTPUT, parts=2), 8), np.arange(8, dtype=np.float32), 2)
+    both = laid_out(ChannelSharded(0, TPSpec(TPKind.OUTPUT, parts=2), 8), np.arange(8, dtype=np.float32), 2)
     np.testing.assert_array_equal(both, [0, 1, 4, 5, 2, 3, 6, 7])
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-@pytest.mark.parametrize("cut", [HEADS, Cut(Side.INPUT, 3, 2), Cut(Side.OUTPUT)])
+@pytest.mark.parametrize("cut", [HEADS, TPSpec(TPKind.INPUT, 3, 2), TPSpec(TPKind.OUTPUT)])
 def test_nothing_is_lost_and_shapes_are_as_announced(cut, devices):
-    piece, values = Piece(1, cut, 12), np.arange(1, 25, dtype=np.float32).reshape(2, 12)
+    piece, values = ChannelSharded(1, cut, 12), np.arange(1, 25, dtype=np.float32).reshape(2, 12)
     everyone = laid_out(piece, values, devices)
     assert everyone.shape[1] % devices == 0
     assert sorted(everyone[everyone > 0]) == sorted(values.ravel())
@@ -61,7 +61,7 @@ def test_nothing_is_lost_and_shapes_are_as_announced(cut, devices):
 
 def test_layers_are_divided_as_in_the_original():
     """By heads, by the feed-forward's channels, within resnets, and convolutions that change the size by input channels."""
-    divided = {".".join(map(str, path)) for path in pieces(abstract_unet(UNetConfig.from_dict(FULL_BASE)))}
+    divided = {".".join(map(str, path)) for path in channel_sharded(abstract_unet(UNetConfig.from_dict(FULL_BASE)))}
     patterns = (
         r"attn[12]\.to_[qkv]\.kernel|attn[12]\.to_out\.0\.kernel",
         r"ff\.net\.0\.proj\.(kernel|bias)|ff\.net\.2\.kernel",
@@ -94,7 +94,7 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
         added = [np.ones((2, 20), np.float32), np.full((2, 6), 64, np.float32)]
 
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
-    form = Form.of(unet, Parallelism.TENSOR)
+    form = ModelLayout.of(unet, Parallelism.TENSOR)
     place = form.place_on(mesh)
     leaves = [place(path, np.asarray(leaf.get_value())) for path, leaf in nnx.to_flat_state(nnx.state(unet))]
 
@@ -104,7 +104,7 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
         return module(x, jnp.float32(500), conditioning, exchange)
 
     cut = jax.shard_map(
-        lambda leaves, x: call(PartOfChannels(PATCH), leaves, x), mesh=mesh, in_specs=(form.specs, P()), out_specs=P()
+        lambda leaves, x: call(TensorParallel(PATCH), leaves, x), mesh=mesh, in_specs=(form.specs, P()), out_specs=P()
     )
     wanted = jax.jit(lambda leaves, x: call(WholeImage(), leaves, x))(tuple(jax.tree.leaves(unet)), picture(0))
     assert relative_error(jax.jit(cut)(tuple(leaves), picture(0)), wanted) < 1e-5

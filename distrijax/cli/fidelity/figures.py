@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fidelity.grid import AXES, Axis, label
-from fidelity.metrics import NOT_AVAILABLE
-from fidelity.results import Results, Row
+from distrijax.cli.fidelity.grid import AXES, Axis, label
+from distrijax.cli.fidelity.metrics import NOT_AVAILABLE
+from distrijax.cli.fidelity.results import Results, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scenes import held_out_example
-
 from distrijax import DistriError
+from distrijax.cli.fidelity.scenes import held_out_example
 
 KARPATHY, OFFICIAL = "dataset_coco.json", "captions_val2014.json"
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import written_whole
 from PIL import Image
 
 from distrijax import DistriError
-from fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name, text
+from distrijax.cli.fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name, text
+from distrijax.cli.options import written_whole
 
 FIGURES = ("exactness", "psnr", "ssim", "lpips", "fid", "fid_real", "received_bytes", "stale_bytes")
 """Columns beside the axes: lossless or lossy; dB; SSIM; LPIPS; FID against one device's pictures, and against the real ones;

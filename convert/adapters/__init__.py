@@ -1,0 +1,1 @@
+"""What goes on top of a checkpoint: LoRAs, textual inversions, and parts that replace others."""

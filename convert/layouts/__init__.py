@@ -1,0 +1,1 @@
+"""Layouts of checkpoints: tables of names from each to diffusers' folders, and back."""

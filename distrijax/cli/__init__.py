@@ -1,0 +1,1 @@
+"""The command `distrijax`, and what its subcommands share."""

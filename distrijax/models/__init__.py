@@ -1,0 +1,1 @@
+"""The networks: UNet, VAE and text encoders, and the tokenizer."""

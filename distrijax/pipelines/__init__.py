@@ -1,0 +1,1 @@
+"""Pipelines: a checkpoint is loaded, and a prompt becomes images."""

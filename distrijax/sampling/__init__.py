@@ -1,0 +1,1 @@
+"""Noise to images: the denoising loop and decoding."""

@@ -1,0 +1,1 @@
+"""Checkpoints to arrays: files, names, the hub, and how parameters lie on the mesh."""

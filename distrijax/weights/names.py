@@ -1,0 +1,57 @@
+"""Names and layouts of parameters: PyTorch's in a checkpoint, this project's in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+ParamPath = tuple[str | int, ...]
+
+IGNORED = ("text_model.embeddings.position_ids",)
+"""Tensors that some checkpoints carry and no model needs."""
+
+UNPREFIXED = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+"""Beginnings of names in text encoders that transformers 5 wrote without their `text_model.`"""
+
+DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""What old VAEs, those of Stable Diffusion 1.x and 2.x among them, call the projections of their attention."""
+
+LONGEST = 150
+"""Characters of a name that an error shows."""
+
+
+def checkpoint_name(path: tuple) -> str:
+    """The PyTorch name of a parameter's path."""
+    *module, leaf = path
+    return ".".join(map(str, [*module, leaf if leaf == "bias" else "weight"]))
+
+
+def to_native(leaf: str, tensor: np.ndarray) -> np.ndarray:
+    """A PyTorch parameter in this project's layout."""
+    return tensor.transpose(native_axes(leaf, tensor.ndim))
+
+
+def to_pytorch(leaf: str, tensor: np.ndarray) -> np.ndarray:
+    """The inverse of `to_native`."""
+    return tensor.transpose(np.argsort(native_axes(leaf, tensor.ndim)))
+
+
+def native_axes(leaf: str, rank: int) -> tuple[int, ...]:
+    """PyTorch's axes of a parameter in this project's order."""
+    kernels = {4: (2, 3, 1, 0), 2: (1, 0)}
+    return kernels[rank] if leaf == "kernel" and rank in kernels else tuple(range(rank))
+
+
+def current_name(name: str) -> str:
+    """A parameter's name as diffusers and transformers write it today."""
+    if name.startswith(UNPREFIXED):
+        return f"text_model.{name}"
+    if ".mid_block.attentions." in name:
+        for old, new in DEPRECATED.items():
+            name = name.replace(old, new)
+    return name
+
+
+def shown(name: str) -> str:
+    """A name out of a file, fit for a sentence whatever the file says."""
+    short = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
+    return short if short.isprintable() else ascii(short)

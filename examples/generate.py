@@ -1,0 +1,10 @@
+"""`distrijax generate` from a checkout.
+
+python examples/generate.py --devices 8 --prompt "a small green star in the center, on a dotted pink background"
+"""
+
+from distrijax.cli.generate import main
+from distrijax.cli.options import run
+
+if __name__ == "__main__":
+    run(main)
