@@ -141,8 +141,8 @@ def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
     """As the pipeline has it on one device."""
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     form, mesh = ModelLayout.of(abstract_unet(config), platform=device.platform), MeshPlan(1, 1, 1).build([device])
-    module = load_module(form.abstract(), folder, variant=None, dtype=dtype, place=form.place_on(mesh))
-    return Model.of(config, form, mesh, dtype)._replace(params=form.put_together(module))
+    module = load_module(form.abstract(), folder, variant=None, dtype=dtype, place=form.make_placer(mesh))
+    return Model.of(config, form, mesh, dtype)._replace(params=form.fuse_params(module))
 
 
 def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:

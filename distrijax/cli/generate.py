@@ -214,7 +214,7 @@ def axes(mesh: MeshPlan, layout: Layout) -> MeshPlan:
 
 def parts(layout: Layout, batch: int, scale: int) -> str:
     """The picture, the part of it that one device works on, and the padding; scale: pixels for a row of the latent."""
-    sides = {name: (layout.latent[axis], layout.canvas[axis]) for axis, name in enumerate(("rows", "columns"))}
+    sides = {name: (layout.latent[axis], layout.padded_shape[axis]) for axis, name in enumerate(("rows", "columns"))}
     scheme = layout.split_scheme if layout.parallelism is Parallelism.NAIVE_PATCH else SplitScheme.ROW
     cut = {SplitScheme.ROW: ["rows"], SplitScheme.COLUMN: ["columns"]}.get(scheme, list(sides))
     bands = [(name, sides[name][1] // layout.patches) for name in cut]

@@ -36,13 +36,13 @@ class Attention(nnx.Module):
     def __init__(self, channels, heads, *, context=None, qkv_bias=False, rngs: nnx.Rngs):
         self.channels, self.head, self.path = channels, channels // heads, ""
         inner = dict(bias=qkv_bias, rngs=rngs)
-        source = dict(cut=TPSpec(TPKind.OUTPUT, self.head, once=context is not None), **inner)
+        source = dict(tp=TPSpec(TPKind.COLUMN, self.head, precomputed=context is not None), **inner)
         # layers whose kernels `placement` may put together
         self.same_input = ("to_q", "to_k", "to_v") if context is None else ()
-        self.to_q = Linear(channels, channels, cut=TPSpec(TPKind.OUTPUT, self.head), **inner)
+        self.to_q = Linear(channels, channels, tp=TPSpec(TPKind.COLUMN, self.head), **inner)
         self.to_k = Linear(context or channels, channels, **source)
         self.to_v = Linear(context or channels, channels, **source)
-        self.to_out = nnx.List([Linear(channels, channels, cut=TPSpec(TPKind.INPUT, self.head), rngs=rngs)])
+        self.to_out = nnx.List([Linear(channels, channels, tp=TPSpec(TPKind.ROW, self.head), rngs=rngs)])
 
     def project_context(self, context: Float[Array, "... c"]) -> KeysValues:
         """Keys and values, [..., channels] each."""

@@ -39,12 +39,12 @@ class ResnetBlock2D(nnx.Module):
     """Two normalised 3x3 convolutions around the time embedding; `time` None leaves it out (VAE)."""
 
     def __init__(self, channels_in, channels_out, *, time: int | None, groups: int, eps: float, rngs: nnx.Rngs):
-        inner = TPSpec(TPKind.OUTPUT, channels_out // groups)
+        inner = TPSpec(TPKind.COLUMN, channels_out // groups)
         self.norm1 = GroupNorm(channels_in, groups, eps)
-        self.conv1 = Conv(channels_in, channels_out, cut=inner, rngs=rngs)
-        self.time_emb_proj = Linear(time, channels_out, cut=inner, rngs=rngs) if time else None
-        self.norm2 = GroupNorm(channels_out, groups, eps, cut=inner)
-        self.conv2 = Conv(channels_out, channels_out, cut=TPSpec(TPKind.INPUT, inner.unit), rngs=rngs)
+        self.conv1 = Conv(channels_in, channels_out, tp=inner, rngs=rngs)
+        self.time_emb_proj = Linear(time, channels_out, tp=inner, rngs=rngs) if time else None
+        self.norm2 = GroupNorm(channels_out, groups, eps, tp=inner)
+        self.conv2 = Conv(channels_out, channels_out, tp=TPSpec(TPKind.ROW, inner.multiple_of), rngs=rngs)
         self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs) if channels_in != channels_out else None
         self.path = ""
 
@@ -66,7 +66,7 @@ class GEGLU(nnx.Module):
     """Gated GELU: one projection, one half gates the other."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = Linear(channels, 2 * inner, cut=TPSpec(TPKind.OUTPUT, parts=2), rngs=rngs)
+        self.proj = Linear(channels, 2 * inner, tp=TPSpec(TPKind.COLUMN, chunks=2), rngs=rngs)
 
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... i"]:
         value, gate = jnp.split(self.proj(x), 2, -1)
@@ -77,7 +77,7 @@ class FeedForward(nnx.Module):
     """GEGLU and a projection back; `net.1` is diffusers' dropout and has no parameters."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        last = Linear(4 * channels, channels, cut=TPSpec(TPKind.INPUT), rngs=rngs)
+        last = Linear(4 * channels, channels, tp=TPSpec(TPKind.ROW), rngs=rngs)
         self.net = nnx.List([GEGLU(channels, 4 * channels, rngs=rngs), None, last])
 
     def __call__(self, x: Float[Array, "... c"], exchange: Exchange) -> Float[Array, "... c"]:
@@ -131,7 +131,7 @@ class Downsample2D(nnx.Module):
     """3x3 convolution of stride 2."""
 
     def __init__(self, channels: int, *, trailing: bool = False, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, stride=2, trailing=trailing, cut=TPSpec(TPKind.INPUT), rngs=rngs)
+        self.conv = Conv(channels, channels, stride=2, trailing=trailing, tp=TPSpec(TPKind.ROW), rngs=rngs)
 
     def __call__(self, x: Array, exchange: Exchange) -> Array:
         return self.conv(x, exchange)
@@ -141,7 +141,7 @@ class Upsample2D(nnx.Module):
     """Nearest-neighbour doubling and a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, cut=TPSpec(TPKind.INPUT), rngs=rngs)
+        self.conv = Conv(channels, channels, tp=TPSpec(TPKind.ROW), rngs=rngs)
 
     def __call__(self, x: Array, exchange: Exchange, size: tuple[int, int] | None = None) -> Array:
         """`size`: height and width of the result, where the level above has one row or column less than twice as many."""

@@ -22,24 +22,27 @@ from distrijax.parallel.exchange import Exchange
 
 
 class TPKind(enum.Enum):
-    """Which channels of a layer tensor parallelism divides."""
+    """Which channels of a layer tensor parallelism divides; names as in Megatron-LM (arXiv 1909.08053)."""
 
-    OUTPUT = "each device computes some of the output channels"
-    INPUT = "each device reads some of the input channels, and the products are summed"
+    COLUMN = "each device computes some of the output channels"
+    ROW = "each device reads some of the input channels, and the partial results are summed"
 
 
 @dataclasses.dataclass(frozen=True)
 class TPSpec:
     """How tensor parallelism divides a layer among devices.
 
-    unit: channels that stay together, as those of a head. parts: the channels are so many parts side by side, and every
-    device has some of each. once: the layer is applied once a call, and so its output is divided whatever the parallelism.
+    Attributes:
+        kind: Which channels are divided.
+        multiple_of: How many neighbouring channels stay together, such as those of a head.
+        chunks: How many parts the channels consist of, side by side; every device has some of each.
+        precomputed: Whether the layer is applied once per call; then its output is divided whatever the parallelism.
     """
 
-    side: TPKind
-    unit: int = 1
-    parts: int = 1
-    once: bool = False
+    kind: TPKind
+    multiple_of: int = 1
+    chunks: int = 1
+    precomputed: bool = False
 
 
 def variance_scaling(key: Array, shape: tuple[int, ...], dtype) -> Array:
@@ -68,11 +71,11 @@ class Linear(nnx.Module):
     """y = x kernel + bias; kernel [in, out]. A layer that may be cut by input channels is handed the exchange."""
 
     def __init__(
-        self, features_in: int, features_out: int, *, bias: bool = True, cut: TPSpec | None = None, rngs: nnx.Rngs
+        self, features_in: int, features_out: int, *, bias: bool = True, tp: TPSpec | None = None, rngs: nnx.Rngs
     ):
         self.kernel = nnx.Param(variance_scaling(rngs.params(), (features_in, features_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features_out,))) if bias else None
-        self.cut = cut
+        self.tp = tp
 
     def __call__(self, x: Float[Array, "... i"], exchange: Exchange | None = None) -> Float[Array, "... o"]:
         y = x @ as_dtype(self.kernel, x)
@@ -95,17 +98,17 @@ class Conv(nnx.Module):
         *,
         stride=1,
         trailing=False,
-        cut: TPSpec | None = None,
+        tp: TPSpec | None = None,
         rngs: nnx.Rngs,
     ):
         shape = (kernel, kernel, channels_in, channels_out)
         self.kernel = nnx.Param(variance_scaling(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((channels_out,)))
-        self.stride, self.trailing, self.cut, self.path = stride, trailing, cut, ""
+        self.stride, self.trailing, self.tp, self.path = stride, trailing, tp, ""
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange | None = None) -> Float[Array, "b H W C"]:
         kernel = as_dtype(self.kernel, x)
-        summed = self.cut is not None and self.cut.side is TPKind.INPUT
+        summed = self.tp is not None and self.tp.kind is TPKind.ROW
         if summed:
             x = exchange.channels(x, kernel.shape[2])
         before, after = (0, 1) if self.trailing else (kernel.shape[0] // 2,) * 2
@@ -122,9 +125,9 @@ class Conv(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group normalisation over the whole image, statistics in float32, as torch.nn.GroupNorm (population variance)."""
 
-    def __init__(self, channels: int, groups: int, eps: float, *, cut: TPSpec | None = None):
+    def __init__(self, channels: int, groups: int, eps: float, *, tp: TPSpec | None = None):
         self.scale, self.bias = nnx.Param(jnp.ones((channels,))), nnx.Param(jnp.zeros((channels,)))
-        self.size, self.eps, self.cut, self.path = channels // groups, eps, cut, ""
+        self.size, self.eps, self.tp, self.path = channels // groups, eps, tp, ""
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange) -> Float[Array, "b h w c"]:
         def spread(values):

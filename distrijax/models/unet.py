@@ -151,7 +151,7 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(config, rngs=rngs)
         self.up_blocks = nnx.List([UpBlock(config, i, rngs=rngs) for i in reversed(levels)])
         self.conv_norm_out = GroupNorm(channels[0], config.norm_num_groups, config.norm_eps)
-        self.conv_out = Conv(channels[0], config.out_channels, cut=TPSpec(TPKind.INPUT), rngs=rngs)
+        self.conv_out = Conv(channels[0], config.out_channels, tp=TPSpec(TPKind.ROW), rngs=rngs)
         name_layers(self)
 
     def condition(

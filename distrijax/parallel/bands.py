@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """How the rows of an image are shared out: every patch has `band` of them, and those beyond the image's are padding.
+    """How the rows of an image are shared out: every patch has `rows_per_device` of them, and those beyond the image's are padding.
 
     rows: of the whole image. Patches take their rows from the top, so all padding lies at the bottom, and the last patches
     may have nothing else. A model halves or doubles the rows from level to level: those of a band exactly, those of the
@@ -15,7 +15,7 @@ class Bands:
     """
 
     rows: int
-    band: int
+    rows_per_device: int
 
     @classmethod
     def among(cls, rows: int, patches: int, *, levels: int = 1) -> Bands:
@@ -25,4 +25,4 @@ class Bands:
 
     def image_rows(self, band: int) -> int:
         """The rows of the whole image at the level where every patch has `band`."""
-        return -(-self.rows * band // self.band)
+        return -(-self.rows * band // self.rows_per_device)

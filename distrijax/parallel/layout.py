@@ -47,12 +47,12 @@ class Layout:
         return Bands.among(self.latent[0], self.patches, levels=self.levels)
 
     @property
-    def canvas(self) -> tuple[int, int]:
+    def padded_shape(self) -> tuple[int, int]:
         """Rows and columns of the latents with their padding; naive_patch paints that, too, and its bands may be of columns."""
         columns = self.latent[1]
         if self.parallelism is Parallelism.NAIVE_PATCH and self.split_scheme is not SplitScheme.ROW:
-            columns = self.patches * Bands.among(columns, self.patches, levels=self.levels).band
-        return self.patches * self.bands.band, columns
+            columns = self.patches * Bands.among(columns, self.patches, levels=self.levels).rows_per_device
+        return self.patches * self.bands.rows_per_device, columns
 
     @property
     def latents(self) -> P:

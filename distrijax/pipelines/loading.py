@@ -116,7 +116,7 @@ def read_configs(
     )
 
 
-def outline_components(
+def abstract_components(
     folder: Path,
     configs: Configs,
     *,
@@ -155,19 +155,19 @@ def outline_components(
 
 
 def read_components(
-    outline: Components, folder: Path, family: Family, *, variant: str | None, mesh: Mesh
+    abstract: Components, folder: Path, family: Family, *, variant: str | None, mesh: Mesh
 ) -> Components:
     """The parts of an outline with their weights. Raises DistriError for weights that are not those of the configurations."""
 
     def read(name: str, model: Model) -> Model:
-        place = model.form.place_on(mesh)
+        place = model.form.make_placer(mesh)
         module = load_module(model.form.abstract(), folder / name, variant=variant, dtype=model.dtype, place=place)
-        return model._replace(params=model.form.put_together(module))
+        return model._replace(params=model.form.fuse_params(module))
 
-    return outline._replace(
-        text_encoders=tuple(map(read, family.text_encoders, outline.text_encoders)),
-        unet=read("unet", outline.unet),
-        vae=read("vae", outline.vae),
+    return abstract._replace(
+        text_encoders=tuple(map(read, family.text_encoders, abstract.text_encoders)),
+        unet=read("unet", abstract.unet),
+        vae=read("vae", abstract.vae),
     )
 
 

@@ -32,7 +32,7 @@ from distrijax.pipelines.call import (
     image_seeds,
     to_pil,
 )
-from distrijax.pipelines.loading import Components, find_folder, outline_components, read_components, read_configs
+from distrijax.pipelines.loading import Components, abstract_components, find_folder, read_components, read_configs
 from distrijax.pipelines.progress import Progress
 from distrijax.pipelines.prompt import Embeddings, PromptEncoder, Prompts
 from distrijax.sampling import denoise
@@ -64,9 +64,9 @@ class Pipeline:
         self.programs = Programs(mesh.devices.flat[0].platform, compiler_options, shard_weights=config.shard_weights)
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
         self._progress: dict[str, Any] = {}
-        self._take(components)
+        self._set_components(components)
 
-    def _take(self, components: Components) -> None:
+    def _set_components(self, components: Components) -> None:
         self._prompts = PromptEncoder(
             components.tokenizers,
             components.text_encoders,
@@ -123,7 +123,7 @@ class Pipeline:
         configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
         mesh = plan_mesh(config, count, branches=configs.unet.branches).build(pick_devices(devices, count))
         warm_up_collectives(mesh)
-        components = outline_components(
+        components = abstract_components(
             folder,
             configs,
             dtype=dtype,
@@ -135,7 +135,7 @@ class Pipeline:
         try:
             if compile_for is not None:
                 pipe._prepare(compile_for)
-            pipe._take(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
+            pipe._set_components(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
         except BaseException:
             pipe.programs.abandon()
             raise
@@ -149,7 +149,7 @@ class Pipeline:
         given = bound_arguments(type(self).__call__, arguments)
         if given["prompt"] is None and given["prompt_embeds"] is None:
             given["prompt"] = ""
-        request = self._read(given)
+        request = self._parse_call(given)
         call, images, unet = request.call, request.images, self.unet_config
         check_images(images, self.mesh.shape[DATA])
         image_seeds(call.seed, images)
@@ -174,7 +174,7 @@ class Pipeline:
         if call.output_type != "latent":
             self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
 
-    def _read(self, given: Mapping[str, Any]) -> Request:
+    def _parse_call(self, given: Mapping[str, Any]) -> Request:
         """All arguments of a call, by their names; raises DistriError for those that cannot be used."""
         raise NotImplementedError
 
@@ -202,7 +202,7 @@ class Pipeline:
         """Settings of the tqdm progress bar, e.g. disable=True."""
         self._progress = settings
 
-    def _paint(self, request: Request) -> PipelineOutput:
+    def _generate(self, request: Request) -> PipelineOutput:
         """The pictures; all is checked before anything is compiled."""
         call, branches, time_ids = request
         if not isinstance(self.scheduler, Scheduler):
@@ -227,7 +227,7 @@ class Pipeline:
         inputs = self._inputs(loop, embeddings, time_ids, call, keys)
         state = self._denoise(loop, inputs, state, StepInputs.of(steps), call.chunk_size, call.callback_on_step_end)
         if call.output_type == "latent":
-            return PipelineOutput(self._visible(layout, state.latents))
+            return PipelineOutput(self._gather_latents(layout, state.latents))
         return self._pictures(layout, state.latents, call.output_type)
 
     def _loop(self, call: Call, steps: int) -> LoopSpec:
@@ -243,7 +243,7 @@ class Pipeline:
         """Height and width in pixels that the model was trained for."""
         return default_size(self.family, self.unet_config, self.vae_config)
 
-    def _call(self, given: Mapping[str, Any]) -> Call:
+    def _common_args(self, given: Mapping[str, Any]) -> Call:
         """Of a call's arguments those that all pipelines have; a side that is None is the model's."""
         shared = {field.name: given[field.name] for field in dataclasses.fields(Call) if field.name in given}
         for side, usual in zip(("height", "width"), self.default_size, strict=True):
@@ -348,13 +348,13 @@ class Pipeline:
                     state = run(denoise.synchronous_steps, state, piece, donate=(1,))
                 progress.handed_over(stop - start, state.latents)
                 if callback is not None:
-                    state = self._call_back(
+                    state = self._run_callback(
                         loop.layout, callback, stop - 1, float(xs.scheduler.timestep[stop - 1]), state
                     )
         return state
 
-    def _call_back(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
-        before = self._visible(layout, state.latents)
+    def _run_callback(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
+        before = self._gather_latents(layout, state.latents)
         returned = callback(self, step, timestep, {"latents": before})
         if returned is None:
             return state
@@ -372,7 +372,7 @@ class Pipeline:
             raise DistriError(f"the callback's latents are {list(latents.shape)} and {list(before.shape)} is needed")
         return state._replace(latents=_to_canvas(layout, latents))
 
-    def _visible(self, layout: Layout, latents: jax.Array) -> jax.Array:
+    def _gather_latents(self, layout: Layout, latents: jax.Array) -> jax.Array:
         """Latents [b, c, h, w] without the canvas's padding; of several processes every one gets all of them."""
         alone = latents.is_fully_addressable
         if latents.shape[1:3] != layout.latent or not alone:
@@ -405,7 +405,7 @@ def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]
 
 def _to_canvas(layout: Layout, latents: np.ndarray) -> jax.Array:
     """Latents [b, c, h, w] in this project's layout on the devices; padding, which naive_patch paints, mirrors them."""
-    missing = [whole - own for whole, own in zip(layout.canvas, latents.shape[2:], strict=True)]
+    missing = [whole - own for whole, own in zip(layout.padded_shape, latents.shape[2:], strict=True)]
     padded = np.pad(np.moveaxis(latents, 1, -1), ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), "symmetric")
     return to_devices(padded, layout.sharding(layout.latents))
 

@@ -52,7 +52,7 @@ class DistriSDPipeline(Pipeline):
         height, width: pixels; None takes the size the model was trained for. negative_prompt: None is "". clip_skip: how
         many of the text encoder's last layers the prompt leaves out. Raises DistriError for arguments that cannot be used.
         """
-        return self._paint(self._read(locals()))
+        return self._generate(self._parse_call(locals()))
 
     def encode_prompt(
         self, prompt: Prompt, negative_prompt: Prompt | None = None, *, clip_skip: int | None = None
@@ -61,8 +61,8 @@ class DistriSDPipeline(Pipeline):
         text, negative = self._encode((prompt,), (negative_prompt,), clip_skip)
         return text.tokens, negative.tokens
 
-    def _read(self, given: Mapping[str, Any]) -> Request:
-        call = self._call(given)
+    def _parse_call(self, given: Mapping[str, Any]) -> Request:
+        call = self._common_args(given)
         self._warn_of_single_branch(given)
         branches = self._prompts.read(
             (given["prompt"],),

@@ -64,7 +64,7 @@ class DistriSDXLPipeline(Pipeline):
         negative_prompt_2 go to the second text encoder, which reads the first's otherwise. Raises DistriError for
         arguments that cannot be used.
         """
-        return self._paint(self._read(locals()))
+        return self._generate(self._parse_call(locals()))
 
     def encode_prompt(
         self,
@@ -83,8 +83,8 @@ class DistriSDXLPipeline(Pipeline):
         text, negative = self._encode((prompt, prompt_2), (negative_prompt, negative_prompt_2), clip_skip)
         return text.tokens, negative.tokens, text.pooled, negative.pooled
 
-    def _read(self, given: Mapping[str, Any]) -> Request:
-        call, time_ids = self._call(given), {}
+    def _parse_call(self, given: Mapping[str, Any]) -> Request:
+        call, time_ids = self._common_args(given), {}
         for sign in ("", NEGATIVE):
             time_ids[sign] = _time_ids((call.height, call.width), *(given[sign + name] for name in SIZES), sign)
         negative_sizes = [NEGATIVE + name for name in SIZES if any(given[NEGATIVE + name] or ())]

@@ -150,7 +150,7 @@ def compile_decoder(
     form = ModelLayout.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform=platform)
     dtype = vae.compute_dtype(dtype)
     model = Model.of(vae, form, mesh, dtype)
-    latents = jax.ShapeDtypeStruct((images, *layout.canvas, vae.latent_channels), jnp.float32)
+    latents = jax.ShapeDtypeStruct((images, *layout.padded_shape, vae.latent_channels), jnp.float32)
     latents = placed(mesh, layout.latents, latents)
     executable, _ = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {}, platform)
     analysis = executable.memory_analysis()

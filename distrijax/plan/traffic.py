@@ -104,7 +104,7 @@ def traffic(
     for leaf in step.stale.values():
         stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
     rounded = {kind: round(count) for kind, count in received.items()}
-    return Traffic(mesh, layout.patches, layout.bands.band, latent[0], dict(stale), rounded)
+    return Traffic(mesh, layout.patches, layout.bands.rows_per_device, latent[0], dict(stale), rounded)
 
 
 def step_of(

@@ -36,7 +36,7 @@ def decode(decoder: Decoder, params: Params, latents: Float[Array, "b h w c"]) -
     patches = layout.mesh.shape[PATCH] * layout.mesh.shape[CFG]
     bands = Bands.among(layout.latent[0], patches)
     latents = latents[:, : bands.rows, : layout.latent[1]]
-    latents = jnp.pad(latents, ((0, 0), (0, patches * bands.band - bands.rows), (0, 0), (0, 0)))
+    latents = jnp.pad(latents, ((0, 0), (0, patches * bands.rows_per_device - bands.rows), (0, 0), (0, 0)))
 
     def local(params, latents):
         vae = form.module(params)

@@ -45,7 +45,7 @@ def band_noise(
 
 def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
     """The starting noise of the whole canvas, drawn band by band on the devices."""
-    rows, columns = layout.bands.band, layout.canvas[1]
+    rows, columns = layout.bands.rows_per_device, layout.padded_shape[1]
 
     def band(keys):
         return band_noise(keys, 0, first_row(rows, layout.rows), (rows, columns, channels))

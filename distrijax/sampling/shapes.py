@@ -46,7 +46,7 @@ def step_programs(
 
     tokens: of a prompt. rescale: whether guidance is rescaled.
     """
-    params = loop.unet.laid_out(loop.layout.mesh.shape, loop.dtype)
+    params = loop.unet.abstract_params(loop.layout.mesh.shape, loop.dtype)
     inputs, state, xs = _arguments(loop, unet, params, images, tokens, rescale)
     if loop.strategy is None:
         return [StepProgram(denoise.synchronous_steps, loop, params, (inputs, state, xs), {}, (1,))]
@@ -64,7 +64,7 @@ def prompt_of(loop: LoopSpec, unet: UNetConfig, images: int, tokens: int) -> tup
 def latents_of(loop: LoopSpec, unet: UNetConfig, images: int) -> jax.ShapeDtypeStruct:
     """The latents of a call, placed."""
     layout = loop.layout
-    return placed(layout.mesh, layout.latents, _array(images, *layout.canvas, unet.in_channels))
+    return placed(layout.mesh, layout.latents, _array(images, *layout.padded_shape, unet.in_channels))
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

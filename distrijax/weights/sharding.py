@@ -33,10 +33,10 @@ from distrijax.weights.names import ParamPath
 
 
 class ChannelSharded(NamedTuple):
-    """The divided axis of a parameter, in whose `cut` `length` channels go to the devices along some axes of the mesh."""
+    """A parameter whose `axis` has `length` channels, divided as `tp` says among the devices along some axes of the mesh."""
 
     axis: int
-    cut: TPSpec
+    tp: TPSpec
     length: int
     among: tuple[str, ...] = (PATCH,)
 
@@ -51,9 +51,9 @@ class ChannelSharded(NamedTuple):
 
     def block(self, value: Values, sizes: Mapping[str, int], at: tuple[slice, ...]) -> Float[np.ndarray, "..."]:
         """What the parameter in the order of the devices, padded with zeros, has at the place of one of them."""
-        devices, parts = self._devices(sizes), self.cut.parts
-        if self.length % (self.cut.unit * parts):
-            raise ValueError(f"{self.length} channels are not {parts} parts of units of {self.cut.unit}")
+        devices, parts = self._devices(sizes), self.tp.chunks
+        if self.length % (self.tp.multiple_of * parts):
+            raise ValueError(f"{self.length} channels are not {parts} parts of units of {self.tp.multiple_of}")
         share, length = self._each(devices) // parts, self.length // parts
         first = (at[self.axis].start or 0) // parts
 
@@ -74,7 +74,7 @@ class ChannelSharded(NamedTuple):
         return math.prod(sizes[axis] for axis in self.among)
 
     def _each(self, devices: int) -> int:
-        group = self.cut.unit * self.cut.parts
+        group = self.tp.multiple_of * self.tp.chunks
         return math.ceil(self.length // group / devices) * group
 
 
@@ -82,21 +82,21 @@ def channel_sharded(module: nnx.Module) -> dict[ParamPath, ChannelSharded]:
     """The parameters of a module that may be divided, by their path."""
     found = {}
     for path, layer in walk(module):
-        if (cut := getattr(layer, "cut", None)) is None:
+        if (tp := getattr(layer, "tp", None)) is None:
             continue
         for name in ("kernel", "bias", "scale"):
             value = getattr(layer, name, None)
-            if value is None or (cut.side is TPKind.INPUT and name != "kernel"):
+            if value is None or (tp.kind is TPKind.ROW and name != "kernel"):
                 continue
-            axis = len(value.shape) - (2 if cut.side is TPKind.INPUT else 1)
-            found[(*path, name)] = ChannelSharded(axis, cut, value.shape[axis])
+            axis = len(value.shape) - (2 if tp.kind is TPKind.ROW else 1)
+            found[(*path, name)] = ChannelSharded(axis, tp, value.shape[axis])
     return found
 
 
 MIN_SHARDED_SIZE = 2**16
 """Elements of the smallest parameter that is shared out; smaller ones lie whole on every device."""
 
-CHANNELS = TPSpec(TPKind.OUTPUT)
+CHANNELS = TPSpec(TPKind.COLUMN)
 """Of layers whose result is put together again at once: no channels have to stay together."""
 
 Shape = tuple[int, ...]
@@ -104,7 +104,7 @@ Sizes = Mapping[str, int]  # of the mesh's axes
 
 
 class ParamLayout(Protocol):
-    """How one parameter lies on the mesh; `tensor.Piece` is another one than those below."""
+    """How one parameter lies on the mesh; `ChannelSharded` is one, and the others are below."""
 
     def spec(self) -> P: ...
 
@@ -228,7 +228,7 @@ class ModelLayout:
         """
         divided = channel_sharded(module)
         if parallelism is not Parallelism.TENSOR:
-            once = {path: piece for path, piece in divided.items() if piece.cut.once}
+            once = {path: piece for path, piece in divided.items() if piece.tp.precomputed}
             divided = {
                 path: ChannelSharded(piece.axis, CHANNELS, piece.length, (PATCH, CFG)) for path, piece in once.items()
             }
@@ -252,7 +252,7 @@ class ModelLayout:
         """How the arrays lie on the mesh."""
         return tuple(self.parts[first].spec() for first, *_ in self.arrays)
 
-    def laid_out(self, sizes: Sizes, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def abstract_params(self, sizes: Sizes, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes of the arrays that all devices of a mesh together hold."""
 
         def shape(leaves: tuple[int, ...]) -> Shape:
@@ -265,7 +265,7 @@ class ModelLayout:
         """The model, of shapes alone."""
         return jax.tree.unflatten(self.structure, [jax.ShapeDtypeStruct(shape, np.float32) for shape in self.shapes])
 
-    def place_on(self, mesh: Mesh) -> Place:
+    def make_placer(self, mesh: Mesh) -> Place:
         """Puts parameters on the devices of a mesh."""
         parts = dict(zip(self.paths, self.parts, strict=True))
 
@@ -276,7 +276,7 @@ class ModelLayout:
 
         return place
 
-    def put_together(self, module: nnx.Module) -> Params:
+    def fuse_params(self, module: nnx.Module) -> Params:
         """The programs' arrays of a model whose parameters are placed. Those that are put together are deleted one by one."""
         leaves = jax.tree.leaves(module)
 
@@ -330,7 +330,7 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, config: Any, form: ModelLayout, mesh: Mesh, dtype: Any) -> Model:
         """A model of which no parameter has been read."""
-        return cls(config, form, placed(mesh, form.specs, form.laid_out(mesh.shape, dtype)))
+        return cls(config, form, placed(mesh, form.specs, form.abstract_params(mesh.shape, dtype)))
 
     @property
     def dtype(self) -> np.dtype:

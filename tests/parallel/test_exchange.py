@@ -106,7 +106,7 @@ def on_uneven_bands(rows: int, n: int, levels: int, function, width: int = 3, ch
     """Every band's results where the image has so many rows, and the image; its padding is NaN, which must not spread."""
     cut = Bands.among(rows, n, levels=levels)
     x = normal(2, rows, width, channels, offset=0.5)
-    filled = np.pad(x, ((0, 0), (0, n * cut.band - rows), (0, 0), (0, 0)), constant_values=np.nan)
+    filled = np.pad(x, ((0, 0), (0, n * cut.rows_per_device - rows), (0, 0), (0, 0)), constant_values=np.nan)
     assert filled.shape[1] > rows
     return x, cut, on_bands(MeshPlan(1, 1, n), PATCH, lambda x: function(Synchronous(bands=cut), x), filled, out=3)
 
@@ -115,10 +115,10 @@ def on_uneven_bands(rows: int, n: int, levels: int, function, width: int = 3, ch
 def test_padding_is_zeros_to_a_convolution_no_tokens_and_no_part_of_the_moments(rows, n, levels):
     x, cut, results = on_uneven_bands(rows, n, levels, lambda exchange, x: ask_everything(exchange, x)[:3])
     halo, tokens, moments = (bands(result, n) for result in results)
-    below = n * cut.band - rows + 1
+    below = n * cut.rows_per_device - rows + 1
     padded = np.pad(x, ((0, 0), (1, below), (0, 0), (0, 0)))
     for i in range(n):
-        np.testing.assert_array_equal(halo[i], padded[:, i * cut.band : (i + 1) * cut.band + 2])
+        np.testing.assert_array_equal(halo[i], padded[:, i * cut.rows_per_device : (i + 1) * cut.rows_per_device + 2])
         np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
         np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
 
@@ -134,11 +134,11 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
 
     x, cut, results = on_uneven_bands(rows, n, levels, again)
     halo, tokens, moments = (bands(result, n) for result in results)
-    padded = np.pad(x, ((0, 0), (1, n * cut.band - rows + 1), (0, 0), (0, 0)))
+    padded = np.pad(x, ((0, 0), (1, n * cut.rows_per_device - rows + 1), (0, 0), (0, 0)))
     for i in range(n):
-        np.testing.assert_array_equal(halo[i], padded[:, i * cut.band : (i + 1) * cut.band + 2])
+        np.testing.assert_array_equal(halo[i], padded[:, i * cut.rows_per_device : (i + 1) * cut.rows_per_device + 2])
         np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
-        own = x[:, i * cut.band : (i + 1) * cut.band]
+        own = x[:, i * cut.rows_per_device : (i + 1) * cut.rows_per_device]
         if not issubclass(kind, SeparateGN):
             np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
         elif own.size:

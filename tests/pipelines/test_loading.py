@@ -19,7 +19,7 @@ from distrijax.config import Parallelism
 from distrijax.models.clip import CLIPTextEncoder
 from distrijax.models.families import SD, default_size
 from distrijax.models.vae import AutoencoderKL
-from distrijax.pipelines.loading import outline_components, read_configs
+from distrijax.pipelines.loading import abstract_components, read_configs
 from distrijax.schedulers import DDIM, PNDM
 from distrijax.weights.dtypes import resolve_dtype
 
@@ -230,7 +230,7 @@ def test_a_vae_that_overflows_in_float16_is_float32(force_upcast, dtype, wanted,
     configs = read_configs(tiny_checkpoint)
     configs = configs._replace(vae=dataclasses.replace(configs.vae, force_upcast=force_upcast))
     mesh = plan_mesh(DistriConfig(), 1).build(jax.devices()[:1])
-    outline = outline_components(
+    outline = abstract_components(
         tiny_checkpoint,
         configs,
         dtype=np.dtype(dtype),

@@ -43,8 +43,8 @@ def unet() -> UNet:
 def test_shapes_are_those_of_the_placed_parameters(unet, parallelism, shard):
     mesh = MeshPlan(1, 1, 3).build(jax.devices()[:3])
     form = ModelLayout.of(abstract_unet(unet.config), parallelism, shard=shard)
-    flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(mesh)
-    for (path, leaf), shape, spec in zip(flat, form.laid_out(mesh.shape, np.float32), form.specs, strict=True):
+    flat, place = nnx.to_flat_state(nnx.state(unet)), form.make_placer(mesh)
+    for (path, leaf), shape, spec in zip(flat, form.abstract_params(mesh.shape, np.float32), form.specs, strict=True):
         placed = place(path, np.asarray(leaf.get_value()))
         assert (placed.shape, placed.sharding.spec) == (shape.shape, spec), path
 
@@ -54,7 +54,7 @@ def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
     """Sizes that three devices do not divide among them."""
     form = ModelLayout.of(unet, shard=True)
     devices = mesh.build(jax.devices()[: mesh.devices])
-    flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(devices)
+    flat, place = nnx.to_flat_state(nnx.state(unet)), form.make_placer(devices)
     values = [np.asarray(leaf.get_value()) for _, leaf in flat]
     placed = tuple(place(path, value) for path, value in zip(form.paths, values, strict=True))
     parts = [part.part if isinstance(part, OutputMajor) else part for part in form.parts]
@@ -96,7 +96,7 @@ def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, 
     flat = zip(form.paths, form.shapes, form.parts, strict=True)
     for (path, shape, part), value in zip(flat, jax.tree.leaves(unet), strict=True):
         counted, row = Counted(np.asarray(value)), math.prod(shape[:-1])
-        everyone = form.place_on(devices)(path, counted)
+        everyone = form.make_placer(devices)(path, counted)
         if isinstance(part, OutputMajor | FlatSharded) and part.spec() != P():
             assert counted.reads.min() == 1 and counted.reads.sum() <= value.size + (mesh.devices - 1) * row
         else:
@@ -114,11 +114,11 @@ def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, 
 def test_gpus_get_kernels_of_the_same_input_in_one_array_and_layers_get_them_back(unet, parallelism, shard):
     mesh = MeshPlan(1, 1, 1).build(jax.devices()[:1])
     form = ModelLayout.of(abstract_unet(unet.config), parallelism, shard=shard, platform="gpu")
-    flat, place = nnx.to_flat_state(nnx.state(unet)), form.place_on(mesh)
+    flat, place = nnx.to_flat_state(nnx.state(unet)), form.make_placer(mesh)
     values = [np.asarray(leaf.get_value()) for _, leaf in flat]
     placed = [place(path, value) for path, value in zip(form.paths, values, strict=True)]
-    params = form.put_together(jax.tree.unflatten(form.structure, placed))
-    announced = form.laid_out(mesh.shape, np.float32)
+    params = form.fuse_params(jax.tree.unflatten(form.structure, placed))
+    announced = form.abstract_params(mesh.shape, np.float32)
     assert [array.shape for array in params] == [array.shape for array in announced]
     whole = not shard and parallelism is not Parallelism.TENSOR
     assert len(params) == len(values) - whole * 2 * len(unet._transformer_blocks())

@@ -24,10 +24,10 @@ from distrijax.parallel.mesh import PATCH, MeshPlan
 from distrijax.parallel.processes import blocks_to_devices
 from distrijax.weights.sharding import ChannelSharded, ModelLayout, channel_sharded
 
-HEADS = TPSpec(TPKind.OUTPUT, unit=2)
+HEADS = TPSpec(TPKind.COLUMN, multiple_of=2)
 
 
-def laid_out(piece: ChannelSharded, values: np.ndarray, devices: int) -> np.ndarray:
+def abstract_params(piece: ChannelSharded, values: np.ndarray, devices: int) -> np.ndarray:
     """What all devices together hold of a parameter."""
     shape = piece.shape(values.shape, {PATCH: devices})
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
@@ -38,7 +38,7 @@ def laid_out(piece: ChannelSharded, values: np.ndarray, devices: int) -> np.ndar
 def test_heads_stay_together_and_missing_ones_are_zeros():
     """Three heads of two channels on two devices: the second one has a head and a place for one."""
     weights = np.arange(12, dtype=np.float32).reshape(2, 6)
-    both = laid_out(ChannelSharded(1, HEADS, 6), weights, 2)
+    both = abstract_params(ChannelSharded(1, HEADS, 6), weights, 2)
     np.testing.assert_array_equal(both[:, :4], weights[:, :4])
     np.testing.assert_array_equal(both[:, 4:6], weights[:, 4:])
     np.testing.assert_array_equal(both[:, 6:], 0)
@@ -46,15 +46,15 @@ def test_heads_stay_together_and_missing_ones_are_zeros():
 
 def test_every_device_has_some_of_each_part():
     """Values and gates side by side, four of each on two devices."""
-    both = laid_out(ChannelSharded(0, TPSpec(TPKind.OUTPUT, parts=2), 8), np.arange(8, dtype=np.float32), 2)
+    both = abstract_params(ChannelSharded(0, TPSpec(TPKind.COLUMN, chunks=2), 8), np.arange(8, dtype=np.float32), 2)
     np.testing.assert_array_equal(both, [0, 1, 4, 5, 2, 3, 6, 7])
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8])
-@pytest.mark.parametrize("cut", [HEADS, TPSpec(TPKind.INPUT, 3, 2), TPSpec(TPKind.OUTPUT)])
+@pytest.mark.parametrize("cut", [HEADS, TPSpec(TPKind.ROW, 3, 2), TPSpec(TPKind.COLUMN)])
 def test_nothing_is_lost_and_shapes_are_as_announced(cut, devices):
     piece, values = ChannelSharded(1, cut, 12), np.arange(1, 25, dtype=np.float32).reshape(2, 12)
-    everyone = laid_out(piece, values, devices)
+    everyone = abstract_params(piece, values, devices)
     assert everyone.shape[1] % devices == 0
     assert sorted(everyone[everyone > 0]) == sorted(values.ravel())
 
@@ -95,7 +95,7 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
 
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
     form = ModelLayout.of(unet, Parallelism.TENSOR)
-    place = form.place_on(mesh)
+    place = form.make_placer(mesh)
     leaves = [place(path, np.asarray(leaf.get_value())) for path, leaf in nnx.to_flat_state(nnx.state(unet))]
 
     def call(exchange, leaves, x):
