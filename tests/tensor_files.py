@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from facts import one_sentence
 
 from distrijax.convert.files import open_tensors
 from distrijax.convert.tensors import Tensors
@@ -130,7 +131,8 @@ def refusal(path: Path, within: float = 5.0, spare: int = SPARE) -> str:
 def sentence(error: DistriError, path: Path) -> str:
     """What is said of a file or a folder. Fails where that is not one sentence which names it."""
     text = str(error)
-    assert text.isprintable() and len(text) < 600 and text.count("; ") == 1 and str(path) in text
+    one_sentence(text, longest=600)
+    assert str(path) in text
     return text
 
 

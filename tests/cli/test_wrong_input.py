@@ -12,20 +12,14 @@ import check_scenes
 import jax
 import numpy as np
 import pytest
+from facts import one_sentence, refuses, says
 from safetensors.numpy import load_file, save_file
 
-from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
+from distrijax import DistriConfig, DistriSDXLPipeline
 from distrijax.cli import evaluate, generate
 
 TEXT_ENCODER = "text_encoder/model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-def assert_one_sentence(message: str, pattern: str, *, longest: int = 400) -> None:
-    assert re.search(pattern, message), message
-    assert "\n" not in message and 20 < len(message) < longest, message
-    assert "; " in message, f"{message!r} does not say what to do"
-    assert not re.search(r"Traceback|<class|object at 0x", message), message
 
 
 # A damaged checkpoint --------------------------------------------------------------------------------------------------
@@ -117,165 +111,144 @@ def shards(second: Callable[[Path, dict[str, np.ndarray]], None]) -> Callable[[P
 
 
 CHECKPOINTS = {
-    "no index": (no("model_index.json"), r"model_index\.json does not exist"),
-    "broken index": (content("model_index.json", '{"_class_name": '), r"model_index\.json is not readable JSON"),
-    "index is a list": (content("model_index.json", "[]"), r"model_index\.json holds a list"),
+    "no index": (no("model_index.json"), ["/model_index.json"]),
+    "broken index": (content("model_index.json", '{"_class_name": '), ["model_index.json", "JSON"]),
+    "index is a list": (content("model_index.json", "[]"), ["model_index.json", "list"]),
     "another pipeline": (
         entry("model_index.json", _class_name="StableDiffusionInpaintPipeline"),
-        r"_class_name is 'StableDiffusionInpaintPipeline'; .*'StableDiffusionXLPipeline'",
+        ["_class_name", "StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline"],
     ),
     "pipeline of the other family": (
         entry("model_index.json", _class_name="StableDiffusionPipeline"),
-        "holds a Stable Diffusion pipeline, not Stable Diffusion XL; load it with DistriSDPipeline",
+        ["Stable Diffusion", "Stable Diffusion XL", "DistriSDPipeline"],
     ),
-    "no unet": (no("unet"), "lacks unet;"),
-    "two parts missing": (lambda folder: (no("vae")(folder), no("tokenizer_2")(folder)), "lacks tokenizer_2, vae;"),
-    "no config": (no("vae/config.json"), r"vae/config\.json does not exist"),
-    "broken config": (content("unet/config.json", "{"), r"unet/config\.json is not readable JSON"),
-    "config not text": (
-        lambda f: (f / "vae/config.json").write_bytes(b"\xff\xfe\xfa"),
-        r"vae/config\.json is not readable",
-    ),
+    "no unet": (no("unet"), ["unet"]),
+    "two parts missing": (lambda folder: (no("vae")(folder), no("tokenizer_2")(folder)), ["tokenizer_2", "vae"]),
+    "no config": (no("vae/config.json"), ["/vae/config.json"]),
+    "broken config": (content("unet/config.json", "{"), ["unet/config.json", "JSON"]),
+    "config not text": (lambda f: (f / "vae/config.json").write_bytes(b"\xff\xfe\xfa"), ["vae/config.json"]),
     "unknown key": (
         entry("unet/config.json", block_out_chanels=[1]),
-        "block_out_chanels.*did you mean 'block_out_channels'",
+        ["block_out_chanels", "block_out_channels"],
     ),
-    "unsupported value, unet": (entry("unet/config.json", act_fn="gelu"), "act_fn is 'gelu'; supported: 'silu'"),
+    "unsupported value, unet": (entry("unet/config.json", act_fn="gelu"), ["act_fn", "gelu", "silu"]),
     "unknown block": (
         entry("unet/config.json", down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D"]),
-        "block type is 'AttnDownBlock2D'; supported",
+        ["AttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
     ),
-    "odd groups": (entry("unet/config.json", norm_num_groups=7), "32 channels do not divide into 7 groups"),
-    "lacking key": (without("unet/config.json", "cross_attention_dim"), "lacks cross_attention_dim;"),
-    "unsupported value, vae": (entry("vae/config.json", latents_mean=[0.0]), r"latents_mean is \(0\.0,\); supported"),
-    "unsupported value, text encoder": (entry("text_encoder/config.json", hidden_act="relu"), "hidden_act is 'relu'"),
-    "parts of two models": (entry("unet/config.json", cross_attention_dim=2048), "2048 and the text encoders.*64;"),
-    "words without embedding": (entry("text_encoder/config.json", vocab_size=100), "words and its text encoder 100;"),
+    "odd groups": (entry("unet/config.json", norm_num_groups=7), [32, 7, "groups"]),
+    "lacking key": (without("unet/config.json", "cross_attention_dim"), ["cross_attention_dim"]),
+    "unsupported value, vae": (entry("vae/config.json", latents_mean=[0.0]), ["latents_mean", "0.0", "None"]),
+    "unsupported value, text encoder": (entry("text_encoder/config.json", hidden_act="relu"), ["hidden_act", "relu"]),
+    "parts of two models": (entry("unet/config.json", cross_attention_dim=2048), [2048, 64]),
+    "words without embedding": (entry("text_encoder/config.json", vocab_size=100), ["tokenizer", 100]),
     "unsupported scheduler": (
         entry("scheduler/scheduler_config.json", _class_name="HeunDiscreteScheduler"),
-        "scheduler class is 'HeunDiscreteScheduler'; supported",
+        ["HeunDiscreteScheduler", "EulerDiscreteScheduler"],
     ),
     "unsupported scheduler option": (
         entry("scheduler/scheduler_config.json", prediction_type="flow"),
-        "prediction_type is 'flow'; use one of",
+        ["prediction_type", "flow", "epsilon", "v_prediction"],
     ),
-    "no vocabulary": (no("tokenizer/vocab.json"), r"tokenizer lacks vocab\.json"),
-    "broken vocabulary": (content("tokenizer_2/vocab.json", "{"), r"tokenizer_2/vocab\.json is not readable JSON"),
-    "no weights": (no(TEXT_ENCODER), r"text_encoder has no safetensors \(found: no weights\)"),
-    "truncated weights": (truncated(TEXT_ENCODER), r"text_encoder/model\.safetensors is not a whole safetensors file"),
-    "weights of noise": (content(TEXT_ENCODER, "no tensors here " * 99), "is not a whole safetensors file"),
-    "empty weights": (content(TEXT_ENCODER, ""), "is not a whole safetensors file"),
-    "missing tensor": (tensors(lambda held, name: held.pop(name)), r": 1 missing \(text_model\..*weight"),
-    "unexpected tensor": (
-        tensors(lambda held, name: held.update(lora=held[name].copy())),
-        r"does not hold the model.*: 1 unexpected \(lora\)",
-    ),
-    "misshapen tensor": (set_tensor(lambda tensor: tensor[:-1]), r"1 misshapen \(.* is \[\d+.*should be \[\d+"),
-    "NaN": (set_tensor(with_nan), r"1 not finite \("),
+    "no vocabulary": (no("tokenizer/vocab.json"), ["tokenizer", "vocab.json"]),
+    "broken vocabulary": (content("tokenizer_2/vocab.json", "{"), ["tokenizer_2/vocab.json", "JSON"]),
+    "no weights": (no(TEXT_ENCODER), ["text_encoder", "safetensors"]),
+    "truncated weights": (truncated(TEXT_ENCODER), [TEXT_ENCODER]),
+    "weights of noise": (content(TEXT_ENCODER, "no tensors here " * 99), [TEXT_ENCODER]),
+    "empty weights": (content(TEXT_ENCODER, ""), [TEXT_ENCODER]),
+    "missing tensor": (tensors(lambda held, name: held.pop(name)), ["1 missing", re.compile(r"text_model\..*weight")]),
+    "unexpected tensor": (tensors(lambda held, name: held.update(lora=held[name].copy())), ["1 unexpected", "(lora)"]),
+    "misshapen tensor": (set_tensor(lambda tensor: tensor[:-1]), [re.compile(r"1 .*shape.* \[\d+.* \[\d+")]),
+    "NaN": (set_tensor(with_nan), ["1 not finite"]),
     "whole numbers": (
         set_tensor(lambda tensor: tensor.astype(np.int32)),
-        r"1 of a type other than F64, F32, F16, BF16 \(.* is I32\)",
+        [1, "F64", "F32", "F16", "BF16", "I32"],
     ),
     "layers of another model": (
         entry("text_encoder/config.json", num_hidden_layers=1),
-        r"unexpected \(.* and \d+ more\)",
+        [re.compile(r"\d+ unexpected \(.* \d+ more\)")],
     ),
-    "duplicate tensor": (shards(lambda file, held: save_file(held, file)), r"1 duplicate \("),
-    "missing shard": (shards(lambda file, held: None), r"00002-of-00002\.safetensors is named by the index"),
-    "index without a map": (
-        content("text_encoder/model.safetensors.index.json", "{}"),
-        r"index\.json has no weight_map",
-    ),
+    "duplicate tensor": (shards(lambda file, held: save_file(held, file)), ["1 duplicate"]),
+    "missing shard": (shards(lambda file, held: None), ["model-00002-of-00002.safetensors", "index"]),
+    "index without a map": (content("text_encoder/model.safetensors.index.json", "{}"), ["index.json", "weight_map"]),
 }
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_a_damaged_checkpoint_is_refused(kind, tiny_checkpoint, tmp_path):
-    damage, pattern = CHECKPOINTS[kind]
+    damage, told = CHECKPOINTS[kind]
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     damage(folder)
-    with pytest.raises(DistriError) as error:
+    with refuses(*told) as error:
         DistriSDXLPipeline.from_pretrained(folder, DistriConfig(devices=1))
-    assert_one_sentence(str(error.value).replace(str(tmp_path), ""), pattern, longest=1500)  # tensors are listed
+    one_sentence(str(error.value), longest=1500)  # tensors are listed
 
 
 LOADING = {
-    "bad folder": (
-        {"pretrained_model_name_or_path": "/nowhere/at/all"},
-        "/nowhere/at/all is neither a file nor a folder; give",
+    "bad folder": ({"pretrained_model_name_or_path": "/nowhere/at/all"}, ["/nowhere/at/all", "folder"]),
+    "not on the hub": (
+        {"pretrained_model_name_or_path": "no-such-owner/no-such-model"},
+        ["no-such-owner/no-such-model"],
     ),
-    "not on the hub": ({"pretrained_model_name_or_path": "no-such-owner/no-such-model"}, "no-such-owner/no-such-model"),
-    "unknown variant": ({"variant": "fp8"}, "no safetensors of variant 'fp8' .found: .*, model.safetensors.; choose"),
-    "unknown scheduler": ({"scheduler": "heun"}, "scheduler is 'heun'; use one of: ddim"),
-    "unknown dtype": ({"dtype": "float8"}, "dtype is 'float8'; use one of: float32, bfloat16, float16"),
-    "unusable dtype": ({"dtype": np.int32}, "dtype is 'int32'; use one of"),
-    "dtype of another library": ({"dtype": object()}, "dtype is .*; use one of"),
+    "unknown variant": ({"variant": "fp8"}, ["variant", "fp8", "model.safetensors"]),
+    "unknown scheduler": ({"scheduler": "heun"}, ["scheduler", "heun", "ddim"]),
+    "unknown dtype": ({"dtype": "float8"}, ["dtype", "float8", "float32", "bfloat16", "float16"]),
+    "unusable dtype": ({"dtype": np.int32}, ["dtype", "int32", "float32", "bfloat16", "float16"]),
+    "dtype of another library": ({"dtype": object()}, ["dtype", "float32", "bfloat16", "float16"]),
     "a dict for a DistriConfig": (
         {"distri_config": {"devices": 8}},
-        r"distri_config is \{'devices': 8\}; give a DistriConfig, such as",
+        ["distri_config", "{'devices': 8}", "DistriConfig"],
     ),
-    "first call misspelt": (
-        {"compile_for": {"heigth": 64}},
-        "compile_for: got an unexpected keyword argument 'heigth'; give a dict of arguments of the pipeline's call",
-    ),
-    "first call that is none": ({"compile_for": [64, 64]}, "compile_for: .*; give a dict of arguments"),
-    "first call of text": ({"compile_for": "64"}, "compile_for: .*; give a dict of arguments"),
+    "first call misspelt": ({"compile_for": {"heigth": 64}}, ["compile_for", "heigth"]),
+    "first call that is none": ({"compile_for": [64, 64]}, ["compile_for", "dict"]),
+    "first call of text": ({"compile_for": "64"}, ["compile_for", "dict"]),
     "first call with latents of another size": (
         {"compile_for": {"height": 64, "width": 64, "latents": np.zeros((1, 2, 3))}},
-        r"latents is \[1, 2, 3\]; give .*, here \[1, 4, 8, 8\]",
+        ["latents", "[1, 2, 3]", "[1, 4, 8, 8]"],
     ),
-    "options in a list": ({"compiler_options": ["xla_x"]}, r"compiler_options is \['xla_x'\]; give a dict"),
-    "first call with a wrong seed": ({"compile_for": {"seed": -1}}, "seed is -1; give a whole number"),
-    "too many devices": ({"distri_config": DistriConfig(devices=9)}, r"devices is 9 and JAX shows 8 \(cpu\); ask for"),
+    "options in a list": ({"compiler_options": ["xla_x"]}, ["compiler_options", "['xla_x']", "dict"]),
+    "first call with a wrong seed": ({"compile_for": {"seed": -1}}, ["seed", -1, 0]),
+    "too many devices": ({"distri_config": DistriConfig(devices=9)}, ["devices", 9, 8, "cpu"]),
     "wrong product": (
         {"distri_config": DistriConfig(devices=8, cfg=2, patch=3)},
-        "data 1 x cfg 2 x patch 3 is 6 and devices is 8; choose",
+        ["data 1", "cfg 2", "patch 3", 6, "devices", 8],
     ),
 }
 
 
 @pytest.mark.parametrize("kind", LOADING)
 def test_loading_with_wrong_arguments_is_refused(kind, tiny_checkpoint):
-    arguments, pattern = LOADING[kind]
-    with pytest.raises(DistriError) as error:
+    arguments, told = LOADING[kind]
+    with refuses(*told) as error:
         DistriSDXLPipeline.from_pretrained(**{"pretrained_model_name_or_path": tiny_checkpoint, **arguments})
-    assert_one_sentence(str(error.value).replace(str(tiny_checkpoint), ""), pattern)
+    one_sentence(str(error.value))
 
 
 CONFIGS = {
-    "unknown sync_mode": ({"sync_mode": "no_sync_gn"}, "sync_mode is 'no_sync_gn'; use one of: corrected_async_gn"),
-    "unknown parallelism": ({"parallelism": "pipe"}, "parallelism is 'pipe'; use one of: patch, naive_patch, tensor"),
-    "unknown split_scheme": ({"split_scheme": "col"}, "split_scheme is 'col'; use one of: row, column, alternate"),
-    "negative warm-up": ({"warmup_steps": -1}, "warmup_steps is -1; give a whole number of at least 0"),
-    "a fraction of a step": ({"sync_steps": (3, 0.5)}, r"sync_steps is \(3, 0.5\); give whole numbers"),
-    "no steps": ({"sync_steps": "last"}, "sync_steps is 'last'; give whole numbers, from 0 on or from -1 back"),
-    "predictions of nothing": (
-        {"sync_mode": "no_sync", "extrapolate": True},
-        "extrapolate is set and changes nothing in no_sync",
-    ),
-    "unknown compression": ({"compress": "int2"}, "compress is 'int2'; use one of: int8, int4"),
-    "compression by no name": ({"compress": True}, "compress is True; use one of: int8, int4"),
-    "nothing to compress": (
-        {"sync_mode": "full_sync", "compress": "int8"},
-        "compress is set and changes nothing in full_sync",
-    ),
-    "all is exact": (
-        {"parallelism": "tensor", "sync_steps": (3,)},
-        "sync_steps is set and changes nothing in tensor; leave",
-    ),
-    "fraction of a device": ({"devices": 2.5}, "devices is 2.5; give a whole number"),
-    "no devices": ({"devices": 0}, "devices is 0; give a whole number of at least 1"),
-    "three branches": ({"cfg": 3}, "cfg is 3; .*use 1 or 2"),
-    "split that must not be": ({"cfg": 2, "split_batch": False}, "cfg=2 splits .* split_batch=False forbids it; drop"),
+    "unknown sync_mode": ({"sync_mode": "no_sync_gn"}, "sync_mode no_sync_gn corrected_async_gn"),
+    "unknown parallelism": ({"parallelism": "pipe"}, "parallelism pipe patch naive_patch tensor"),
+    "unknown split_scheme": ({"split_scheme": "col"}, "split_scheme col row column alternate"),
+    "negative warm-up": ({"warmup_steps": -1}, "warmup_steps -1 0"),
+    "a fraction of a step": ({"sync_steps": (3, 0.5)}, "sync_steps 3 0.5"),
+    "no steps": ({"sync_steps": "last"}, "sync_steps last 0 -1"),
+    "predictions of nothing": ({"sync_mode": "no_sync", "extrapolate": True}, "extrapolate no_sync"),
+    "unknown compression": ({"compress": "int2"}, "compress int2 int8 int4"),
+    "compression by no name": ({"compress": True}, "compress True int8 int4"),
+    "nothing to compress": ({"sync_mode": "full_sync", "compress": "int8"}, "compress full_sync"),
+    "all is exact": ({"parallelism": "tensor", "sync_steps": (3,)}, "sync_steps tensor"),
+    "fraction of a device": ({"devices": 2.5}, "devices 2.5"),
+    "no devices": ({"devices": 0}, "devices 0 1"),
+    "three branches": ({"cfg": 3}, "cfg 3 1 2"),
+    "split that must not be": ({"cfg": 2, "split_batch": False}, "cfg=2 split_batch=False"),
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_wrong_configuration_is_refused(kind):
-    arguments, pattern = CONFIGS[kind]
-    with pytest.raises(DistriError) as error:
+    arguments, told = CONFIGS[kind]
+    with refuses(*told.split()) as error:
         DistriConfig(**arguments)
-    assert_one_sentence(str(error.value), pattern)
+    one_sentence(str(error.value))
 
 
 # A wrong call ----------------------------------------------------------------------------------------------------------
@@ -292,152 +265,137 @@ def embeds(tokens: tuple = (2, 77, 64), pooled: tuple = (2, 32), prefix: str = "
 
 
 CALLS = {
-    "odd height": ({"height": 100}, "height is 100 and this model needs a multiple of 8; use 96 or 104"),
-    "low height": ({"height": 7}, "height is 7 and this model needs a multiple of 8; use 8"),
-    "odd width": ({"width": 65}, "width is 65 and this model needs a multiple of 8; use 64 or 72"),
-    "zero height": ({"height": 0}, "height is 0; give a whole number of at least 1"),
-    "negative width": ({"width": -64}, "width is -64; give a whole number"),
-    "height of text": ({"height": "64"}, "height is '64'; give a whole number"),
-    "no prompt": ({"prompt": None}, "prompt is missing; give a string"),
-    "empty list": ({"prompt": []}, "prompt is an empty list; give at least one string"),
-    "prompt a number": ({"prompt": 7}, "prompt is 7; give a string or a list of strings"),
-    "prompts of numbers": ({"prompt": ["a", 7]}, r"prompt is \['a', 7\]; give a string"),
-    "second prompts": ({"prompt_2": ["a"] * 3}, "prompt has 2 entries for 3 prompts; give one, or"),
-    "negative prompts": ({"negative_prompt": ["a"] * 3}, "negative_prompt has 3 entries for 2 prompts; give one, or"),
-    "negative prompt a number": ({"negative_prompt": 7}, "negative_prompt is 7; give a string"),
-    "prompt and embeddings": (embeds(), "both prompt and prompt_embeds are given; give one"),
+    "odd height": ({"height": 100}, ["height", 100, 8, 96, 104]),
+    "low height": ({"height": 7}, ["height", 7, 8]),
+    "odd width": ({"width": 65}, ["width", 65, 8, 64, 72]),
+    "zero height": ({"height": 0}, ["height", 0, 1]),
+    "negative width": ({"width": -64}, ["width", -64, 1]),
+    "height of text": ({"height": "64"}, ["height", "'64'", 1]),
+    "no prompt": ({"prompt": None}, ["prompt", "string"]),
+    "empty list": ({"prompt": []}, ["prompt", "list", "string"]),
+    "prompt a number": ({"prompt": 7}, ["prompt", 7, "string", "list"]),
+    "prompts of numbers": ({"prompt": ["a", 7]}, ["prompt", "['a', 7]", "string"]),
+    "second prompts": ({"prompt_2": ["a"] * 3}, ["prompt", 2, 3]),
+    "negative prompts": ({"negative_prompt": ["a"] * 3}, ["negative_prompt", 3, 2]),
+    "negative prompt a number": ({"negative_prompt": 7}, ["negative_prompt", 7, "string"]),
+    "prompt and embeddings": (embeds(), ["prompt", "prompt_embeds"]),
     "negative prompt and embeddings": (
         {"negative_prompt": "a", **embeds(prefix="negative_")},
-        "both negative_prompt and negative_prompt_embeds are given; give one",
+        ["negative_prompt", "negative_prompt_embeds"],
     ),
     "embeddings alone": (
         {"prompt": None, "prompt_embeds": np.zeros((2, 77, 64))},
-        "only one of prompt_embeds and pooled_prompt_embeds is given; give both",
+        ["prompt_embeds", "pooled_prompt_embeds"],
     ),
     "embeddings of wrong rank": (
         {"prompt": None, **embeds(tokens=(77, 64))},
-        r"prompt_embeds is \[77, 64\] .*; give \[prompts, tokens, 64\]",
+        ["prompt_embeds", "[77, 64]", "[prompts, tokens, 64]"],
     ),
     "embeddings of wrong width": (
         {"prompt": None, **embeds(tokens=(2, 77, 63))},
-        r"prompt_embeds is \[2, 77, 63\] .*; give \[prompts, tokens, 64\]",
+        ["prompt_embeds", "[2, 77, 63]", "[prompts, tokens, 64]"],
     ),
     "pooled of wrong width": (
         {"prompt": None, **embeds(pooled=(2, 31))},
-        r"pooled_prompt_embeds is \[2, 31\]; give .* and \[prompts, 32\]",
+        ["pooled_prompt_embeds", "[2, 31]", "[prompts, 32]"],
     ),
     "embeddings of no prompt": (
         {"prompt": None, **embeds((0, 77, 64), (0, 32))},
-        r"prompt_embeds is \[0, 77, 64\] .*; give \[prompts, tokens, 64\]",
+        ["prompt_embeds", "[0, 77, 64]", "[prompts, tokens, 64]"],
     ),
     "embeddings of no token": (
         {"prompt": None, **embeds(tokens=(2, 0, 64))},
-        r"prompt_embeds is \[2, 0, 64\] .*; give \[prompts, tokens, 64\]",
+        ["prompt_embeds", "[2, 0, 64]", "[prompts, tokens, 64]"],
     ),
     "negative embeddings of wrong length": (
         {"prompt": None, **embeds(), **embeds(tokens=(2, 50, 64), prefix="negative_")},
-        r"negative embeddings are \[2, 50, 64\] and the prompt's are \[2, 77, 64\]; give",
+        ["negative", "[2, 50, 64]", "[2, 77, 64]"],
     ),
-    "latents": ({"latents": np.zeros((2, 4, 9, 8))}, r"latents is \[2, 4, 9, 8\]; give .*, here \[2, 4, 8, 8\]"),
-    "latents of NaN": ({"latents": np.full((2, 4, 8, 8), np.nan)}, "latents has values that are not finite; give"),
-    "complex latents": ({"latents": np.zeros((2, 4, 8, 8), complex)}, "latents is .*; give an array of numbers"),
-    "ragged latents": ({"latents": [[1], [2, 3]]}, r"latents is \[\[1\], \[2, 3\]\]; give an array of numbers"),
+    "latents": ({"latents": np.zeros((2, 4, 9, 8))}, ["latents", "[2, 4, 9, 8]", "[2, 4, 8, 8]"]),
+    "latents of NaN": ({"latents": np.full((2, 4, 8, 8), np.nan)}, ["latents", "finite"]),
+    "complex latents": ({"latents": np.zeros((2, 4, 8, 8), complex)}, ["latents", "array"]),
+    "ragged latents": ({"latents": [[1], [2, 3]]}, ["latents", "[[1], [2, 3]]", "array"]),
     "embeddings of text": (
         {"prompt": None, **embeds(), "pooled_prompt_embeds": "a"},
-        "^pooled_prompt_embeds is 'a'; give an array of numbers",
+        ["pooled_prompt_embeds", "'a'", "array"],
     ),
-    "callback": ({"callback_on_step_end": 3}, "callback_on_step_end is 3; give a function"),
-    "latents of text": ({"latents": "noise"}, "latents is 'noise'; give"),
-    "too few seeds": ({"seed": [1]}, "seed has 1 entries for 2 images; give one, or one for each"),
-    "negative seed": ({"seed": -1}, "seed is -1; give a whole number from 0"),
-    "seed of truth": ({"seed": True}, "seed is True; give a whole number"),
-    "no seed": ({"seed": None}, "seed is None; give a whole number"),
-    "seed of text": ({"seed": ["a", "b"]}, "seed is 'a'; give a whole number"),
-    "no steps": ({"num_inference_steps": 0}, "num_inference_steps is 0; give a whole number"),
-    "too many steps": (
-        {"num_inference_steps": 1001},
-        "num_inference_steps is 1001 and the model knows 1000 .* at most 1000",
-    ),
-    "steps of text": ({"num_inference_steps": "20"}, "num_inference_steps is '20'; give a whole number"),
-    "guidance NaN": ({"guidance_scale": float("nan")}, "guidance_scale is nan; give a finite number"),
-    "guidance of text": ({"guidance_scale": "5"}, "guidance_scale is '5'; give a finite number"),
-    "guidance rescale": ({"guidance_rescale": -0.5}, "guidance_rescale is -0.5; give a finite number of at least 0"),
-    "output type": ({"output_type": "jpeg"}, "output_type is 'jpeg'; supported: 'pil', 'np', 'latent'"),
-    "chunk size": ({"chunk_size": 0}, "chunk_size is 0; give a whole number of at least 1"),
-    "original size": ({"original_size": (64,)}, r"original_size is \(64,\); give two numbers"),
-    "crop of text": ({"crops_coords_top_left": ("a", 0)}, "crops_coords_top_left is 'a'; give a finite number"),
-    "target size": ({"target_size": 64}, "target_size is 64; give two numbers"),
-    "negative original size": ({"negative_original_size": 64}, "^negative_original_size is 64; give two numbers"),
+    "callback": ({"callback_on_step_end": 3}, ["callback_on_step_end", 3, "function"]),
+    "latents of text": ({"latents": "noise"}, ["latents", "noise"]),
+    "too few seeds": ({"seed": [1]}, ["seed", 1, 2]),
+    "negative seed": ({"seed": -1}, ["seed", -1, 0]),
+    "seed of truth": ({"seed": True}, ["seed", "True"]),
+    "no seed": ({"seed": None}, ["seed", "None"]),
+    "seed of text": ({"seed": ["a", "b"]}, ["seed", "'a'"]),
+    "no steps": ({"num_inference_steps": 0}, ["num_inference_steps", 0, 1]),
+    "too many steps": ({"num_inference_steps": 1001}, ["num_inference_steps", 1001, 1000]),
+    "steps of text": ({"num_inference_steps": "20"}, ["num_inference_steps", "'20'"]),
+    "guidance NaN": ({"guidance_scale": float("nan")}, ["guidance_scale", "nan", "finite"]),
+    "guidance of text": ({"guidance_scale": "5"}, ["guidance_scale", "'5'"]),
+    "guidance rescale": ({"guidance_rescale": -0.5}, ["guidance_rescale", -0.5, 0]),
+    "output type": ({"output_type": "jpeg"}, ["output_type", "jpeg", "pil", "np", "latent"]),
+    "chunk size": ({"chunk_size": 0}, ["chunk_size", 0, 1]),
+    "original size": ({"original_size": (64,)}, ["original_size", "(64,)"]),
+    "crop of text": ({"crops_coords_top_left": ("a", 0)}, ["crops_coords_top_left", "'a'"]),
+    "target size": ({"target_size": 64}, ["target_size", 64]),
+    "negative original size": ({"negative_original_size": 64}, ["negative_original_size", 64]),
     "negative crop": (
         {"negative_crops_coords_top_left": (0,), "negative_original_size": (64, 64), "negative_target_size": (64, 64)},
-        r"^negative_crops_coords_top_left is \(0,\); give two numbers",
+        ["negative_crops_coords_top_left", "(0,)"],
     ),
     "negative target size of text": (
         {"negative_target_size": ("a", 64), "negative_original_size": (64, 64)},
-        "^negative_target_size is 'a'; give a finite number",
+        ["negative_target_size", "'a'"],
     ),
-    "clip skip": ({"clip_skip": 9}, "clip_skip is 9; .* takes 0 to 2"),
-    "clip skip of text": ({"clip_skip": "1"}, "clip_skip is '1'; give a whole number of at least 0"),
-    "images beside each other": ({"prompt": ["a"] * 3}, "3 images do not divide among data=2; make a multiple of 2"),
-    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; give a whole number of at least 1"),
+    "clip skip": ({"clip_skip": 9}, ["clip_skip", 9, 0, 2]),
+    "clip skip of text": ({"clip_skip": "1"}, ["clip_skip", "'1'", 0]),
+    "images beside each other": ({"prompt": ["a"] * 3}, [3, "data=2", 2]),
+    "no images": ({"num_images_per_prompt": 0}, ["num_images_per_prompt", 0, 1]),
 }
 
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_a_wrong_call_is_refused(kind, pipe):
-    arguments, pattern = CALLS[kind]
-    with pytest.raises(DistriError) as error:
+    arguments, told = CALLS[kind]
+    with refuses(*told) as error:
         pipe(**{"prompt": ["a", "b"], "height": 64, "width": 64, "num_inference_steps": 2, **arguments})
-    assert_one_sentence(str(error.value), pattern)
+    one_sentence(str(error.value))
     assert pipe.programs.count == 0
 
 
 def test_a_scheduler_that_is_none_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "scheduler", "euler")
-    with pytest.raises(DistriError) as error:
+    with refuses("scheduler", "'euler'", "distrijax.schedulers") as error:
         pipe("a", height=64, width=64)
-    assert_one_sentence(str(error.value), "^the pipeline's scheduler is 'euler'; give one of distrijax.schedulers")
+    one_sentence(str(error.value))
 
 
 # A wrong command -------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "unknown flag": ("--colour red", "unrecognized arguments: --colour red"),
-    "unknown value": ("--sync-mode stale", "--sync-mode: invalid choice: 'stale'"),
-    "unknown scheduler": ("--scheduler heun", "--scheduler: invalid choice: 'heun'"),
-    "steps of text": ("--num-inference-steps many", "--num-inference-steps: invalid int value: 'many'"),
-    "three sizes": ("--image-size 64 64 64", "--image-size takes H or H W, not 3 numbers"),
-    "no pictures": ("--batch 0", "--batch is 0; give at least 1"),
-    "wrong suffix": ("--output picture.jpeg", r"--output is picture\.jpeg; give a name that ends in \.png"),
-    "missing folder": (
-        "--output nowhere/picture.png",
-        r"--output nowhere/picture\.png cannot be written \(No such file",
-    ),
-    "folder in the way": ("--output folder.png", r"--output folder\.png is a folder; give the name of a file"),
-    "file for a folder": ("--output file/picture.png", r"cannot be written \(Not a directory\); choose another folder"),
-    "too many devices": (
-        "--devices 9",
-        r"--devices is 9 and this machine shows 8 \(virtual CPU\); use --devices 8 or fewer",
-    ),
-    "no devices": ("--devices 0", "devices is 0; give a whole number of at least 1"),
-    "negative warm-up": ("--warmup-steps -1", "warmup_steps is -1; give a whole number of at least 0"),
-    "no step": (
-        "--sync-steps -1 --sync-mode full_sync",
-        "sync_steps is set and changes nothing in full_sync; leave it out",
-    ),
-    "option without a value": ("--compiler-option xla_gpu_x", "--compiler-option is xla_gpu_x; give NAME=VALUE"),
-    "option of no compiler": (
-        "--compiler-option xla_magic=1",
-        "XLA refuses a compiler option .*'xla_magic'.*; leave it out",
-    ),
-    "bad folder": ("--model ./nowhere", r"\./nowhere is neither a file nor a folder; give one"),
-    "odd size": ("--image-size 100 --devices 4", "height is 100 and this model needs a multiple of 8; use 96 or 104"),
+    "unknown flag": ("--colour red", ["--colour", "red"]),
+    "unknown value": ("--sync-mode stale", ["--sync-mode", "stale", "no_sync"]),
+    "unknown scheduler": ("--scheduler heun", ["--scheduler", "heun", "ddim"]),
+    "steps of text": ("--num-inference-steps many", ["--num-inference-steps", "int", "many"]),
+    "three sizes": ("--image-size 64 64 64", ["--image-size", "H W", 3]),
+    "no pictures": ("--batch 0", ["--batch", 0, 1]),
+    "wrong suffix": ("--output picture.jpeg", ["--output", "picture.jpeg", ".png"]),
+    "missing folder": ("--output nowhere/picture.png", ["--output", "nowhere/picture.png", "No such file"]),
+    "folder in the way": ("--output folder.png", ["--output", "folder.png", "folder"]),
+    "file for a folder": ("--output file/picture.png", ["file/picture.png", "Not a directory"]),
+    "too many devices": ("--devices 9", ["--devices", 9, 8, "virtual CPU", "--devices 8"]),
+    "no devices": ("--devices 0", ["devices", 0, 1]),
+    "negative warm-up": ("--warmup-steps -1", ["warmup_steps", -1, 0]),
+    "no step": ("--sync-steps -1 --sync-mode full_sync", ["sync_steps", "full_sync"]),
+    "option without a value": ("--compiler-option xla_gpu_x", ["--compiler-option", "xla_gpu_x", "NAME=VALUE"]),
+    "option of no compiler": ("--compiler-option xla_magic=1", ["XLA", "xla_magic"]),
+    "bad folder": ("--model ./nowhere", ["./nowhere", "folder"]),
+    "odd size": ("--image-size 100 --devices 4", ["height", 100, 8, 96, 104]),
 }
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_wrong_command_ends_in_one_line_and_writes_nothing(kind, tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    flags, pattern = COMMANDS[kind]
+    flags, told = COMMANDS[kind]
     jax.devices()  # from here on as many as they are, whatever --devices says
     monkeypatch.setattr(generate, "keep_compiled_programs", lambda: None)
     monkeypatch.chdir(tmp_path)
@@ -450,7 +408,8 @@ def test_a_wrong_command_ends_in_one_line_and_writes_nothing(kind, tiny_checkpoi
     else:
         printed = capsys.readouterr().err
         assert end.value.code == 2
-    assert re.fullmatch(rf"error: [^\n]*{pattern}[^\n]*\n", printed), printed
+    assert re.fullmatch(r"error: [^\n]*\n", printed), printed
+    says(printed, *told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
@@ -466,7 +425,9 @@ def test_a_wrong_seed_is_refused_before_anything_is_loaded(seed, monkeypatch, ca
     monkeypatch.setattr(generate, "load_pipeline", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(SystemExit):
         generate.main(["--seed", str(seed)])
-    assert capsys.readouterr().err == f"error: --seed is {seed}; give a whole number from 0 to 2**63 - 1\n"
+    printed = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]*\n", printed), printed
+    says(printed, "--seed", seed, 0, "2**63 - 1")
 
 
 def test_a_folder_without_permission_is_found_out_before_loading(tmp_path, monkeypatch):
@@ -474,7 +435,7 @@ def test_a_folder_without_permission_is_found_out_before_loading(tmp_path, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(DistriError, match=r"cannot be written \(Permission denied\); choose another folder"):
+    with refuses("picture.png", "Permission denied"):
         generate.output_files(tmp_path / "picture.png", 1)
 
 
@@ -484,6 +445,6 @@ def test_a_picture_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeyp
             Path(file).write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(DistriError, match=r"could not be written \(No space left on device\); make room"):
+    with refuses("picture.png", "No space left on device"):
         generate.write(Picture(), tmp_path / "picture.png", {"seed": 0})
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,9 @@
 """The engine takes tensors through a table in both directions, and lists everything that it can't."""
 
-import numpy as np
-import pytest
+import re
 
-from distrijax import DistriError
+import numpy as np
+
 from distrijax.convert.engine import SPLIT, SQUEEZED, TRANSPOSED, Row, Table, to_ours, to_theirs
 from distrijax.convert.tensors import Tensors, of_array
 
@@ -67,32 +67,31 @@ def test_the_order_of_the_parts_of_a_tensor_does_not_matter():
 def test_what_is_dropped_is_told():
     ours, mapping = to_ours(TABLE, tensors(pos=(1,)), "file")
     assert not ours
-    assert [str(each) for each in mapping] == ["pos -> dropped"]
+    assert [(each.theirs, each.ours) for each in mapping] == [("pos", ())]
 
 
 def test_all_that_is_wrong_is_in_one_error():
     wrong = tensors(**{"other": (3,), "res.1.at.1.in_proj_weight": (4, 2), "input.1.0.q.weight": (4, 3, 3, 3)})
-    with pytest.raises(DistriError, match="1 unknown .other.; 2 misshapen") as error:
+    with refuses("model.safetensors", "1 unknown (other)", re.compile(r"\b2 [^;(]*shape")):
         to_ours(TABLE, wrong, "model.safetensors")
-    assert "model.safetensors" in str(error.value)
 
 
 def test_two_tensors_for_one_place_are_refused():
     table = Table(Row("a", "c"), Row("b", "c"))
-    with pytest.raises(DistriError, match="1 duplicate .b."):
+    with refuses("1 duplicate (b)"):
         to_ours(table, tensors(a=(1,), b=(1,)), "file")
 
 
 def test_a_part_that_is_missing_or_of_another_size_is_named_on_the_way_back():
     ours, _ = to_ours(TABLE, THEIRS, "file")
     del ours["layers.2.0.v.weight"]
-    with pytest.raises(DistriError, match=r"missing .*layers\.2\.0\.v\.weight"):
+    with refuses(re.compile(r"missing .*layers\.2\.0\.v\.weight")):
         to_theirs(TABLE, ours, "file")
-    with pytest.raises(DistriError, match="misshapen"):
+    with refuses(re.compile(r"\b1 [^;(]*shape[^;(]* \(layers\.2\.0\.q\.weight [^)]*\[3, 2\]")):
         to_theirs(TABLE, {**ours, **tensors(**{"layers.2.0.v.weight": (4, 2)})}, "file")
 
 
 def test_two_tensors_of_ours_for_one_of_theirs_are_refused():
     table = Table(Row("a", "b"), Row("a", "c"))
-    with pytest.raises(DistriError, match="1 duplicate .c."):
+    with refuses("1 duplicate (c)"):
         to_theirs(table, tensors(b=(1,), c=(1,)), "file")

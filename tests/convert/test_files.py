@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from facts import one_sentence, refuses, says
 from tensor_files import Arrays, arrays, of_torch, small, torch_bytes, torch_state, written
 
 from distrijax.convert.files import open_tensors
@@ -160,15 +161,15 @@ def test_flax_written_with_maps_and_names_of_every_length(tmp_path, count):
 
 def test_writers_refuse_what_a_format_lacks(tmp_path):
     complex_ = {"a": of_array(np.zeros(2, np.complex128))}
-    with pytest.raises(DistriError, match="a is complex128"):
+    with refuses("a", "complex128"):
         write_safetensors(complex_, tmp_path / "file")
-    with pytest.raises(DistriError, match="a is complex128"):
+    with refuses("a", "complex128"):
         write_flax(complex_, tmp_path / "file")
-    with pytest.raises(DistriError, match=r"a\.b begins with the name of another"):
+    with refuses("a.b", "name"):
         write_flax(dict.fromkeys(("a", "a.b"), of_array(np.zeros(2))), tmp_path / "file")
-    with pytest.raises(DistriError, match="a tensor is named __metadata__"):
+    with refuses("__metadata__"):
         write_safetensors({"__metadata__": of_array(np.zeros(2))}, tmp_path / "file")
-    with pytest.raises(DistriError, match=r"a was read as float64 \[2\] and announced as float64 \[3\]"):
+    with refuses("a", "float64 [2]", "float64 [3]"):
         write_safetensors({"a": Tensor((3,), np.dtype("f8"), lambda: np.zeros(2))}, tmp_path / "file")
 
 
@@ -178,10 +179,10 @@ def test_tensors_are_read_when_they_are_asked_for(tmp_path, content):
     tensors = open_tensors(path)
     path.write_bytes(content[: len(content) // 8])
     assert {tensor.shape for tensor in tensors.values()} >= {(3, 4)}
-    with pytest.raises(DistriError, match="became shorter while it was read"):
+    with refuses(str(path), "shorter"):
         [tensor.read() for tensor in tensors.values()]
     path.unlink()
-    with pytest.raises(DistriError, match="can't be read"):
+    with refuses(str(path), "No such file"):
         next(iter(tensors.values())).read()
 
 
@@ -195,22 +196,22 @@ def test_arrays_that_were_read_are_the_readers_own(tmp_path, content):
 
 
 FOREIGN = {
-    "empty": (b"", "is empty"),
-    "web page": (b"\n<!DOCTYPE html><html></html>", "a web page"),
-    "JSON": (b'{"weight_map": {}}', "a text, perhaps JSON"),
-    "GGUF": (b"GGUF\3\0\0\0" + bytes(600), "a GGUF file"),
-    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
-    "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive"),
-    "tar": (bytes(257) + b"ustar\x0000" + bytes(300), "a tar archive"),
-    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
-    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50), "a picture"),
-    "ONNX": (b"\x08\x07\x12\x07pytorch", "an ONNX model"),
-    "pickle": (b"\x80\x04}\x94.", "a pickle, but none that torch.save wrote"),
-    "cut safetensors": (small()["safetensors"][:100], "a safetensors file that is cut off"),
-    "noise": (bytes(range(200, 256)) * 4, "of a kind that is not known"),
-    "no tensors": (torch_bytes({"epoch": 3}), "holds no tensors"),
-    "no dictionary": (torch_bytes([1]), "holds no named tensors"),
-    "other msgpack": (msgpack.packb({"a": [1, 2]}), "holds no tensors"),
+    "empty": (b"", "empty"),
+    "web page": (b"\n<!DOCTYPE html><html></html>", "web page"),
+    "JSON": (b'{"weight_map": {}}', "JSON"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(600), "GGUF"),
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(50), "gzip"),
+    "tar": (bytes(257) + b"ustar\x0000" + bytes(300), "tar"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(50), re.compile(r"\bpicture|\bimage")),
+    "ONNX": (b"\x08\x07\x12\x07pytorch", "ONNX"),
+    "pickle": (b"\x80\x04}\x94.", "pickle"),
+    "cut safetensors": (small()["safetensors"][:100], re.compile(r"safetensors.*; ")),
+    "noise": (bytes(range(200, 256)) * 4, re.compile("known|recogni")),
+    "no tensors": (torch_bytes({"epoch": 3}), "tensors"),
+    "no dictionary": (torch_bytes([1]), "named"),
+    "other msgpack": (msgpack.packb({"a": [1, 2]}), "tensors"),
 }
 
 
@@ -218,25 +219,25 @@ FOREIGN = {
 def test_what_is_no_file_of_tensors_is_named(tmp_path, case):
     content, what = case
     text = refusal(written(tmp_path, content))
-    assert what in text and "file.weights" in text
-    assert "; give" in text or "; fetch it again" in text
+    says(text, "file.weights", what)
+    one_sentence(text)
 
 
 def test_archives_that_are_not_weights_are_named(tmp_path):
     np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
-    assert "not one of weights that torch.save wrote" in refusal(tmp_path / "arrays.npz")
-    with pytest.warns(DeprecationWarning, match="is deprecated"):
+    says(refusal(tmp_path / "arrays.npz"), "arrays.npz", "torch.save")
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
-    assert "not one of weights that torch.save wrote" in refusal(tmp_path / "script.pt")
+    says(refusal(tmp_path / "script.pt"), "script.pt", "torch.save")
 
 
 def test_what_is_no_file_is_named(tmp_path):
-    assert re.search(r"is a folder; give the file", refusal(tmp_path))
-    assert re.search(r"can't be read \(No such file", refusal(tmp_path / "none"))
+    says(refusal(tmp_path), str(tmp_path), "folder", "file")
+    says(refusal(tmp_path / "none"), str(tmp_path / "none"), "No such file")
     byte = r"embedded null byte|stat: embedded null character in path"  # the latter since Python 3.13
-    assert re.search(rf"can't be read \(({byte})\)", refusal(tmp_path / "no\0ne"))
+    says(refusal(tmp_path / "no\0ne"), re.compile(byte))
     os.mkfifo(tmp_path / "pipe")
-    assert "is no regular file" in refusal(tmp_path / "pipe")
+    says(refusal(tmp_path / "pipe"), str(tmp_path / "pipe"), "regular file")
 
 
 def test_torch_file_without_zip_begins_as_the_reader_thinks():

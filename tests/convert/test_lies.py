@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import tracemalloc
 
 import msgpack
 import numpy as np
 import pytest
+from facts import refuses
 from original_layouts import original, unread
 from tensor_files import SPARE, read_all, refusal, written
 
@@ -71,7 +73,7 @@ def test_a_header_longer_than_any_is_not_read(tmp_path):
         file.write((17 << 20).to_bytes(8, "little") + b"{")
         file.truncate(20 << 20)
     tracemalloc.start()
-    with pytest.raises(DistriError, match="its header would be"):
+    with refuses(str(path), 17 << 20):
         open_tensors(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -151,6 +153,6 @@ def test_models_of_very_many_blocks_are_refused_soon(case):
     family, name = case
     tensors = unread(original(family) | {name.format(n): (8,) for n in range(10_000)})
     start = time.perf_counter()
-    with pytest.raises(DistriError, match="^file"):
+    with refuses(re.compile("^file")):
         from_original(tensors, "file")
     assert time.perf_counter() - start < 5

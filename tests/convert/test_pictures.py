@@ -11,6 +11,7 @@ import pytest
 import tiny_pipeline
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from facts import warns
 from oracle import psnr
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import TEXT_WIDTH, UNET, load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
@@ -19,7 +20,6 @@ from distrijax import DistriConfig, load_pipeline
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.layouts.original import from_original, to_original
 from distrijax.convert.tensors import Tensors, of_array
-from distrijax.errors import DistriWarning
 
 CALL = {
     "prompt": "a red circle on the left",
@@ -64,7 +64,7 @@ def case(request, tmp_path_factory) -> Case:
             save_sdxl(root / "folder", monkeypatch)
         else:
             save_tiny_sd_pipeline(root / "folder", int(request.param[-1]))
-    with pytest.warns(DistriWarning, match="holds no configs.*unet: norm_num_groups 16"):
+    with warns("--config FOLDER", "unet: norm_num_groups 16"):
         tensors = to_original(read_folder(root / "folder"))
     save_file(
         {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}, root / "model.safetensors"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import torch
 from adapters import checkpoint_of, tensors_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from facts import refuses
 from tiny_pipeline import SD_VAE, UNET, VAE
 
 from distrijax.convert.adapters.replace import with_unet, with_vae
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
 from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
 from distrijax.models.unet_config import UNetConfig
 
 TIME_COND = "time_embedding.cond_proj.weight"
@@ -71,7 +72,7 @@ def test_whole_vae_config_takes_the_place_of_the_old_one(xl):
     held = with_vae(xl, vae(), "another", config).configs["vae"]
     assert (held["scaling_factor"], held["force_upcast"]) == (0.5, False)
     assert with_vae(xl, vae(), "another", {"scaling_factor": 2.0}).configs["vae"]["scaling_factor"] == 2.0
-    with pytest.raises(DistriError, match=r"layers_per_block of the vae is 1 by the tensors' shapes and 3"):
+    with refuses("layers_per_block", "vae", 1, 3):
         with_vae(xl, vae(), "another", {"layers_per_block": 3})
 
 
@@ -97,7 +98,7 @@ def test_unet_with_embedded_guidance_is_told_by_its_tensors(xl):
     assert UNetConfig.from_dict(ours.configs["unet"]).time_cond_proj_dim == 24
     back = with_unet(ours, unet(), "the old kind")
     assert back.configs["unet"]["time_cond_proj_dim"] is None
-    with pytest.raises(DistriError, match="time_cond_proj_dim of the unet is None by the tensors' shapes and 24"):
+    with refuses("time_cond_proj_dim", "unet", "None", 24):
         with_unet(xl, unet(), "another", {"time_cond_proj_dim": 24})
 
 
@@ -108,23 +109,19 @@ def test_unet_with_fewer_transformers_brings_its_depths(xl):
 
 
 def test_unet_that_reads_other_text_is_refused(xl, sd):
-    with pytest.raises(
-        DistriError, match=r"other: cross_attention_dim of its unet is 32 and the model's is 64; give a unet"
-    ):
+    with refuses("other", "cross_attention_dim", "unet", 32, 64):
         with_unet(xl, sd.tensors["unet"], "other")
-    with pytest.raises(DistriError, match=r"other: cross_attention_dim of its unet is 64 and the model's is 32"):
+    with refuses("other", "cross_attention_dim", "unet", 64, 32):
         with_unet(sd, xl.tensors["unet"], "other")
     wide = unet(projection_class_embeddings_input_dim=UNET["projection_class_embeddings_input_dim"] + 8)
-    with pytest.raises(
-        DistriError, match=r"projection_class_embeddings_input_dim of its unet is 88 and the model's is 80"
-    ):
+    with refuses("projection_class_embeddings_input_dim", "unet", 88, 80):
         with_unet(xl, wide, "other")
-    with pytest.raises(DistriError, match=r"addition_embed_type of its unet is text_time and the model's is None"):
+    with refuses("addition_embed_type", "unet", "text_time", "None"):
         with_unet(sd, unet(cross_attention_dim=32), "other")
 
 
 def test_vae_of_other_latents_is_refused(xl):
-    with pytest.raises(DistriError, match="latent_channels of its vae is 16 and the model's is 4; give a vae"):
+    with refuses("latent_channels", "vae", 16, 4):
         with_vae(xl, vae(latent_channels=16), "Flux's")
 
 
@@ -137,10 +134,10 @@ def test_every_tensor_that_does_not_fit_is_named(xl, part, put, name):
     narrow = held[name].then(lambda array: array[:1], shape=(1, *held[name].shape[1:]))
     for tensors, problem in [
         (rest, "missing"),
-        (rest | {name: narrow}, "misshapen"),
+        (rest | {name: narrow}, r"[^;(]*shape\w*"),
         (held | {"foo": narrow}, "unexpected"),
     ]:
-        with pytest.raises(DistriError, match=rf"a broken one .* 1 {problem} \({part}\.({name}|foo)\)"):
+        with refuses("a broken one", re.compile(rf"\b1 {problem} \({part}\.({name}|foo)\b")):
             put(xl, tensors, "a broken one")
-    with pytest.raises(DistriError, match=rf"has no {part} that a broken one could take the place of"):
+    with refuses("a broken one", part):
         put(dataclasses.replace(xl, configs={}), held, "a broken one")

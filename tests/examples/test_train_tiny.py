@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import train_tiny
+from facts import says
 from safetensors.numpy import load_file
 
 from distrijax import DistriConfig, DistriSDXLPipeline
@@ -31,10 +32,10 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--output file", "--output file cannot be made (Not a directory); choose another folder"),
-        ("--output new --vae-steps -1", "--vae-steps is -1; give a whole number of at least 1"),
-        ("--output new --large-steps 0", "--large-steps is 0; give a whole number of at least 1"),
-        ("--output new --seed -1", "--seed is -1; give a whole number of at least 0"),
+        ("--output file", ["--output", "file", "Not a directory"]),
+        ("--output new --vae-steps -1", ["--vae-steps", -1, 1]),
+        ("--output new --large-steps 0", ["--large-steps", 0, 1]),
+        ("--output new --seed -1", ["--seed", -1, 0]),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_written(flags, told, tmp_path, monkeypatch, capsys):
@@ -43,8 +44,15 @@ def test_wrong_flags_are_refused_before_anything_is_written(flags, told, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):
         train_tiny.main(flags.split())
-    assert capsys.readouterr().err.endswith(f"error: {told}\n")
+    says(last_error(capsys), *told)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def last_error(capsys) -> str:
+    """The last line of the script, which is an error."""
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def weights(folder) -> dict[str, np.ndarray]:
@@ -79,16 +87,13 @@ def test_what_a_later_stage_was_made_with_is_not_changed(flag, trained, monkeypa
     old = 0 if flag == "--seed" else 1
     with pytest.raises(SystemExit):
         train(trained, flag, "7")
-    told = (
-        f"error: --output {trained} was trained with {flag} {old}, now 7; choose another folder, or go on as before\n"
-    )
-    assert capsys.readouterr().err.endswith(told)
+    says(last_error(capsys), "--output", str(trained), f"{flag} {old}", 7)
 
 
 def test_what_nothing_was_made_with_yet_may_change(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny, "train_tokenizer", None)
     for seed in ("0", "1"):
-        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        with pytest.raises(TypeError):
             train(tmp_path, "--seed", seed)
 
 
@@ -103,4 +108,4 @@ def test_more_steps_go_on_from_the_checkpoint_and_fewer_are_refused(trained, cap
     with pytest.raises(SystemExit):
         train(trained)
     folder = trained / "checkpoints" / "decoder"
-    assert capsys.readouterr().err.endswith(f"error: --decoder-steps is 1 and {folder} has done 3; give no fewer\n")
+    says(last_error(capsys), "--decoder-steps", 1, str(folder), 3)

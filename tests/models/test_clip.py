@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from facts import refuses
 from flax import nnx
 from transformers import CLIPTextConfig as TorchConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from distrijax.errors import DistriError
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
 
 EOS = 98
@@ -107,7 +107,7 @@ def test_clip_skip_counts_as_in_diffusers():
     for clip_skip in range(3):
         got, _ = encoder(jnp.asarray(ids), clip_skip=clip_skip)
         assert relative_error(got, hidden_states[-2 - clip_skip]) < 1e-5
-    with pytest.raises(DistriError, match="clip_skip is 3; this text encoder of 3 layers takes 0 to 2"):
+    with refuses("clip_skip", 3, 0, 2):
         encoder(jnp.asarray(ids), clip_skip=3)
 
 
@@ -206,24 +206,24 @@ def test_reads_every_key_that_transformers_writes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "told"),
     [
-        ({"hidden_act": "silu"}, "hidden_act is 'silu'; supported: 'gelu', 'quick_gelu'"),
-        ({"num_attention_heads": 5}, "hidden_size 32 cannot be divided among 5 attention heads"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"hidden_size": "32"}, "hidden_size is '32'; give a whole number"),
-        ({"eos_token_id": [2, 3]}, "eos_token_id is"),
-        ({"is_decoder": True}, "is_decoder is True; supported: False"),
-        ({"model_type": "t5"}, "model_type is 't5'"),
-        ({"quantization_config": {}}, "unknown key 'quantization_config'"),
+        ({"hidden_act": "silu"}, "hidden_act 'silu' 'gelu' 'quick_gelu'"),
+        ({"num_attention_heads": 5}, "hidden_size 32 5"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ({"hidden_size": "32"}, "hidden_size '32'"),
+        ({"eos_token_id": [2, 3]}, "eos_token_id 2 3"),
+        ({"is_decoder": True}, "is_decoder True False"),
+        ({"model_type": "t5"}, "model_type 't5'"),
+        ({"quantization_config": {}}, "key 'quantization_config'"),
     ],
 )
-def test_refuses_configs_that_it_would_compute_wrongly(change, sentence):
-    with pytest.raises(DistriError, match=sentence):
+def test_refuses_configs_that_it_would_compute_wrongly(change, told):
+    with refuses(*told.split()):
         CLIPTextConfig.from_dict(TINY | change)
 
 
 def test_refuses_more_tokens_than_positions():
     encoder = CLIPTextEncoder(CLIPTextConfig(**TINY), with_projection=False, rngs=nnx.Rngs(0))
-    with pytest.raises(DistriError, match="has 78 tokens; this text encoder takes up to 77"):
+    with refuses(78, "tokens", 77):
         encoder(jnp.zeros((1, 78), jnp.int32))

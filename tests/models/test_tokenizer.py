@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 import shutil
 import sys
 import warnings
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from facts import refuses, says
 from transformers import CLIPTokenizer as TorchTokenizer
 
-from distrijax import DistriError, DistriWarning
+from distrijax import DistriWarning
 from distrijax.models.tokenizer import BEGIN, END, CLIPTokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -151,7 +153,7 @@ def test_long_prompt_warns_with_the_lost_words(folder, text, lost):
     tokenizer = CLIPTokenizer.from_folder(folder)
     with pytest.warns(DistriWarning) as caught:
         ids = tokenizer([text])
-    assert str(caught[0].message).endswith(f"reads 75; not seen by it: {lost!r}")
+    says(str(caught[0].message), 75, repr(lost))
     assert caught[0].filename == __file__
     assert ids[0, -1] == tokenizer.eos_token_id
 
@@ -194,7 +196,7 @@ def test_training_is_reproducible(tmp_path):
 
 
 def test_training_refuses_a_vocabulary_too_small_for_the_words(tmp_path):
-    with pytest.raises(DistriError, match="vocab_size is 520; the words of these texts need 6.. tokens"):
+    with refuses("vocab_size", 520, re.compile(r"\b6\d\d\b")):
         train_tokenizer(CAPTIONS, tmp_path, vocab_size=520, pad_token="!")
 
 
@@ -209,54 +211,53 @@ def without_end(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ("spoil", "told"),
     [
-        (shutil.rmtree, "is not a folder; give a tokenizer in the diffusers layout"),
-        (lambda folder: (folder / "merges.txt").unlink(), "lacks merges.txt"),
+        (shutil.rmtree, ["folder", "diffusers"]),
+        (lambda folder: (folder / "merges.txt").unlink(), ["merges.txt"]),
         (
             lambda folder: [(folder / name).unlink() for name in ("vocab.json", "merges.txt")],
-            "lacks vocab.json and merges.txt",
+            ["vocab.json", "merges.txt"],
         ),
         (
             lambda folder: [(folder / name).unlink() for name in ("tokenizer_config.json", "special_tokens_map.json")],
-            "has no tokenizer_config.json",
+            ["tokenizer_config.json"],
         ),
-        (broken("vocab.json", '{"!": 0,'), "is not readable JSON"),
-        (broken("vocab.json", '{"!": "zero"}'), "ids that are no whole numbers"),
-        (broken("merges.txt", "#version: 0.2\na b c\n"), "the merge 'a b c' is not a pair"),
-        (broken("merges.txt", "#version: 0.2\nq zebra\n"), "holds no usable vocabulary"),
-        (broken("tokenizer.json", "{"), "is not readable JSON"),
-        (broken("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}'), "holds no byte pair encoding"),
+        (broken("vocab.json", '{"!": 0,'), ["vocab.json", "JSON"]),
+        (broken("vocab.json", '{"!": "zero"}'), ["vocabulary", "ids"]),
+        (broken("merges.txt", "#version: 0.2\na b c\n"), ["merge", "'a b c'", "pair"]),
+        (broken("merges.txt", "#version: 0.2\nq zebra\n"), ["vocabulary"]),
+        (broken("tokenizer.json", "{"), ["tokenizer.json", "JSON"]),
+        (broken("tokenizer.json", '{"model": {"type": "Unigram", "vocab": []}}'), ["tokenizer.json", "byte pair"]),
         (
             broken("tokenizer.json", '{"model": {"vocab": {"a": 0}, "merges": [], "end_of_word_suffix": null}}'),
-            "end_of_word_suffix of .* is None; supported: '</w>'",
+            ["end_of_word_suffix", "None", "</w>"],
         ),
-        (without_end, "the vocabulary lacks <.endoftext.>"),
-        (lambda folder: edit(folder / "special_tokens_map.json", pad_token="<pad>"), "the vocabulary lacks <pad>"),
-        (lambda folder: edit(folder / "special_tokens_map.json", pad_token=None), "names the special token None"),
-        (lambda folder: edit(folder / "tokenizer_config.json", padding_side="left"), "padding_side of .* is 'left'"),
-        (lambda folder: edit(folder / "tokenizer_config.json", model_max_length="77"), "model_max_length of .* '77'"),
-        (broken("added_tokens.json", '{"<sks>": 7}'), "gives '<sks>' the id 7 and its vocabulary the id"),
-        (broken("added_tokens.json", '{"<sks>": "x"}'), "an added token has no number for an id"),
+        (without_end, ["vocabulary", "<|endoftext|>"]),
+        (lambda folder: edit(folder / "special_tokens_map.json", pad_token="<pad>"), ["vocabulary", "<pad>"]),
+        (lambda folder: edit(folder / "special_tokens_map.json", pad_token=None), ["special token", "None"]),
+        (lambda folder: edit(folder / "tokenizer_config.json", padding_side="left"), ["padding_side", "'left'"]),
+        (lambda folder: edit(folder / "tokenizer_config.json", model_max_length="77"), ["model_max_length", "'77'"]),
+        (broken("added_tokens.json", '{"<sks>": 7}'), ["<sks>", 7, "vocabulary"]),
+        (broken("added_tokens.json", '{"<sks>": "x"}'), ["added", "token", "id"]),
     ],
 )
-def test_spoilt_folder_gives_one_sentence(folder, spoil, sentence):
+def test_spoilt_folder_gives_one_sentence(folder, spoil, told):
     spoil(folder)
-    with pytest.raises(DistriError, match=sentence) as caught:
+    with refuses(str(folder), *told):
         CLIPTokenizer.from_folder(folder)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "sentence"),
+    ("prompts", "told"),
     [
-        ("a star", "prompts is 'a star'; give a list"),
-        ([], r"prompts is \[\]; give a list of at least one text"),
-        (None, "prompts is None"),
-        (["a star", 7], "a prompt is 7, of type int; give a text"),
-        (["\ud800"], "is not valid Unicode"),
+        ("a star", ["prompts", "'a star'", "list"]),
+        ([], ["prompts", "[]", "list"]),
+        (None, ["prompts", "None"]),
+        (["a star", 7], ["prompt", 7, "int"]),
+        (["\ud800"], ["Unicode"]),
     ],
 )
-def test_prompts_that_are_no_texts(folder, prompts, sentence):
-    with pytest.raises(DistriError, match=sentence):
+def test_prompts_that_are_no_texts(folder, prompts, told):
+    with refuses(*told):
         CLIPTokenizer.from_folder(folder)(prompts)

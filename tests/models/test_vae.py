@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as TorchVAE
+from facts import refuses
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from oracle import disturb, nhwc, part, port, record, relative_error
 
-from distrijax.errors import DistriError
 from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.parallel.exchange import Synchronous, WholeImage
 from distrijax.parallel.mesh import CFG, PATCH, MeshPlan
@@ -127,15 +125,15 @@ def test_scale_is_that_of_the_downsamplings():
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "told"),
     [
-        ({"down_block_types": ("DownEncoderBlock2D",)}, "1 block types for 3 blocks"),
-        ({"up_block_types": ("AttnUpDecoderBlock2D",) * 3}, "block type is 'AttnUpDecoderBlock2D'"),
-        ({"norm_num_groups": 3}, "do not divide into norm_num_groups=3"),
-        ({"latents_mean": (0.0,) * 4}, "latents_mean is (0.0"),
-        ({"latent_chanels": 4}, "unknown key 'latent_chanels'"),
+        ({"down_block_types": ("DownEncoderBlock2D",)}, "1 3 blocks"),
+        ({"up_block_types": ("AttnUpDecoderBlock2D",) * 3}, "'AttnUpDecoderBlock2D'"),
+        ({"norm_num_groups": 3}, "norm_num_groups 3"),
+        ({"latents_mean": (0.0,) * 4}, "latents_mean 0.0"),
+        ({"latent_chanels": 4}, "key 'latent_chanels'"),
     ],
 )
-def test_unknown_config_raises(changes, sentence):
-    with pytest.raises(DistriError, match=re.escape(sentence)):
+def test_unknown_config_raises(changes, told):
+    with refuses(*told.split()):
         VAEConfig.from_dict(TINY | changes)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import refuses
 from jax.sharding import PartitionSpec as P
 
 from distrijax.config import Compression, SyncMode
@@ -398,19 +399,19 @@ def stale_tokens(shape=(1, 4, 6), dtype=jnp.float32) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "sentence"),
+    ("call", "error", "told"),
     [
-        (lambda kv: twice(kv), KeyError, "used twice"),
-        (lambda kv: Displaced({}).kv("a", kv), KeyError, "no stale state for 'a'"),
-        (lambda kv: Displaced(stale_tokens()).finish(), KeyError, "stale state was never read: a"),
-        (lambda kv: Displaced(stale_tokens((1, 2, 6))).kv("a", kv), ValueError, r"float32\[1, 2, 6\]"),
-        (lambda kv: Displaced(stale_tokens(dtype=jnp.bfloat16)).kv("a", kv), ValueError, "bfloat16"),
+        (lambda kv: twice(kv), KeyError, ["a", "twice"]),
+        (lambda kv: Displaced({}).kv("a", kv), KeyError, ["'a'", "stale"]),
+        (lambda kv: Displaced(stale_tokens()).finish(), KeyError, ["a", "never", "stale"]),
+        (lambda kv: Displaced(stale_tokens((1, 2, 6))).kv("a", kv), ValueError, ["a", "float32[1, 2, 6]"]),
+        (lambda kv: Displaced(stale_tokens(dtype=jnp.bfloat16)).kv("a", kv), ValueError, ["a", "bfloat16"]),
     ],
     ids=["name used twice", "missing key", "left-over key", "another shape", "another dtype"],
 )
-def test_stale_state_of_another_model_is_refused(call, error, sentence):
+def test_stale_state_of_another_model_is_refused(call, error, told):
     mesh = MeshPlan(1, 1, 2).build(jax.devices()[:2])
-    with pytest.raises(error, match=sentence):
+    with refuses(*told, error=error):
         jax.eval_shape(
             jax.shard_map(call, mesh=mesh, in_specs=P(None, PATCH), out_specs=P(PATCH), check_vma=False),
             jnp.zeros((1, 4, 2, 6)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from facts import refuses, warns
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from distrijax import DistriError, DistriWarning
+from distrijax import DistriError
 from distrijax.parallel.programs import OPTIONS, Programs, check_memory, compiled
 
 
@@ -62,7 +64,7 @@ def test_what_fails_to_compile_in_the_background_fails_where_it_is_called():
         raise DistriError("never")
 
     programs.prepare(wrong, None, (), x)
-    with pytest.raises(DistriError, match="never"):
+    with refuses("never"):
         programs(wrong, None, (), x)
     assert programs.count == 0
 
@@ -75,7 +77,7 @@ def test_whoever_waits_for_what_fails_to_compile_is_told_the_same():
         raise DistriError("never")
 
     def call(_):
-        with pytest.raises(DistriError, match="never"):
+        with refuses("never"):
             programs(wrong, None, (), x)
 
     with ThreadPoolExecutor(2) as callers:
@@ -86,7 +88,7 @@ def test_programs_that_jax_is_told_not_to_compile_are_refused():
     programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
     with (
         jax.disable_jit(),
-        pytest.raises(DistriError, match="jax_disable_jit is set, and .* compiled ahead here; unset it"),
+        refuses("jax_disable_jit"),
     ):
         programs(slow_sum, None, (), x)
 
@@ -114,20 +116,20 @@ def test_a_users_options_come_before_the_platforms():
 
 def test_an_option_of_ours_that_xla_does_not_have_is_left_out_with_a_warning():
     lost, *others = OPTIONS["gpu"]
-    with pytest.warns(DistriWarning, match=f"this XLA has no option {lost}"):
+    with warns("XLA", lost):
         assert list(compiled(Lowered(set(others)), OPTIONS["gpu"], {})) == others
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"xla_gpu_enable_magic": True}, "No such compile option: 'xla_gpu_enable_magic'"),
-        ({"xla_backend_optimization_level": "high"}, "'high' is not a valid int"),
+        ({"xla_gpu_enable_magic": True}, "'xla_gpu_enable_magic'"),
+        ({"xla_backend_optimization_level": "high"}, "'high'"),
     ],
 )
 def test_options_that_xla_does_not_have_are_refused(options, told):
     x = jax.device_put(np.ones(3, np.float32), sharding())
-    with pytest.raises(DistriError, match=f"XLA refuses a compiler option .*{told}.*; leave it out or correct it"):
+    with refuses("XLA", "compiler option", told):
         Programs("cpu", options)(lambda static, params, x: x + 1, None, (), x)
 
 
@@ -150,6 +152,5 @@ def test_a_program_that_does_not_fit_is_refused_before_it_runs():
     program = jax.jit(lambda x: jnp.flip(x) + 1).lower(np.ones(1_000_000, np.float32)).compile()
     check_memory(program, Device(None))
     check_memory(program, Device({"bytes_limit": 20_000_000, "bytes_in_use": 4_000_000}))
-    told = "the program needs 0.00[48].* GB beside the 0.017 GB in use, and a device has 0.02 GB; use more devices"
-    with pytest.raises(DistriError, match=told):
+    with refuses(re.compile(r"\b0\.00[48]\d* GB"), "0.017 GB", "0.02 GB", "devices"):
         check_memory(program, Device({"bytes_limit": 20_000_000, "bytes_in_use": 17_000_000}))

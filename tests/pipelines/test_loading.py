@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from facts import refuses
 from flax import nnx
 
-from distrijax import DistriConfig, DistriError, DistriSDPipeline, plan_mesh
+from distrijax import DistriConfig, DistriSDPipeline, plan_mesh
 from distrijax.config import Parallelism
 from distrijax.models.clip import CLIPTextEncoder
 from distrijax.models.families import SD, default_size
@@ -185,9 +186,9 @@ def test_a_variant_of_some_parts_is_loaded_as_in_diffusers(tiny_sd_checkpoints, 
     unet.rename(unet.with_suffix(".fp16.safetensors"))
     for kind in (StableDiffusionPipeline, DistriSDPipeline):
         kind.from_pretrained(folder, variant="fp16")
-    with pytest.raises(ValueError, match="no such modeling files"):
+    with pytest.raises(ValueError, match="bf16"):
         StableDiffusionPipeline.from_pretrained(folder, variant="bf16")
-    with pytest.raises(DistriError, match="has no safetensors of variant 'bf16'"):
+    with refuses("safetensors", "variant", "'bf16'"):
         DistriSDPipeline.from_pretrained(folder, variant="bf16")
 
 
@@ -218,7 +219,7 @@ def test_dtypes_of_any_library_are_taken(dtype, wanted):
 
 
 def test_a_dtype_of_torch_that_is_not_computed_in_is_refused_by_its_name():
-    with pytest.raises(DistriError, match="dtype is 'float64'; use one of: float32, bfloat16, float16"):
+    with refuses("dtype", "'float64'", "float32", "bfloat16", "float16"):
         resolve_dtype(torch.float64, "cpu")
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
+from facts import refuses
 from jax.sharding import PartitionSpec as P
 
-from distrijax.errors import DistriError
 from distrijax.schedulers import (
     DDIM,
     LCM,
@@ -268,7 +268,7 @@ def test_the_last_step_is_of_lower_order_below_fifteen_steps(steps, monkeypatch)
 @pytest.mark.parametrize("kind", (DDIM, LCM))
 def test_noise_prediction_where_no_image_is_left_is_refused(kind):
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    with pytest.raises(DistriError, match="leaves no image in the latents at timestep 999, so .* cannot find it; use "):
+    with refuses("999", "v_prediction"):
         kind(**config).schedule(20)
     for prediction in ("v_prediction", "sample"):
         assert_finite(kind(**config, prediction_type=prediction), 20)
@@ -389,17 +389,17 @@ def test_constants_are_finite_for_any_number_of_steps(kind, spacing, prediction)
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("steps", (0, -1, 1001, 2.0, True, "20", None))
 def test_a_wrong_number_of_steps_is_refused(kind, steps):
-    with pytest.raises(DistriError, match="num_inference_steps is"):
+    with refuses("num_inference_steps", repr(steps)):
         made(kind).schedule(steps)
 
 
 def test_steps_that_do_not_fit_the_spacing_are_refused():
-    with pytest.raises(DistriError, match="'leading' use at most 999"):
+    with refuses("'leading'", 999):
         DPMSolverPP2M(timestep_spacing="leading").schedule(1000)
     for kind in (DDIM, PNDM):
-        with pytest.raises(DistriError, match="steps_offset 1 reach timestep 1000"):
+        with refuses("steps_offset 1", 1000):
             made(kind, steps_offset=1, timestep_spacing="leading").schedule(1000)
-    with pytest.raises(DistriError, match="steps is 51 and the model was distilled on 50 timesteps .*; use at most 50"):
+    with refuses("num_inference_steps", 51, 50):
         LCM().schedule(51)
 
 
@@ -574,24 +574,16 @@ def test_options_take_the_place_of_the_configs_and_of_the_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "told"),
     [
-        (
-            None,
-            {"original_inference_steps": 50},
-            "original_inference_steps is no option that EulerDiscreteScheduler heeds",
-        ),
-        (
-            "lcm",
-            {"timestep_spacing": "trailing"},
-            "timestep_spacing is no option that LCMScheduler heeds; leave it out",
-        ),
-        ("euler", {"timestep_spacing": "even"}, "timestep_spacing is 'even'; use one of"),
-        ("euler", {"_source": ()}, "_source is no option"),
+        (None, {"original_inference_steps": 50}, "original_inference_steps EulerDiscreteScheduler"),
+        ("lcm", {"timestep_spacing": "trailing"}, "timestep_spacing LCMScheduler"),
+        ("euler", {"timestep_spacing": "even"}, "timestep_spacing 'even' leading trailing"),
+        ("euler", {"_source": ()}, "_source"),
     ],
 )
-def test_options_that_say_nothing_are_refused(name, options, message):
-    with pytest.raises(DistriError, match=message):
+def test_options_that_say_nothing_are_refused(name, options, told):
+    with refuses(*told.split()):
         load_scheduler(SDXL_CONFIG, name, options)
 
 
@@ -610,59 +602,55 @@ def test_equal_options_make_equal_schedulers_whatever_they_were_read_from():
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    "config, told",
     [
-        ({"_class_name": "UniPCMultistepScheduler"}, "'UniPCM.*'; supported: DDIMScheduler, .*; or put one of ddim, "),
-        ({}, "scheduler class is None; supported: "),
-        ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "'cosine'; use one of: linear, scaled_linear"),
-        ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, "'flow'; use one of: epsilon, v_prediction"),
-        ({"_class_name": "DDIMScheduler", "timestep_spacing": "even"}, "'even'; use one of: leading, trailing"),
-        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding is True; supported: False"),
-        ({"_class_name": "DDIMScheduler", "clip_sample": "no"}, "clip_sample is 'no'; use true or false"),
-        ({"_class_name": "DDIMScheduler", "clip_sample_range": -1}, "clip_sample_range is -1; give a number above 0"),
-        ({"_class_name": "DDIMScheduler", "steps_offset": -1}, "steps_offset is -1; give a whole number"),
-        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}, "num_train_timesteps is 0; give a whole number"),
-        ({"_class_name": "DDIMScheduler", "beta_start": 2}, "beta_start is 2; give a number between 0 and 1"),
-        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, "trained_betas is .*; give null or a list of 1000"),
-        ({"_class_name": "DDIMScheduler", "trained_betas": [0] * 1000}, "an entry of trained_betas is 0; give"),
-        ({"_class_name": "DDIMScheduler", "beta_strat": 0.1}, "'beta_strat' .*did you mean 'beta_start'"),
-        ({"_class_name": "EulerDiscreteScheduler", "s_churn": 0.5}, "unknown key 's_churn'"),
-        ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "supported: 'linear'"),
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "supported: 'discrete'"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "use_exponential_sigmas is True"),
-        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas is True"),
-        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "one"}, "'one'; use one of: zero, sigma_min"),
-        ({"_class_name": "EulerDiscreteScheduler", "sigma_max": "14"}, "sigma_max is '14'; give a number above 0"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "'dpmsolver[+][+]'"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order is 3; supported: 1, 2"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "bh2"}, "'bh2'; use one of: midpoint, heun"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas is True"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "variance_type is 'learned'"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "thresholding is True"),
-        ({"_class_name": "LCMScheduler", "original_inference_steps": 0}, "original_inference_steps is 0; give a whole"),
-        (
-            {"_class_name": "LCMScheduler", "original_inference_steps": 1001},
-            "is 1001 and the model knows 1000 timesteps;",
-        ),
-        ({"_class_name": "LCMScheduler", "timestep_scaling": 0}, "timestep_scaling is 0; give a number above 0"),
-        ({"_class_name": "LCMScheduler", "clip_sample": 1}, "clip_sample is 1; use true or false"),
-        ({"_class_name": "LCMScheduler", "thresholding": True}, "thresholding is True"),
-        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps is False and .* not supported; set it to true"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "'UniPCMultistepScheduler' DDIMScheduler ddim"),
+        ({}, "scheduler None DDIMScheduler"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}, "beta_schedule 'cosine' linear scaled_linear"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow"}, "prediction_type 'flow' epsilon v_prediction"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "even"}, "timestep_spacing 'even' leading trailing"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding True False"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": "no"}, "clip_sample 'no' true false"),
+        ({"_class_name": "DDIMScheduler", "clip_sample_range": -1}, "clip_sample_range -1 0"),
+        ({"_class_name": "DDIMScheduler", "steps_offset": -1}, "steps_offset -1 0"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}, "num_train_timesteps 0 2"),
+        ({"_class_name": "DDIMScheduler", "beta_start": 2}, "beta_start 2 0 1"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, "trained_betas null 1000"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0] * 1000}, "trained_betas 0 1"),
+        ({"_class_name": "DDIMScheduler", "beta_strat": 0.1}, "'beta_strat' 'beta_start'"),
+        ({"_class_name": "EulerDiscreteScheduler", "s_churn": 0.5}, "key 's_churn'"),
+        ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "interpolation_type 'linear'"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'discrete'"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "use_exponential_sigmas True"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "use_beta_sigmas True"),
+        ({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "one"}, "'one' zero sigma_min"),
+        ({"_class_name": "EulerDiscreteScheduler", "sigma_max": "14"}, "sigma_max '14' 0"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "'dpmsolver++'"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order 3 1 2"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "bh2"}, "solver_type 'bh2' midpoint heun"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -5.1}, "lambda_min_clipped -5.1"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "variance_type 'learned'"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "thresholding True"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 0}, "original_inference_steps 0 1"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 1001}, "original_inference_steps 1001 1000"),
+        ({"_class_name": "LCMScheduler", "timestep_scaling": 0}, "timestep_scaling 0"),
+        ({"_class_name": "LCMScheduler", "clip_sample": 1}, "clip_sample 1 true false"),
+        ({"_class_name": "LCMScheduler", "thresholding": True}, "thresholding True"),
+        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps False true"),
         (
             {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "prediction_type": "sample"},
-            "PNDM takes epsilon or",
+            "PNDM epsilon v_prediction",
         ),
-        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": 1}, "set_alpha_to_one is 1; use"),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": 1}, "set_alpha_to_one 1 true"),
     ],
 )
-def test_what_is_not_supported_is_refused_in_one_sentence(config, message):
-    with pytest.raises(DistriError, match=message) as error:
+def test_what_is_not_supported_is_refused_in_one_sentence(config, told):
+    with refuses(*told.split()):
         load_scheduler(config)
-    assert "\n" not in str(error.value)
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(DistriError, match="scheduler is 'heun'; use one of: ddim, euler, "):
+    with refuses("scheduler", "'heun'", "ddim", "euler"):
         load_scheduler(SDXL_CONFIG, "heun")

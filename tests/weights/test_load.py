@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from facts import refuses
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tensor_files import everything
 
-from distrijax.errors import DistriError
 from distrijax.json_config import read_json
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.models.layers import Conv, Embedding, GroupNorm, Linear, abstract
@@ -124,8 +124,8 @@ def test_variant_is_its_own_file_and_is_cast(module, folder):
 def test_plain_weights_take_the_place_of_a_variant_that_is_not_there(module, folder):
     assert_same(load(folder, variant="bf16"), module)
     (folder / f"{STEM}.safetensors").rename(folder / f"{STEM}.fp16.safetensors")
-    for variant, kind in ((None, "safetensors"), ("bf16", "safetensors of variant 'bf16'")):
-        with pytest.raises(DistriError, match=rf"small has no {kind} \(found: {STEM}.fp16.safetensors\)"):
+    for variant, told in ((None, ()), ("bf16", ("variant", "bf16"))):
+        with refuses("small", "safetensors", f"{STEM}.fp16.safetensors", *told):
             load(folder, variant=variant)
 
 
@@ -138,8 +138,7 @@ def test_a_variant_of_no_part_is_refused_with_what_is_there(folder):
     check(None)
     check("fp16", formats=(".safetensors", ".bin"))
     for variant in ("bf16", "fp16"):
-        told = rf"no safetensors of variant '{variant}' \(found: {STEM}.safetensors, pytorch_model.fp16.bin\); choose"
-        with pytest.raises(DistriError, match=told):
+        with refuses("variant", variant, f"{STEM}.safetensors", "pytorch_model.fp16.bin"):
             check(variant)
 
 
@@ -198,15 +197,12 @@ def test_what_no_device_holds_is_not_read(module, folder):
     for block in ((slice(5, 6), slice(0, 3)), (slice(0, 5), slice(3, 4))):
         loaded = load(folder, place=reading(*block))
         np.testing.assert_array_equal(loaded.blocks[1].kernel, module.blocks[1].kernel[block])
-    with pytest.raises(DistriError, match=r"1 not finite \(blocks.1.weight\)"):
+    with refuses("1 not finite (blocks.1.weight)"):
         load(folder, place=reading(slice(5, 6), slice(3, 4)))
 
 
-OTHER = "does not hold the model its config.json describes; fetch the folder again: 1 of a type other than F64, F32, F16, BF16"
-EIGHT_BITS = (
-    "has weights of 8 bits, which are not read; convert it, `python -m distrijax.convert SOURCE DESTINATION --dtype float16`: "
-    "1 of 8 bits"
-)
+OTHER = ["config.json", 1, "F64", "F32", "F16", "BF16"]
+EIGHT_BITS = ["8 bits", "python -m distrijax.convert SOURCE DESTINATION --dtype float16", 1]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +223,7 @@ def test_weights_of_other_types_are_refused(folder, kind, bits, told):
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     where = dict.fromkeys(tensors, "other.safetensors") | {"norm.bias": file.name}
     (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(DistriError, match=re.escape(f"{folder} {told} (norm.bias is {kind})")):
+    with refuses(str(folder), *told, "norm.bias", kind):
         load(folder)
 
 
@@ -240,21 +236,20 @@ def test_one_error_lists_everything_that_is_wrong(folder):
         tensors["blocks.0.bias"] = np.zeros(6, np.int32)
 
     rewrite(folder, spoil)
-    with pytest.raises(DistriError) as caught:
-        load(folder)
-    for sentence in (
+    told = [
         "1 missing (conv.bias)",
         "1 unexpected (extra.weight)",
-        "1 misshapen (norm.bias is [9] and should be [8])",
         "1 not finite (table.weight)",
-        "1 of a type other than F64, F32, F16, BF16 (blocks.0.bias is I32)",
-    ):
-        assert sentence in str(caught.value)
+        re.compile(r"\b1 [^;(]*shape[^;(]* \(norm\.bias [^;)]*\[9\] [^;)]*\[8\]"),
+        re.compile(r"\b1 [^;(]*F64, F32, F16, BF16 \(blocks\.0\.bias [^;)]*I32\)"),
+    ]
+    with refuses(*told):
+        load(folder)
 
 
 def test_kernels_of_another_shape_are_told_in_pytorchs_layout(folder):
     rewrite(folder, lambda tensors: tensors.update({"conv.weight": np.zeros((5, 3, 1, 1), np.float32)}))
-    with pytest.raises(DistriError, match=r"conv.weight is \[5, 3, 1, 1\] and should be \[5, 3, 3, 3\]"):
+    with refuses("conv.weight", "[5, 3, 1, 1]", "[5, 3, 3, 3]"):
         load(folder)
 
 
@@ -263,7 +258,7 @@ def test_a_tensor_in_two_shards_is_refused(folder):
     save_file({"conv.bias": tensors["conv.bias"]}, folder / "second.safetensors")
     where = dict.fromkeys(tensors, f"{STEM}.safetensors") | {"conv.bias": "second.safetensors"}
     (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    with pytest.raises(DistriError, match=r"1 duplicate \(conv.bias\)"):
+    with refuses("1 duplicate (conv.bias)"):
         load(folder)
 
 
@@ -271,20 +266,20 @@ def test_missing_shard_is_named(folder):
     (folder / f"{STEM}.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"conv.bias": "gone.safetensors"}})
     )
-    with pytest.raises(DistriError, match="gone.safetensors is named by the index and does not exist"):
+    with refuses("gone.safetensors", "index"):
         load(folder)
 
 
 def test_truncated_file_is_named(folder):
     file = folder / f"{STEM}.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(DistriError, match="is not a whole safetensors file"):
+    with refuses(str(file)):
         load(folder)
 
 
 def test_many_missing_tensors_are_counted(folder):
     rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]])
-    with pytest.raises(DistriError, match=r"7 missing \("):
+    with refuses("7 missing"):
         load(folder)
 
 
