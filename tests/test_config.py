@@ -67,7 +67,7 @@ def test_any_librarys_arrays_without_dimensions_are_numbers(array):
 def test_what_is_no_whole_number_is_refused(value):
     with refuses("height", f"{value}", 1):
         positive(value, "height")
-    with refuses("sync_steps", f"{value}"):
+    with refuses("sync_steps", repr(value)):
         DistriConfig(sync_steps=[value])
 
 

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+from facts import refuses
 
 from distrijax.convert.engine import SPLIT, SQUEEZED, TRANSPOSED, Row, Table, to_ours, to_theirs
 from distrijax.convert.tensors import Tensors, of_array
