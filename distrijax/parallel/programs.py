@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import re
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
 from distrijax.errors import DistriError, warn
+from distrijax.parallel.threads import compilers, wait
+from distrijax.validate import positive
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
@@ -67,28 +72,53 @@ Params = tuple[jax.Array, ...]
 """The leaves of a module, as a compiled program takes them: quick to hand over, whatever the module's depth."""
 
 
+MOST = 64
+"""How many programs a pipeline keeps unless told otherwise.
+
+Each holds some 300 memory maps on CPUs, of which Linux allows a process 65,530, and its code on accelerators. A call runs about
+7 programs, of which another image size needs 5 anew.
+"""
+
+
 class Programs:
     """Compiles `function(static, params, *arguments)` once for each static value and each shape of the arguments.
 
-    And for each precision of products that a caller has set (`jax.default_matmul_precision`).
+    And for each precision of products that a caller has set (`jax.default_matmul_precision`). Several threads may call at once;
+    their programs run one after the other.
 
-    platform: JAX's name for the devices'. options: a user's for XLA, before those of `options_for`. shard_weights: whether
-    parameters are gathered in the programs.
-    seconds: of tracing and compiling so far, which several programs may have spent at the same time. waited: seconds that
-    calls stood still for it.
+    Args:
+        platform: JAX's name for the devices'.
+        options: a user's for XLA, before those of `options_for`.
+        shard_weights: whether parameters are gathered in the programs.
+        most: how many programs are kept. Those that have not been used for longest give way to new ones, unless they are being
+            compiled or run.
+
+    Attributes:
+        seconds: of tracing and compiling so far, which several programs may have spent at the same time.
+        waited: seconds that calls stood still for it.
     """
 
-    def __init__(self, platform: str, options: Mapping[str, Any] | None = None, *, shard_weights: bool = False):
+    def __init__(
+        self,
+        platform: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        shard_weights: bool = False,
+        most: int = MOST,
+    ):
         _check_jit()
         if not isinstance(options, Mapping | None):
             raise DistriError(f"compiler_options is {options!r:.60}; give a dict of XLA's options")
         self.platform = platform
         self.ours, self.options = options_for(platform, shard_weights=shard_weights), dict(options or {})
+        self.most = positive(most, "max_programs")
         self.seconds = self.waited = 0.0
-        self._compiled: dict[Hashable, Future[jax.stages.Compiled]] = {}
+        self._lock = threading.Lock()
+        self._compiled: collections.OrderedDict[Hashable, Future[jax.stages.Compiled]] = collections.OrderedDict()
+        self._running: collections.Counter[Hashable] = collections.Counter()
         self._fit: set[Hashable] = set()
         # several processes have to compile in one order, for XLA may have them try out kernels together
-        self._workers = ThreadPoolExecutor(1 if jax.process_count() > 1 else 4, "compile")
+        self._compilers = compilers(1 if jax.process_count() > 1 else 4)
 
     @property
     def count(self) -> int:
@@ -96,22 +126,32 @@ class Programs:
         return len(self._compiled)
 
     def prepare(
-        self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
+        self,
+        function: Callable,
+        static: Hashable,
+        params: Params,
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
+        traced: jax.stages.Traced | None = None,
     ) -> tuple[Hashable, Future[jax.stages.Compiled]]:
         """Begins to compile a program that will be called, while something else goes on; returns its key, and what will be it.
 
-        Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite.
+        Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite. traced: what
+        `trace` has made of all this, if it has been called.
         """
         _check_jit()
         leaves, structure = jax.tree.flatten(arguments)
         taken = tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves)
         precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
         key = (function, static, structure, taken, precision)
-        if (begun := self._compiled.get(key)) is None:
-            shapes = jax.tree.map(_shape, (params, *arguments))
-            begun = self._compiled[key] = self._workers.submit(
-                self._compile, function, static, shapes, donate, precision
-            )
+        with self._lock:
+            if (begun := self._compiled.get(key)) is None:
+                shapes = jax.tree.map(_shape, (params, *arguments))
+                begun = self._compiled[key] = self._compilers.submit(
+                    self._compile, function, static, shapes, donate, precision, traced
+                )
+            self._compiled.move_to_end(key)
+            self._evict(key)
         return key, begun
 
     def __call__(
@@ -119,35 +159,104 @@ class Programs:
     ) -> Any:
         """Runs the program. donate: which of `arguments` (from 0) it may overwrite."""
         key, begun = self.prepare(function, static, params, *arguments, donate=donate)
-        start = time.perf_counter()
-        try:
-            program = begun.result()
-        except Exception:
-            self._compiled.pop(key, None)  # it is none, and a later call may try again
-            raise
-        if key not in self._fit:
-            self.waited += time.perf_counter() - start
-            jax.block_until_ready(arguments)  # what made them has given back its memory
-            check_memory(program, jax.tree.leaves(arguments)[0].sharding.mesh.local_devices[0])
-            self._fit.add(key)
-        result = program(params, *arguments)
-        # virtual CPU devices share one pool of threads: with a second program in it, the collectives of the first may wait
-        # for ever for a device that gets no thread
-        return jax.block_until_ready(result) if self.platform == "cpu" else result
+        with self._in_use(key):
+            start = time.perf_counter()
+            try:
+                program = begun.result()
+            except Exception:
+                self._drop(key, begun)  # it is none, and a later call may try again
+                raise
+            if key not in self._fit:
+                self._add(waited=time.perf_counter() - start)
+                wait(arguments)  # what made them has given back its memory
+                check_memory(program, jax.tree.leaves(arguments)[0].sharding.mesh.local_devices[0])
+                self._fit.add(key)
+            return _launches(program, params, *arguments, alone=self.platform == "cpu")
 
     def abandon(self) -> None:
         """Gives up what was prepared and is not begun."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for key, begun in list(self._compiled.items()):
+            if begun.cancel():
+                self._drop(key, begun)
 
     def _compile(
-        self, function: Callable, static: Hashable, shapes: tuple, donate: tuple[int, ...], precision: str | None
+        self,
+        function: Callable,
+        static: Hashable,
+        shapes: tuple,
+        donate: tuple[int, ...],
+        precision: str | None,
+        traced: jax.stages.Traced | None,
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
         with jax.default_matmul_precision(precision):
-            lowered = trace(function, static, *shapes, donate=donate).lower()
+            lowered = (traced or trace(function, static, *shapes, donate=donate)).lower()
         program = compiled(lowered, self.ours, self.options)
-        self.seconds += time.perf_counter() - start
+        self._add(seconds=time.perf_counter() - start)
         return program
+
+    def _add(self, *, seconds: float = 0, waited: float = 0) -> None:
+        with self._lock:
+            self.seconds += seconds
+            self.waited += waited
+
+    @contextlib.contextmanager
+    def _in_use(self, key: Hashable) -> Iterator[None]:
+        with self._lock:
+            self._running[key] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running[key] -= 1
+                self._running += collections.Counter()  # drops what is zero
+
+    def _evict(self, newest: Hashable) -> None:
+        """Drops the programs above `most` that have not been used for longest."""
+        if self.count <= self.most:
+            return
+        idle = [
+            key for key, begun in self._compiled.items() if begun.done() and key != newest and key not in self._running
+        ]
+        for key in idle[: self.count - self.most]:
+            del self._compiled[key]
+            self._fit.discard(key)
+
+    def _drop(self, key: Hashable, begun: Future) -> None:
+        with self._lock:
+            if self._compiled.get(key) is begun:
+                del self._compiled[key]
+
+
+class _Launches:
+    """Has programs begin in one order on all devices, whichever threads and pipelines call them.
+
+    Otherwise each of two programs could wait in a collective for a device that has begun with the other. Virtual CPU devices
+    share one pool of threads: with a second program in it, the collectives of the first may wait for ever for a device that
+    gets no thread; so there a program ends before the next begins.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._left: Any = None
+
+    def __call__(self, program: jax.stages.Compiled, *arguments: Any, alone: bool) -> Any:
+        """The program's result. alone: whether to wait for it."""
+        with self._lock:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # which nobody waits for any more
+                wait(self._left)
+            self._left = None
+            result = program(*arguments)
+            if alone:
+                try:
+                    wait(result)
+                except KeyboardInterrupt:  # the devices go on
+                    self._left = result
+                    raise
+            return result
+
+
+_launches = _Launches()
 
 
 def _check_jit() -> None:
@@ -162,9 +271,13 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def trace(
     function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Traced:
-    """`function(static, params, *arguments)`, of arrays or shapes. donate: which of `arguments` it may overwrite."""
-    jitted = jax.jit(function, static_argnums=0, donate_argnums=tuple(2 + index for index in donate))
-    return jitted.trace(static, params, *arguments)
+    """`function(static, params, *arguments)`, of arrays or shapes. donate: which of `arguments` it may overwrite.
+
+    JAX's caches keep what comes of a function, compiled programs included, for as long as the function lives. This one lives as
+    long as the result.
+    """
+    jitted = jax.jit(functools.partial(function, static), donate_argnums=tuple(1 + index for index in donate))
+    return jitted.trace(params, *arguments)
 
 
 def compiled(lowered: jax.stages.Lowered, ours: Mapping[str, Any], options: Mapping[str, Any]) -> jax.stages.Compiled:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrijax.config import DistriConfig
+from distrijax.parallel.programs import MOST
 from distrijax.pipelines.loading import find_family, find_folder
 from distrijax.pipelines.pipeline import Pipeline
 from distrijax.pipelines.sd import DistriSDPipeline
@@ -26,6 +27,7 @@ def load_pipeline(
     local_files_only: bool = False,
     compiler_options: Mapping[str, Any] | None = None,
     compile_for: Mapping[str, Any] | None = None,
+    max_programs: int = MOST,
 ) -> Pipeline:
     """`from_pretrained` of DistriSDPipeline or DistriSDXLPipeline, whichever model_index.json asks for.
 
@@ -49,4 +51,5 @@ def load_pipeline(
         scheduler_options=scheduler_options,
         compiler_options=compiler_options,
         compile_for=compile_for,
+        max_programs=max_programs,
     )

@@ -20,7 +20,7 @@ from distrijax.parallel.displaced import strategy_of
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG, DATA, pick_devices, plan_mesh
 from distrijax.parallel.processes import is_main_process, to_devices, to_host, warm_up_collectives
-from distrijax.parallel.programs import Programs
+from distrijax.parallel.programs import MOST, Programs
 from distrijax.pipelines.call import (
     Call,
     Callback,
@@ -57,11 +57,13 @@ class Pipeline:
         config: DistriConfig,
         dtype: jnp.dtype,
         compiler_options: Mapping[str, Any] | None = None,
+        max_programs: int = MOST,
     ):
         self.mesh, self.config, self.dtype = mesh, config, dtype
         self.scheduler = components.scheduler
         self.unet_config, self.vae_config = components.unet.config, components.vae.config
-        self.programs = Programs(mesh.devices.flat[0].platform, compiler_options, shard_weights=config.shard_weights)
+        platform = mesh.devices.flat[0].platform
+        self.programs = Programs(platform, compiler_options, shard_weights=config.shard_weights, most=max_programs)
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
         self._progress: dict[str, Any] = {}
         self._set_components(components)
@@ -92,6 +94,7 @@ class Pipeline:
         local_files_only: bool = False,
         compiler_options: Mapping[str, Any] | None = None,
         compile_for: Mapping[str, Any] | None = None,
+        max_programs: int = MOST,
     ) -> Self:
         """Reads a folder in the diffusers layout, or a hub id, onto the devices.
 
@@ -100,7 +103,8 @@ class Pipeline:
         scheduler_options: options instead of the checkpoint's, such as timestep_spacing="trailing". revision, token,
         local_files_only: of the hub.
         compiler_options: XLA's for all programs, before `distrijax.parallel.programs.options_for`. compile_for: the arguments of
-        the first call; its programs are compiled while the weights are read.
+        the first call; its programs are compiled while the weights are read. max_programs: how many compiled programs are kept; a
+        call runs about 7, and another size needs 5 new ones, for which those not used for longest give way.
         Raises DistriError for a checkpoint that is not whole or of another family, and for devices that are not there.
         """
         config = DistriConfig() if distri_config is None else distri_config
@@ -131,7 +135,7 @@ class Pipeline:
             parallelism=config.parallelism,
             shard_weights=config.shard_weights,
         )
-        pipe = cls(components, mesh, config, dtype, compiler_options)
+        pipe = cls(components, mesh, config, dtype, compiler_options, max_programs)
         try:
             if compile_for is not None:
                 pipe._prepare(compile_for)
@@ -159,7 +163,7 @@ class Pipeline:
         tokens = text.tokens.shape[1] if isinstance(text, Embeddings) else PROMPT_TOKENS
         rescale = call.guided and call.guidance_rescale > 0
         for step in step_programs(loop, unet, images, tokens=tokens, rescale=rescale):
-            self.programs.prepare(step.function, loop, *step.placed(), donate=step.donate)
+            self.programs.prepare(step.function, loop, *step.placed(), donate=step.donate, traced=step.traced)
         self._prompts.prepare(request.branches, clip_skip=call.clip_skip)
         prompt = prompt_of(loop, unet, images, tokens)
         self.programs.prepare(denoise.condition, (loop.layout, loop.unet), self._unet.params, *prompt)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.exchange import Stale
-from distrijax.parallel.programs import Params
+from distrijax.parallel.programs import Params, trace
 from distrijax.sampling import denoise
 from distrijax.sampling.denoise import CallInputs, LoopSpec, StepInputs
 from distrijax.sampling.noise import image_keys
@@ -23,7 +23,8 @@ PROMPT_TOKENS = 77
 class StepProgram(NamedTuple):
     """A program of one step, and the shapes of what it takes: `function(loop, params, *arguments)`.
 
-    stale: of `arguments`; empty where it takes none. donate: those of `arguments` that it may overwrite.
+    stale: of `arguments`; empty where it takes none. donate: those of `arguments` that it may overwrite. traced: the program,
+    where the shapes of another one's arguments took to trace it.
     """
 
     function: Callable
@@ -32,6 +33,7 @@ class StepProgram(NamedTuple):
     arguments: tuple
     stale: Stale
     donate: tuple[int, ...]
+    traced: jax.stages.Traced | None = None
 
     def placed(self) -> tuple:
         """`params` and `arguments` with how they lie on the mesh."""
@@ -51,9 +53,10 @@ def step_programs(
     if loop.strategy is None:
         return [StepProgram(denoise.synchronous_steps, loop, params, (inputs, state, xs), {}, (1,))]
     first = StepProgram(denoise.warm_up, loop, params, (inputs, state, xs), {}, (1,))
-    # jit keeps the trace for compiling
-    state, stale = jax.jit(denoise.warm_up, static_argnums=0).eval_shape(loop, params, inputs, state, xs)
-    return [first, StepProgram(denoise.displaced, loop, params, (inputs, state, stale, xs), stale, (1, 2))]
+    traced = trace(first.function, loop, *first.placed(), donate=first.donate)
+    state, stale = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced.out_info)
+    second = StepProgram(denoise.displaced, loop, params, (inputs, state, stale, xs), stale, (1, 2))
+    return [first._replace(traced=traced), second]
 
 
 def prompt_of(loop: LoopSpec, unet: UNetConfig, images: int, tokens: int) -> tuple:
