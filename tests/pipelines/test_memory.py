@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
-from distrijax.programs import MOST, Programs
+from distrijax.parallel.programs import MOST, Programs
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
 FEW = 150
@@ -32,9 +32,7 @@ def arrays() -> int:
 
 def load(checkpoint: Path, *, max_programs: int = MOST, compile_for: dict | None = None, **settings):
     config = DistriConfig(devices=2, warmup_steps=0, **settings)
-    pipe = DistriSDXLPipeline.from_pretrained(
-        checkpoint, config, max_programs=max_programs, compile_for=compile_for
-    )
+    pipe = DistriSDXLPipeline.from_pretrained(checkpoint, config, max_programs=max_programs, compile_for=compile_for)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -62,7 +60,7 @@ def test_a_pipeline_that_is_deleted_frees_all_that_was_compiled_and_loaded(shall
     live_and_die("full_sync")  # what all pipelines share stays
     shared = maps()
     held = live_and_die("corrected_async_gn")
-    assert held > 5 * FEW
+    assert held > 3 * FEW
     assert maps() < shared + FEW
     assert arrays() == bytes_before
 
@@ -118,10 +116,10 @@ def test_the_program_that_was_not_used_for_longest_gives_way():
 
 def test_a_program_in_use_does_not_give_way():
     """Neither one that runs nor one that compiles."""
-    programs, x = Programs("cpu", most=1), one()
+    programs, x, other = Programs("cpu", most=1), one(), one()
 
     def outer(static, params, x):
-        programs(add, 5, (), one())  # while this one compiles
+        programs(add, 5, (), other)  # while this one compiles
         return x
 
     programs(outer, 1, (), x)
