@@ -15,6 +15,11 @@ peak_bytes    null where the platform does not tell, and where no device had mor
 
 from __future__ import annotations
 
+from distrijax.cli.start import begin
+
+if __name__ == "__main__":
+    begin()  # before imports that take seconds
+
 import argparse
 import gc
 import statistics
@@ -40,7 +45,6 @@ from distrijax.cli.options import (
     json_lines,
     keep_compiled_programs,
     plain_errors,
-    run,
     written_whole,
 )
 from distrijax.convert.cache import Prepared
@@ -162,7 +166,6 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         "peak_bytes": peak if peak != before else None,
     }
     del pipe, loop, timed
-    jax.clear_caches()
     gc.collect()  # the next pipeline's weights must not come on top of these
     return measured
 
@@ -207,4 +210,4 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -12,6 +12,11 @@ JAX's compilation cache is only read, and its compile_s is that (JAX_ENABLE_COMP
 
 from __future__ import annotations
 
+from distrijax.cli.start import begin
+
+if __name__ == "__main__":
+    begin()  # before imports that take seconds
+
 import argparse
 import dataclasses
 import json
@@ -40,7 +45,6 @@ from distrijax.cli.options import (
     find_dtype,
     keep_compiled_programs,
     plain_errors,
-    run,
 )
 from distrijax.models.unet_config import SDXL_BASE
 from distrijax.parallel import collectives, exchange
@@ -224,4 +228,4 @@ def stand_ins(parts: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

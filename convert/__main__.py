@@ -11,6 +11,11 @@ Flax), an orbax folder, a hub id, an hf:// path. Nothing of a file is executed. 
 
 from __future__ import annotations
 
+from distrijax.interrupts import INTERRUPTED, end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # before imports that take seconds
+
 import argparse
 import dataclasses
 import enum
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         except BrokenPipeError:  # whoever reads the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from distrijax.errors import DistriError
+from distrijax.interrupts import undone
 
 
 @contextmanager
@@ -20,13 +21,20 @@ def appearing(destination: Path, *, force: bool = False) -> Iterator[Path]:
     """A name beside `destination` to write to, which becomes `destination` when all is well; otherwise nothing is left of it.
 
     force: take the place of what is there, which stays until the new is whole. Raises DistriError for a destination that
-    exists, and where the disk refuses. An interrupt (Ctrl-C, SIGTERM) leaves nothing, too.
+    exists, and where the disk refuses. An interrupt (Ctrl-C, SIGTERM, a closed terminal) leaves nothing, too.
     """
     if destination.exists() and not force:
         raise DistriError(f"{destination} exists; choose another name, or --force to replace it")
     beside, old = (destination.with_name(f".{destination.name}.{os.getpid()}{end}") for end in ("", ".old"))
+
+    def restore() -> None:
+        if old.exists() and not destination.exists():
+            old.rename(destination)
+        for path in (beside, old):
+            remove(path)
+
     try:
-        with _ended_by_sigterm():
+        with undone(restore), _ended_by_signals():
             destination.parent.mkdir(parents=True, exist_ok=True)
             yield beside
             _sync(beside)
@@ -38,10 +46,7 @@ def appearing(destination: Path, *, force: bool = False) -> Iterator[Path]:
             f"{destination} could not be written ({error.strerror or error}); make room or choose another"
         ) from None
     finally:
-        if old.exists() and not destination.exists():
-            old.rename(destination)
-        for path in (beside, old):
-            remove(path)
+        restore()
 
 
 def remove(path: Path) -> None:
@@ -63,17 +68,19 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Has SIGTERM unwind the stack, as Ctrl-C does; Python would end at once and leave what it was writing."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+def _ended_by_signals() -> Iterator[None]:
+    """Has SIGTERM and SIGHUP unwind the stack, as Ctrl-C does; Python would end at once and leave what it was writing."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
+    fatal = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # no other thread can set handlers
+        fatal = []
+    for number in fatal:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in fatal:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,18 +1,43 @@
-"""distrijax: the lowest latency for one large Stable Diffusion image, on a mesh of accelerators, in JAX."""
+"""distrijax: the lowest latency for one large Stable Diffusion image, on a mesh of accelerators, in JAX.
 
+What is named below is imported when it is first used, so that a command can do something before the seconds that JAX takes.
+"""
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode
-from distrijax.errors import DistriError, DistriWarning
-from distrijax.parallel.mesh import MeshPlan, plan_mesh
-from distrijax.pipelines.auto import load_pipeline
-from distrijax.pipelines.call import PipelineOutput
-from distrijax.pipelines.sd import DistriSDPipeline
-from distrijax.pipelines.sdxl import DistriSDXLPipeline
-from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
+if TYPE_CHECKING:
+    from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode
+    from distrijax.errors import DistriError, DistriWarning
+    from distrijax.parallel.mesh import MeshPlan, plan_mesh
+    from distrijax.pipelines.auto import load_pipeline
+    from distrijax.pipelines.call import PipelineOutput
+    from distrijax.pipelines.sd import DistriSDPipeline
+    from distrijax.pipelines.sdxl import DistriSDXLPipeline
+    from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 """The embedded model: a small SDXL-shaped pipeline, trained by examples/train_tiny.py on scenes of coloured shapes."""
+
+_PLACES = {
+    "SCHEDULERS": "schedulers",
+    "Compression": "config",
+    "DistriConfig": "config",
+    "DistriError": "errors",
+    "DistriSDPipeline": "pipelines.sd",
+    "DistriSDXLPipeline": "pipelines.sdxl",
+    "DistriWarning": "errors",
+    "MeshPlan": "parallel.mesh",
+    "Parallelism": "config",
+    "PipelineOutput": "pipelines.call",
+    "SplitScheme": "config",
+    "SyncMode": "config",
+    "load_pipeline": "pipelines.auto",
+    "load_scheduler": "schedulers",
+    "plan_mesh": "parallel.mesh",
+    "with_class": "schedulers",
+}
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -33,3 +58,15 @@ __all__ = [
     "plan_mesh",
     "with_class",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

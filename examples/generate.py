@@ -3,8 +3,7 @@
 python examples/generate.py --devices 8 --prompt "a small green star in the center, on a dotted pink background"
 """
 
-from distrijax.cli.generate import main
-from distrijax.cli.options import run
+from distrijax.cli.start import run
 
 if __name__ == "__main__":
-    run(main)
+    run("distrijax.cli.generate")

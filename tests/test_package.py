@@ -56,7 +56,7 @@ def imported(target: Path, cwd: Path) -> dict[str, str | None]:
     """
     script = (
         "import json, site, sys; site.addsitedir(sys.argv[1]); sys.path.append(sys.argv[2]); "
-        "import distrijax, distrijax.convert; "
+        "import distrijax.convert; from distrijax import *; "
         "print(json.dumps({name: getattr(module, '__file__', None) for name, module in sys.modules.items()}))"
     )
     return json.loads(python("-S", "-c", script, target, sysconfig.get_path("purelib"), cwd=cwd))

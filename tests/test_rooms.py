@@ -22,7 +22,7 @@ FLOORS = (
     {"flags"},
     {"config", "json_config"},
     {"validate"},
-    {"errors"},
+    {"errors", "interrupts"},
 )
 """Rooms and single files of the package, from the top; each may import from those below it, and from itself."""
 

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
@@ -218,7 +217,6 @@ def paint(setting: Setting, job: Job, batches: Sequence[range], results: Results
             results.save(setting, index, picture)
         progress.update(len(indices))
     del pipe
-    jax.clear_caches()
     gc.collect()  # the next setting's weights must not come on top of these
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
-from distrijax.cli.options import run
+from distrijax.cli.start import run
 
 COMMANDS = {
     "generate": ("distrijax.cli.generate", "generate an image of a prompt"),
@@ -25,7 +24,7 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: {name!r} is no subcommand of distrijax; use one of: {', '.join(COMMANDS)}")
     sys.argv = [f"distrijax {name}", *sys.argv[2:]]
-    run(importlib.import_module(COMMANDS[name][0]).main)
+    run(COMMANDS[name][0])
 
 
 def _help() -> str:

@@ -1,23 +1,19 @@
 """One script in several processes: its flags, process 0 alone to speak, and one sentence in each where one of them ends.
 
 JAX's part is `distrijax.parallel.processes`. Where a process dies, is missing or falls silent, the collectives of the others
-fail, or XLA writes a page and aborts them, whichever comes first; both become a sentence and exit code 1 here. And a process that
-fails by itself leaves at once, without JAX's farewell, which would wait for the others while they wait for this one.
+fail, which becomes a sentence and exit code 1 here; or XLA writes a page and aborts them, of which `distrijax.cli.start` tells.
+And a process that fails by itself leaves at once, without JAX's farewell, which would wait for the others while they wait for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
-import signal
 import sys
-import tempfile
-import threading
 import traceback
 from collections.abc import Iterator
-from typing import BinaryIO, NoReturn, TextIO
+from typing import NoReturn
 
 import jax
 
@@ -30,9 +26,7 @@ REASONS = {
         "another process of this run has ended or does not answer; see what it said, and start all again",
     ),
 }
-"""By words in errors of collectives and in XLA's log, what they tell of the other processes."""
-
-_ending = threading.Lock()
+"""By words in errors of collectives, what they tell of the other processes."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +49,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def join(arguments: argparse.Namespace, devices: int | None) -> None:
     """Starts this process as one of those that the flags or a launcher tell of; all but process 0 are silent from then on."""
     coordinates = arguments.coordinator, arguments.num_processes, arguments.process_id
-    if any(value is not None for value in coordinates) or processes.tasks() != 1:
-        _tell_aborts_in_a_sentence(_hide_native_output())
     processes.initialize(*coordinates, devices=devices, timeout=arguments.process_timeout)
     if not processes.is_main_process():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
@@ -83,43 +75,8 @@ def _reason(text: str) -> str | None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """Ends the process at once with what the first caller has to say; there may be two, in two threads."""
-    _ending.acquire()
+    """Ends the process at once."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         print(message, file=sys.stderr, end="\n" if message else "", flush=True)
     os._exit(code)
-
-
-def _hide_native_output() -> BinaryIO:
-    """What libraries in C++ print goes to the file that is returned, Python's own where it always went."""
-    hidden = tempfile.TemporaryFile()  # noqa: SIM115 (for the rest of the process)
-    sys.stdout, sys.stderr = _moved(sys.stdout, hidden), _moved(sys.stderr, hidden)
-    return hidden
-
-
-def _moved(stream: TextIO, hidden: BinaryIO) -> TextIO:
-    """A stream to where another one wrote, whose descriptor writes to `hidden` now."""
-    stream.flush()
-    own = os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
-    os.dup2(hidden.fileno(), stream.fileno())
-    return own
-
-
-def _tell_aborts_in_a_sentence(hidden: BinaryIO) -> None:
-    """Has XLA's abort tell that another process is lost in a sentence; what else aborts shows what it printed.
-
-    The handler must be a function of C: Python runs its own between two instructions of the main thread, and abort() does
-    not wait for those.
-    """
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def handler(_):
-        hidden.seek(0)
-        text = hidden.read().decode(errors="replace")
-        _end(_reason(text) or text, 1)
-
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
-    _tell_aborts_in_a_sentence.handler = handler  # C keeps no reference

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,13 +21,11 @@ import jax.numpy as jnp
 from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
+from distrijax.interrupts import INTERRUPTED, undone
 from distrijax.models.families import PARTS
 from distrijax.validate import positive
 from distrijax.weights.dtypes import resolve_dtype
 from distrijax.weights.hub import find
-
-INTERRUPTED = 130
-"""How a script exits after Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,17 +125,6 @@ def plain_errors() -> Iterator[None]:
             sys.exit(INTERRUPTED)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a script. An interrupted one ends at once, where Python would wait for what compiles in other threads."""
-    try:
-        main()
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
-
-
 def keep_compiled_programs() -> None:
     """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, however quick they were."""
     if jax.config.jax_compilation_cache_dir is None:
@@ -207,8 +195,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` at the end, so that no half of a file is ever seen."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
-        beside.replace(path)
+        with undone(partial(beside.unlink, missing_ok=True)):
+            yield beside
+            beside.replace(path)
     except OSError as error:
         raise DistriError(
             f"{path} could not be written ({error.strerror}); make room or choose another --output"

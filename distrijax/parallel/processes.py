@@ -6,11 +6,11 @@ All run the same program on one mesh. Each computes on its own devices; what it 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,27 +20,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree, Shaped
 
 from distrijax.errors import DistriError
+from distrijax.parallel.launchers import tasks
+from distrijax.parallel.threads import interruptible, wait
 from distrijax.validate import positive
-
-LAUNCHERS: dict[str, tuple[str, ...]] = {
-    "OMPI_MCA_orte_hnp_uri": ("OMPI_COMM_WORLD_SIZE",),
-    "SLURM_STEP_NODELIST": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
-    "JOB_COMPLETION_INDEX": (),
-    "TPU_WORKER_HOSTNAMES": (),
-}
-"""Variables that those who start several processes set, and those in which they tell how many; a shell in an allocation is
-often one of one. Open MPI (also within SLURM), SLURM, Kubernetes, and Google's for TPUs: JAX asks them in this order."""
 
 TIMEOUT = 30
 """Seconds to wait for a process that does not arrive, or falls silent, before the others end."""
-
-
-def tasks() -> int | None:
-    """How many processes a launcher has started, this one among them: None where JAX has yet to find out, 1 without a launcher."""
-    for variable, counts in LAUNCHERS.items():
-        if variable in os.environ:
-            return next((int(os.environ[count]) for count in counts if count in os.environ), None)
-    return None if importlib.util.find_spec("libtpu") is not None else 1
 
 
 def initialize(
@@ -108,13 +93,12 @@ def _start_launched(timeout: int) -> None:
             ) from None
 
 
-def _initialize(timeout: int, *coordinates: str | int, **settings: str) -> None:
+def _initialize(timeout: int, *coordinates: str | int, **settings: Any) -> None:
     # this service's handler of SIGTERM would only take note, and the process would live on
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        *coordinates, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout, **settings
-    )
-    multihost_utils.sync_global_devices("start")
+    settings |= {"initialization_timeout": timeout, "heartbeat_timeout_seconds": timeout}
+    interruptible(partial(jax.distributed.initialize, *coordinates, **settings))
+    interruptible(multihost_utils.sync_global_devices, "start")
 
 
 def _port(coordinator: str) -> int:
@@ -163,7 +147,7 @@ def warm_up_collectives(mesh: Mesh) -> None:
         return tuple(jax.lax.psum(x, group) for group in groups)
 
     ones = to_devices(np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, whole))
-    jax.block_until_ready(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=left))(ones))
+    wait(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=left))(ones))
 
 
 def to_devices(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSharding) -> PyTree[jax.Array]:
@@ -193,4 +177,4 @@ def blocks_to_devices(
 def to_host(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """The whole of an array on the host, in every process; all of them have to ask for it."""
     here = array.is_fully_addressable or array.is_fully_replicated
-    return np.asarray(array) if here else multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(wait(array)) if here else multihost_utils.process_allgather(array, tiled=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from distrijax import interrupts
 from distrijax.config import DistriConfig, Parallelism
 from distrijax.errors import DistriError, warn
 from distrijax.models.families import Family, default_size
@@ -80,6 +81,7 @@ class Pipeline:
         self._unet, self._vae = components.unet, components.vae
 
     @classmethod
+    @interrupts.not_lost()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -206,6 +208,7 @@ class Pipeline:
         """Settings of the tqdm progress bar, e.g. disable=True."""
         self._progress = settings
 
+    @interrupts.not_lost()
     def _generate(self, request: Request) -> PipelineOutput:
         """The pictures; all is checked before anything is compiled."""
         call, branches, time_ids = request

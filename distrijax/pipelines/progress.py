@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from distrijax.parallel.threads import wait
+
 NO_MESH = Mesh(np.empty((), object), ())
 
 
@@ -49,7 +51,7 @@ class Progress:
         """Until what was handed over last is done."""
         if self._running is not None:
             steps, number = self._running
-            jax.block_until_ready(number)
+            wait(number)
             self._bar.update(steps)
             self._running = None
 

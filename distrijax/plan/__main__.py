@@ -9,6 +9,11 @@ or two; that for TPUs in the extra `tpu`, and takes longer.
 
 from __future__ import annotations
 
+from distrijax.interrupts import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()  # before imports that take seconds
+
 import argparse
 import logging
 import os
