@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,7 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
 )  # programs are small: compiling them is what takes long
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's idle threads spin, and would take the cores from JAX
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # read by the workers; each thread that compiles would keep an arena
 
 gc.set_threshold(50_000, 10, 10)  # tracing makes objects by the million; looking at them all took a tenth of the time
 
@@ -20,6 +22,7 @@ import jax
 import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
+from memory import give_memory_back, memory
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,11 +37,16 @@ CHECKED = {
 """Test files in which the arguments of those modules' functions are checked; everywhere it would take a seventh of the time."""
 
 
+STARTED, PEAKS = time.time(), pytest.StashKey[dict[str, float]]()
+"""When this process began, and the largest memory of each worker that has ended, in GB."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Compiled programs are kept from run to run, in pytest's cache unless the environment names another folder."""
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    config.stash[PEAKS] = {}
 
 
 LONG = (
@@ -47,8 +55,33 @@ LONG = (
 """Files that take minutes. They come first, or one process would be left alone with the last of them."""
 
 
+SLOW = {"test_processes"}
+"""Files of which every test is slow, for it starts interpreters."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = memory("VmHWM")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """A worker of pytest-xdist has ended."""
+    node.config.stash[PEAKS][node.gateway.id] = getattr(node, "workeroutput", {}).get("peak", 0.0)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    peaks = config.stash[PEAKS] or {"this process": memory("VmHWM")}
+    each = ", ".join(f"{name} {peak:.2f} GB" for name, peak in sorted(peaks.items()))
+    minutes, seconds = divmod(round(time.time() - STARTED), 60)
+    terminalreporter.write_line(f"peak memory: {each}; wall time: {minutes} min {seconds} s")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,11 +90,20 @@ def _check_arrays(request):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _drop_compiled_programs():
-    """Every compiled program holds memory maps, of which Linux gives a process 65530; XLA crashes when they run out."""
+def _give_memory_back():
     yield
-    jax.clear_caches()
-    gc.collect()
+    give_memory_back()
+
+
+GROWTH = pytest.StashKey[float]()
+"""Resident memory at which to give some back, in GB."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if memory("VmRSS") > item.config.stash.setdefault(GROWTH, 1.0):
+        give_memory_back()
+        item.config.stash[GROWTH] = memory("VmRSS") + 0.2
 
 
 @pytest.fixture(autouse=True)

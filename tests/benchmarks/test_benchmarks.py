@@ -15,6 +15,7 @@ import pytest
 import scaling
 import shard
 from facts import refuses
+from marks import slow
 from PIL import Image
 from test_unet import BASE
 
@@ -35,6 +36,7 @@ def caches_stay(monkeypatch):
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
+@slow
 def test_latency_tells_a_line_for_each_number_of_devices(shallow_checkpoint, tmp_path, capsys, monkeypatch):
     lines, plot = tmp_path / "latency.jsonl", tmp_path / "plot.png"
     peaks = iter([0, 50, 50, 70, 70, 70])  # before and after each; devices remember theirs
@@ -90,6 +92,7 @@ def test_what_is_not_installed_is_told_before_anything_is_measured(monkeypatch):
         runpy.run_path(str(Path(latency.__file__).with_name("unet_vs_torch.py")))
 
 
+@slow
 def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic(monkeypatch):
     monkeypatch.setattr(layers, "CPU_ATTENTION_CHUNK", 2**24)  # in one piece: XLA counts a loop's work once
     config, scheduler = DistriConfig(split_batch=False), load_scheduler({"_class_name": "DDIMScheduler"})
@@ -105,6 +108,7 @@ def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic(monkeypatch):
     assert flops[0] / 4 < flops[1] < flops[0] / 3  # more than a quarter, for boundary rows are computed on both sides
 
 
+@slow
 def test_shard_tells_a_line_for_each_part(shallow_checkpoint, capsys):
     flags = "--image-size 64 --parts 1 2 --steps 2 --warmup-times 1 --test-times 1 --split-batch"
     shard.main(["--model", str(shallow_checkpoint), *flags.split()])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from facts import refuses, says
+from marks import slow
 from PIL import Image
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -74,6 +75,7 @@ def done(shallow_checkpoint, tmp_path_factory) -> Path:
 # What is painted and measured ------------------------------------------------------------------------------------------
 
 
+@slow
 def test_each_setting_has_one_row_and_is_called_lossless_or_lossy(done):
     rows = read(done)
     assert {grid.folder_name(row): row["exactness"] for row in rows} == SETTINGS
@@ -85,6 +87,7 @@ def test_each_setting_has_one_row_and_is_called_lossless_or_lossy(done):
     assert {row[name] for row in rows for name in ("lpips", "fid")} == {"not available"}
 
 
+@slow
 @pytest.mark.parametrize(
     ("setting", "exactness"),
     [
@@ -106,6 +109,7 @@ def test_pictures_are_as_large_as_the_model_was_trained_for():
     assert (job.call["height"], job.call["width"]) == (256, 256)
 
 
+@slow
 def test_pictures_are_the_pipelines(done, shallow_checkpoint):
     pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=1), scheduler="ddim")
     text = prompts.scene_prompts(CAPTIONS).texts[2]
@@ -114,6 +118,7 @@ def test_pictures_are_the_pipelines(done, shallow_checkpoint):
     assert np.abs(255 * expected - pictures(done, "devices=1")[2]).max() < 0.51
 
 
+@slow
 @pytest.mark.parametrize("row", range(1, len(SETTINGS)))
 def test_psnr_and_ssim_of_a_row_are_torchmetrics(done, row):
     ours, theirs = (
@@ -198,6 +203,7 @@ def test_prompts_come_in_full_batches_each_with_the_seed_of_its_index(stand_in, 
     assert len(stand_in.calls) == 2 * len(SETTINGS) == 2 * len({config for config, *_ in stand_in.calls})
 
 
+@slow
 def test_nothing_is_painted_or_measured_twice(done, shallow_checkpoint, monkeypatch):
     before = (done / "fidelity.csv").read_bytes()
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
@@ -239,6 +245,7 @@ OTHERS = {
 }
 
 
+@slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_results_of_other_runs_are_not_mixed(kind, done, shallow_checkpoint, monkeypatch):
     flags, told = OTHERS[kind]
@@ -318,6 +325,7 @@ def painted(done, tmp_path) -> Path:
     return tmp_path / "fidelity"
 
 
+@slow
 def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, shallow_checkpoint, networks, monkeypatch):
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     old = read(painted)
@@ -332,6 +340,7 @@ def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, shall
         assert {**row, "lpips": "", "fid": ""} == {**before, "lpips": "", "fid": ""}
 
 
+@slow
 def test_a_missing_network_is_told_once_in_one_line(painted, shallow_checkpoint, networks, monkeypatch, capsys):
     def download(*_, **__):
         raise OSError("<urlopen error [Errno -2] Name or service not known>\nand more")
@@ -392,6 +401,7 @@ def test_axes_with_several_values_are_told_in_the_table():
     assert len(figures.groups(rows)) == 4
 
 
+@slow
 def test_the_sheet_has_every_mode_below_one_device_with_its_errors(done):
     sheet = np.asarray(Image.open(done / "sheet.png"))
     assert sheet.shape == (6 + len(SETTINGS) * (SIZE + 34), 6 + CAPTIONS * 2 * (SIZE + 6), 3)
@@ -403,6 +413,7 @@ def test_the_sheet_has_every_mode_below_one_device_with_its_errors(done):
     assert error.max() > 0 and np.array_equal(sheet[top : top + SIZE, left : left + SIZE], error)
 
 
+@slow
 def test_the_plot_has_a_line_for_each_mode_and_a_point_for_each_number_of_devices(done):
     with Image.open(done / "plot.png") as plot:
         assert plot.size == (1080, 660)
@@ -416,6 +427,7 @@ def test_the_plot_has_a_line_for_each_mode_and_a_point_for_each_number_of_device
     assert sorted(text.get_text() for text in axes.texts) == ["2", "2", "4", "4"]
 
 
+@slow
 def test_without_matplotlib_the_table_is_still_printed(painted, shallow_checkpoint, monkeypatch, capsys):
     (painted / "plot.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from facts import refuses
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from marks import slow, slow_but
 from oracle import disturb, host, nhwc, part, port, record, relative_error
 
 from distrijax.models.unet import UNet, guidance_embedding
@@ -142,7 +143,7 @@ def pairs():
     return functools.cache(lambda kind: Pair(KINDS[kind]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["base"], KINDS))
 def test_whole_unet_equals_diffusers(pairs, kind):
     pair = pairs(kind)
     run = jax.jit(lambda unet, x, t, c: unet(x, t, c, WholeImage()))
@@ -161,6 +162,7 @@ def test_the_embedding_of_a_guidance_scale_is_that_of_diffusers(size):
     np.testing.assert_allclose(guidance_embedding(jnp.asarray(scales.numpy()), size), wanted, rtol=0, atol=1e-4)
 
 
+@slow
 @pytest.mark.parametrize("size", [(13, 10), (7, 9), (1, 3)])
 def test_sizes_that_do_not_halve_equal_diffusers(size):
     """Odd numbers of rows and columns at every level: an upsampling leaves a row or a column out."""
@@ -218,6 +220,7 @@ PARTS = [
 ]
 
 
+@slow
 @pytest.mark.parametrize(("model", "kind", "path"), PARTS, ids=[f"{model}-{path}" for model, _, path in PARTS])
 def test_block_equals_diffusers(pairs, model, kind, path):
     pair = pairs(model)

@@ -10,7 +10,7 @@ from facts import refuses
 from distrijax.config import DistriConfig
 from distrijax.parallel.bands import Bands
 from distrijax.parallel.layout import check_sizes
-from distrijax.parallel.mesh import CFG, DATA, PATCH, MeshPlan, plan_mesh
+from distrijax.parallel.mesh import CFG, DATA, EVERY_AXIS, PATCH, MeshPlan, plan_mesh
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,14 @@ def test_pictures_lie_on_blocks_of_devices():
     assert ids[1].ravel().tolist() == [4, 6, 5, 7]
 
 
+@pytest.mark.parametrize("plan", [MeshPlan(1, 2, 4), MeshPlan(4, 2, 1), MeshPlan(2, 1, 3)], ids=str)
+def test_the_mesh_for_tracing_has_the_axes_of_the_one_with_devices_each_of_the_planned_size(plan):
+    built = plan.build(jax.devices()[: plan.devices])
+    for mesh in (built, plan.abstract()):
+        assert mesh.axis_names == EVERY_AXIS
+        assert dict(mesh.shape) == {"data": plan.data, "cfg": plan.cfg, "patch": plan.patch}
+
+
 def test_plan_reads_as_a_sentence_part():
     assert str(MeshPlan(1, 2, 4)) == "data 1 x cfg 2 x patch 4"
     assert MeshPlan(1, 2, 4).devices == 8
@@ -101,9 +109,12 @@ def test_rows_of_the_image_are_halved_and_doubled_as_a_convolution_of_stride_2_a
     assert [Bands(125, 42).image_rows(42 * scale) for scale in (1, 2, 8)] == [125, 250, 1000]
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (768, 8), (1000, 1016)])
-def test_any_multiple_of_eight_fits(size):
-    check_sizes(height=size[0], width=size[1], vae_scale=8)
+@pytest.mark.parametrize(("height", "width", "scale"), [(1024, 1024, 8), (768, 8, 8), (1000, 1016, 8), (1004, 4, 4)])
+def test_any_multiple_of_the_autoencoders_scale_fits_and_nothing_between(height, width, scale):
+    check_sizes(height=height, width=width, vae_scale=scale)
+    for other in ({"height": height + scale // 2, "width": width}, {"height": height, "width": width + scale // 2}):
+        with pytest.raises(DistriError, match=f"multiple of {scale}"):
+            check_sizes(**other, vae_scale=scale)
 
 
 @pytest.mark.parametrize(

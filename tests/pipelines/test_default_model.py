@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracle import nhwc, relative_error
+from marks import slow
+from oracle import nhwc, psnr, relative_error
 from tiny_pipeline import load_torch_pipeline
 
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
@@ -31,20 +34,15 @@ LEAST_SPLIT, LEAST_PATCHES = (
 LEAST_FOUND = 0.9  # of the shapes that 16 held-out captions name; measured 1.0
 
 
-def psnr(pictures: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0 to 1."""
-    return float(-10 * np.log10(np.mean(np.square(pictures.astype(np.float64) - reference))))
-
-
 def load(devices: int, **settings) -> DistriSDXLPipeline:
     pipeline = DistriSDXLPipeline.from_pretrained(DEFAULT_MODEL, DistriConfig(devices=devices, **settings))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def paint(pipeline: DistriSDXLPipeline) -> np.ndarray:
-    """Pictures [b, h, w, 3] in 0 to 1, each prompt from its own seed."""
-    calls = [pipeline(p, num_inference_steps=STEPS, seed=i, output_type="np") for i, p in enumerate(PROMPTS)]
+def paint(pipeline: DistriSDXLPipeline, prompts: Sequence[str] = PROMPTS) -> np.ndarray:
+    """Pictures [b, h, w, 3] in 0 to 1, each prompt from its own seed: one by one, for the sake of memory and of compiling."""
+    calls = [pipeline(p, num_inference_steps=STEPS, seed=i, output_type="np") for i, p in enumerate(prompts)]
     return np.concatenate([call.images for call in calls])
 
 
@@ -71,6 +69,7 @@ def test_text_encoders_are_those_of_torch(one_device, theirs):
     assert relative_error(ours.pooled, pooled.numpy()) < 1e-5
 
 
+@slow
 @torch.inference_mode()
 def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
     """Torch works in float64 here: its float32 is further from that than ours is."""
@@ -87,25 +86,32 @@ def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
     assert psnr(painted / 2, pixels / 2) > 28  # and it is a good one
 
 
+@pytest.fixture(scope="module")
+def unet_call(one_device):
+    """Our UNet, compiled once: unet_call(sample, timestep, tokens, pooled embedding, sizes)."""
+    unet = one_device._unet.form.module(one_device._unet.params)
+
+    @jax.jit
+    def call(unet, sample, timestep, *prompt):
+        return unet(sample, timestep, unet.condition(*prompt), WholeImage())
+
+    return functools.partial(call, unet)
+
+
 @pytest.mark.parametrize("timestep", [999, 500, 20])
 @torch.inference_mode()
-def test_unet_is_that_of_torch(one_device, theirs, timestep):
+def test_unet_is_that_of_torch(unet_call, theirs, timestep):
     draw = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 4, 32, 24, generator=draw)
     tokens, _, pooled, _ = theirs.encode_prompt(list(PROMPTS[:2]), do_classifier_free_guidance=False)
     sizes = torch.tensor([[256.0, 192, 0, 0, 256, 192]] * 2)
     added = {"text_embeds": pooled, "time_ids": sizes}
     expected = theirs.unet(sample, timestep, tokens, added_cond_kwargs=added).sample
-
-    @jax.jit
-    def call(unet, sample, *prompt):
-        return unet(sample, jnp.float32(timestep), unet.condition(*prompt), WholeImage())
-
-    unet = one_device._unet.form.module(one_device._unet.params)
-    got = call(unet, nhwc(sample), *(part.numpy() for part in (tokens, pooled, sizes)))
+    got = unet_call(nhwc(sample), jnp.float32(timestep), *(part.numpy() for part in (tokens, pooled, sizes)))
     assert relative_error(got, nhwc(expected)) < 1e-5
 
 
+@slow
 def test_the_picture_is_that_of_torch_diffusers(one_device, theirs):
     latents = torch.randn(1, 4, 32, 32)
     call = dict(prompt=PROMPTS[0], num_inference_steps=8, guidance_scale=5.0, height=256, width=256)
@@ -116,6 +122,7 @@ def test_the_picture_is_that_of_torch_diffusers(one_device, theirs):
     assert psnr(picture, theirs(**call, latents=latents, output_type="np").images) > 50
 
 
+@slow
 @pytest.mark.parametrize(
     ("settings", "least"),
     [({}, LEAST_SPLIT), ({"split_batch": False, "sync_mode": "damped_async_gn"}, LEAST_PATCHES)],
@@ -130,9 +137,10 @@ def test_eight_displaced_devices_stay_near_one(reference, settings, least, recor
     assert value >= least
 
 
+@slow
 def test_pictures_show_what_held_out_captions_name(one_device):
     _, captions, scenes = zip(*(held_out_example(0, index, 256, 256) for index in range(16)), strict=True)
-    pictures = one_device(list(captions), num_inference_steps=STEPS, output_type="np").images
+    pictures = paint(one_device, captions)
     results = [hit for picture, scene in zip(pictures, scenes, strict=True) for hit in found(picture, scene)]
     assert np.mean(results) >= LEAST_FOUND
 

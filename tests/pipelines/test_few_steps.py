@@ -12,11 +12,12 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from facts import refuses, says, warns
+from marks import slow, slow_but
 from oracle import relative_error
 from test_traffic import received_by_hlo
-from tiny_pipeline import load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
+from tiny_pipeline import SHALLOW, load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
 
-from distrijax import DistriConfig, load_pipeline
+from distrijax import DistriConfig, DistriWarning, load_pipeline
 from distrijax.cli import generate
 from distrijax.parallel.mesh import MeshPlan
 from distrijax.pipelines.call import image_seeds
@@ -34,22 +35,22 @@ TOLD = {"time_cond_proj_dim": 32}
 def lcm_checkpoints(tmp_path_factory):
     """Small random checkpoints like LCM's, by family."""
     folders = {family: tmp_path_factory.mktemp(f"lcm-{family}") for family in ("xl", "1.x")}
-    save_tiny_pipeline(folders["xl"], scheduler=LCMScheduler(original_inference_steps=40), **TOLD)
+    save_tiny_pipeline(folders["xl"], scheduler=LCMScheduler(original_inference_steps=40), **TOLD, **SHALLOW)
     save_tiny_sd_pipeline(folders["1.x"], 1, scheduler=LCMScheduler(steps_offset=1, clip_sample=False), **TOLD)
     return folders
 
 
 @pytest.fixture(scope="module")
-def checkpoints(lcm_checkpoints, tiny_checkpoint):
+def checkpoints(lcm_checkpoints, shallow_checkpoint):
     """Those, and one whose UNet is told nothing, of which Lightning's and Turbo's have the structure."""
-    return lcm_checkpoints | {"usual": tiny_checkpoint}
+    return lcm_checkpoints | {"usual": shallow_checkpoint}
 
 
 @pytest.fixture(scope="module")
 def pipe_on(checkpoints):
     """A pipeline by its checkpoint, its scheduler with options, and its configuration: pipe_on("xl", devices=4)."""
 
-    @functools.cache
+    @functools.lru_cache(2)
     def load(name: str, scheduler: str | None = None, options: tuple = (), **settings) -> Pipeline:
         config = DistriConfig(**settings)
         pipe = load_pipeline(checkpoints[name], config, scheduler=scheduler, scheduler_options=dict(options))
@@ -63,6 +64,12 @@ def pipe_on(checkpoints):
 def one(pipe_on):
     """An LCM on one device."""
     return pipe_on("xl", devices=1)
+
+
+@pytest.fixture(scope="module")
+def stale(pipe_on):
+    """An LCM on four devices, displaced after two exact steps."""
+    return pipe_on("xl", devices=4, warmup_steps=1)
 
 
 def paint(pipe: Pipeline, **changes) -> np.ndarray:
@@ -120,7 +127,7 @@ ORACLES = {
 }
 
 
-@pytest.mark.parametrize("case", ORACLES)
+@pytest.mark.parametrize("case", slow_but(["lcm"], ORACLES))
 def test_one_device_equals_torch_diffusers(case, checkpoints, pipe_on, same_noise):
     name, scheduler, options, kind, settings = ORACLES[case]
     ours, theirs = pipe_on(name, scheduler, options, devices=1), load_torch_pipeline(checkpoints[name])
@@ -151,6 +158,7 @@ EXACT = {
 }
 
 
+@slow
 @pytest.mark.parametrize("case", EXACT)
 def test_many_devices_equal_one(case, pipe_on, one):
     many = pipe_on("xl", **EXACT[case])
@@ -159,13 +167,15 @@ def test_many_devices_equal_one(case, pipe_on, one):
     assert relative_error(paint(many, **call), paint(one, **call)) < 1e-4
 
 
-def test_displaced_steps_come_after_the_warm_up(pipe_on, one):
-    got, wanted = (trajectory(pipe, guidance_scale=6.0) for pipe in (pipe_on("xl", devices=4, warmup_steps=1), one))
+@slow
+def test_displaced_steps_come_after_the_warm_up(stale, one):
+    got, wanted = (trajectory(pipe, guidance_scale=6.0) for pipe in (stale, one))
     errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
     assert max(errors[:2]) < 1e-4
     assert min(errors[2:]) > 1e-5 and max(errors[2:]) < 0.5
 
 
+@slow
 def test_naive_patches_are_told_the_guidance_scale(pipe_on, one):
     """Each band equals one device's picture of the band's size."""
     noise = np.random.default_rng(1).standard_normal((1, *LATENT), np.float32)
@@ -177,6 +187,7 @@ def test_naive_patches_are_told_the_guidance_scale(pipe_on, one):
         assert relative_error(band, paint(one, height=128, latents=start, **sizes, **call)) < 1e-4
 
 
+@slow
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 5.0])
 def test_a_single_step_on_eight_devices_is_exact_with_the_usual_warm_up(guidance_scale, pipe_on):
     many, one = (pipe_on("usual", "euler-trailing", SAMPLE, devices=devices) for devices in (8, 1))
@@ -185,6 +196,7 @@ def test_a_single_step_on_eight_devices_is_exact_with_the_usual_warm_up(guidance
     assert relative_error(paint(many, **call), paint(one, **call)) < 1e-4
 
 
+@slow
 def test_what_the_first_call_needs_is_compiled_while_weights_are_read(lcm_checkpoints):
     call = {"prompt": PROMPT, "height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 8.0}
     pipe = load_pipeline(lcm_checkpoints["xl"], DistriConfig(devices=2, warmup_steps=1), compile_for=call)
@@ -194,12 +206,11 @@ def test_what_the_first_call_needs_is_compiled_while_weights_are_read(lcm_checkp
     assert pipe.programs.count == before
 
 
-def test_the_plan_is_that_of_the_compiled_program(pipe_on):
-    config = DistriConfig(devices=4, warmup_steps=1)
-    pipe = pipe_on("xl", devices=4, warmup_steps=1)
-    paint(pipe)
-    programs = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}
-    planned = traffic(config, pipe.unet_config, pipe.scheduler, devices=4, latent=LATENT[1:], dtype=pipe.dtype)
+@slow
+def test_the_plan_is_that_of_the_compiled_program(stale):
+    paint(stale)
+    programs = {key[0].__name__: program.result() for key, program in stale.programs._compiled.items()}
+    planned = traffic(stale.config, stale.unet_config, stale.scheduler, devices=4, latent=LATENT[1:], dtype=stale.dtype)
     assert planned.mesh == MeshPlan(1, 1, 4)
     assert planned.patches == 4
     assert sum(planned.received.values()) == received_by_hlo(programs["displaced"].as_text())
@@ -244,11 +255,15 @@ def test_what_only_two_branches_would_heed_is_told(given, one):
 
 def test_further_exact_steps_are_not_idle_where_they_make_all_steps_exact(pipe_on):
     pipe = pipe_on("xl", devices=4, extrapolate=True, warmup_steps=2, sync_steps=(-1,))
-    with warns("extrapolate", "warmup_steps 2", "sync_steps [-1]", 4):
+    with refuses(
+        "extrapolate", "warmup_steps 2", "sync_steps [-1]", 4, error=DistriWarning
+    ):  # warnings are errors here: before anything is compiled
         paint(pipe)
 
 
 def test_options_of_displaced_steps_are_told_where_there_are_none(pipe_on):
     pipe = pipe_on("xl", devices=4, extrapolate=True, compress="int8")
-    with warns("extrapolate", "compress", "warmup_steps 4", "4 steps"):
+    with refuses(
+        "extrapolate", "compress", "warmup_steps 4", "4 steps", error=DistriWarning
+    ):  # warnings are errors here: before anything is compiled
         paint(pipe)

@@ -5,25 +5,32 @@ Small random weights; the embedded model's trained ones have tests of their own.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from marks import slow
 from oracle import relative_error
-from test_denoise import Seen, Still
+from tiny_pipeline import load_torch_pipeline
 
 from distrijax import Compression, DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode
 from distrijax.parallel.displaced import STRATEGIES, SeparateGN
+from distrijax.parallel.layout import Layout
+from distrijax.parallel.mesh import MeshPlan, plan_mesh
+from distrijax.parallel.processes import to_devices
 from distrijax.sampling import denoise
 from distrijax.sampling.noise import draw_latents
 
 PROMPT = "a red circle on the left"
-SIZE = {"height": 136, "width": 64}  # 17 rows of the latent: no number of devices divides them
+SIZE = {"height": 136, "width": 64}
+ROWS_COLUMNS = (17, 8)  # of the latent: no number of devices divides its rows
 WARM_UP = 1
 STEPS = 4
 
@@ -38,24 +45,34 @@ DISPLACED = {name: PATCH[name] for name in PATCH if name != "full_sync"}
 # by definition the moments of the others never come in: the synchronous answer is not their fixed point
 POOLED = {name: it for name, it in DISPLACED.items() if not issubclass(STRATEGIES[it["sync_mode"]], SeparateGN)}
 
+SOME = {name: DISPLACED[name] for name in ("corrected_async_gn", "extrapolated and int4")}
+
 ROUNDED = {None: 1e-5, Compression.INT8: 2e-3, Compression.INT4: 2e-3 * 255 / 15}
 """How near its fixed point an exchange comes: the fewer the levels of what it rounds, the less."""
 
-MESHES = {"one device": {"devices": 1}, "3 patches": {"devices": 3}, "2 x 2 x 2": {"devices": 8, "data": 2}}
+MESHES = {
+    "one device": {"devices": 1},
+    "3 patches": {"devices": 3},
+    "2 x 4": {"devices": 8},  # the last of four patches is nothing but padding
+    "2 x 2 x 2": {"devices": 8, "data": 2},
+}
 
 
 class Case(NamedTuple):
-    """A setting on a mesh, and how to paint with it."""
+    """A setting and a mesh; `pipe` gives the pipeline of settings, and `exact` the trajectory of synchronous steps on a mesh."""
 
-    settings: dict
+    setting: dict
+    mesh: str
     pipe: Callable[..., DistriSDXLPipeline]
+    exact: Callable[[str], list[np.ndarray]]
 
-    def paint(self, **call) -> np.ndarray:
-        """Latents of two images, unless `call` says otherwise."""
-        return latents(self.pipe(**self.settings), **call)
+    @property
+    def own(self) -> DistriSDXLPipeline:
+        return self.pipe(**self.setting, **MESHES[self.mesh])
 
 
 def latents(pipe: DistriSDXLPipeline, prompt: str = PROMPT, **changes) -> np.ndarray:
+    """Of two images, unless `changes` say otherwise."""
     call = SIZE | {"num_inference_steps": STEPS, "num_images_per_prompt": 2, "output_type": "latent"} | changes
     return np.asarray(pipe(prompt, **call).images)
 
@@ -68,72 +85,96 @@ def trajectory(pipe: DistriSDXLPipeline) -> list[np.ndarray]:
 
 def one_device_is_torch_diffusers(case: Case, request) -> None:
     noise, wanted = request.getfixturevalue("torch_latents")
-    got = case.paint(num_images_per_prompt=1, guidance_scale=5.0, latents=noise)
+    got = latents(case.own, num_images_per_prompt=1, guidance_scale=5.0, latents=noise)
     assert relative_error(got, wanted) < 1e-3
 
 
+def one_device_runs_the_synchronous_program(case: Case, request) -> None:
+    """Whatever the mode: what `one_device_is_torch_diffusers` says of full_sync then holds of every mode."""
+    plan, form = MeshPlan(1, 1, 1).build(jax.devices()[:1]), object()
+    config = DistriConfig(**case.setting, **MESHES[case.mesh], warmup_steps=WARM_UP)
+    layout = Layout(plan, guided=True, latent=ROWS_COLUMNS)
+    mode, exact = (
+        denoise.loop_of(each, layout, form, None, np.float32, STEPS)
+        for each in (config, DistriConfig(sync_mode="full_sync"))
+    )
+    assert mode == exact
+
+
 def many_devices_equal_one(case: Case, request) -> None:
-    assert relative_error(case.paint(), latents(case.pipe(devices=1))) < 1e-4
+    assert relative_error(latents(case.own), case.exact("one device")[-1]) < 1e-4
 
 
 def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
     """A displaced step that sees what the step before saw answers as that did."""
-    pipe, seen = case.pipe(**case.settings), []
+    pipe, seen = case.own, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipe, "_denoise", lambda *arguments: seen.append(arguments) or arguments[2])
         latents(pipe)
     ((loop, inputs, state, xs, *_),) = seen
-    loop = dataclasses.replace(loop, scheduler=Still())
-    once = jax.tree.map(lambda column: column[:1], xs)
+    once = to_devices(jax.tree.map(lambda column: column[:1], xs), NamedSharding(pipe.mesh, P()))
 
-    def run(function, *arguments):
-        state, stale = jax.jit(function, static_argnums=0)(loop, pipe._unet.params, inputs, *arguments, once)
-        return np.asarray(state.output)[:, : SIZE["height"] // 8], stale
+    def step(function, *stale):
+        """How far the programs of the call itself, which may overwrite the state, move the latents."""
+        begun = jax.tree.map(jnp.copy, state)
+        after, stale = pipe.programs(function, loop, pipe._unet.params, inputs, begun, *stale, once)
+        return np.asarray(after.latents - state.latents)[:, : ROWS_COLUMNS[0]], stale
 
-    blank = Seen(state.latents, 0 * state.latents)
-    wanted, stale = run(denoise.warm_up, blank)
-    got, _ = run(denoise.displaced, blank, stale)
+    wanted, stale = step(denoise.warm_up)
+    got, _ = step(denoise.displaced, stale)
     assert relative_error(got, wanted) < ROUNDED[loop.strategy.compress]
 
 
 def first_steps_are_synchronous(case: Case, request) -> None:
-    exact = case.pipe(**MESHES["2 x 2 x 2"] | {"sync_mode": "full_sync"})
-    got, wanted = trajectory(case.pipe(**case.settings)), trajectory(exact)
-    errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
+    errors = [relative_error(*both) for both in zip(trajectory(case.own), case.exact(case.mesh), strict=True)]
     assert max(errors[: WARM_UP + 1]) < 1e-6
     assert min(errors[WARM_UP + 1 :]) > 1e-5
 
 
-def the_same_seed_gives_the_same_noise_and_the_same_bits(case: Case, request) -> None:
-    np.testing.assert_array_equal(case.paint(), case.paint())
-    layout = functools.partial(denoise.Layout, guided=True, latent=(17, 8), levels=3)
-    pipe, keys = case.pipe(**case.settings), jax.random.split(jax.random.key(0), 2)
+def the_same_seed_gives_the_same_bits(case: Case, request) -> None:
+    np.testing.assert_array_equal(latents(case.own), latents(case.own))
 
-    def noise(pipe):
-        parallelism, scheme = pipe.config.parallelism, pipe.config.split_scheme
-        whole = layout(pipe.mesh, parallelism=parallelism, split_scheme=scheme)
-        return np.asarray(jax.jit(lambda keys: draw_latents(whole, 4, keys))(keys))[:, :17, :8]
 
-    np.testing.assert_array_equal(noise(pipe), noise(case.pipe(devices=1)))
+def the_same_seed_gives_the_same_noise_as_on_one_device(case: Case, request) -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def noise(**settings):
+        config = DistriConfig(**settings)
+        mesh = plan_mesh(config, config.devices, branches=2).build(jax.devices()[: config.devices])
+        cut = {"parallelism": config.parallelism, "split_scheme": config.split_scheme}
+        layout = Layout(mesh, guided=True, latent=ROWS_COLUMNS, levels=3, **cut)
+        return np.asarray(jax.jit(lambda keys: draw_latents(layout, 4, keys))(keys))[
+            :, : ROWS_COLUMNS[0], : ROWS_COLUMNS[1]
+        ]
+
+    np.testing.assert_array_equal(noise(**case.setting, **MESHES[case.mesh]), noise(devices=1))
 
 
 APPLIES = {
-    one_device_is_torch_diffusers: (EVERY, ["one device"]),
-    many_devices_equal_one: (EXACT, ["3 patches", "2 x 2 x 2"]),
-    the_synchronous_answer_is_a_fixed_point: (POOLED, ["3 patches"]),
-    first_steps_are_synchronous: (DISPLACED, ["2 x 2 x 2"]),
-    the_same_seed_gives_the_same_noise_and_the_same_bits: (EVERY, ["2 x 2 x 2"]),
+    one_device_is_torch_diffusers: (EXACT | NAIVE, ["one device"]),
+    one_device_runs_the_synchronous_program: (DISPLACED, ["one device"]),
+    many_devices_equal_one: (EXACT, ["3 patches", "2 x 4", "2 x 2 x 2"]),
+    the_synchronous_answer_is_a_fixed_point: (POOLED, ["2 x 4"]),
+    first_steps_are_synchronous: (DISPLACED, ["2 x 4"]),
+    the_same_seed_gives_the_same_noise_as_on_one_device: (EXACT | NAIVE, ["2 x 4", "2 x 2 x 2"]),
+    the_same_seed_gives_the_same_bits: (EVERY, ["2 x 4"]),
 }
+IMAGES_APART = {
+    first_steps_are_synchronous: (SOME, ["2 x 2 x 2"]),
+    the_same_seed_gives_the_same_bits: (SOME | EXACT, ["2 x 2 x 2"]),
+}
+"""Different images on different devices: how rows are exchanged does not depend on them."""
+QUICK = [("full_sync", "one device"), ("full_sync", "2 x 4"), ("extrapolated and int4", "2 x 4")]
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_checkpoint):
-    """A pipeline by its configuration."""
+def pipe(shallow_checkpoint):
+    """A pipeline by its configuration; tests of one follow each other, so that few are kept."""
 
-    @functools.cache
+    @functools.lru_cache(2)
     def load(**settings) -> DistriSDXLPipeline:
         config = DistriConfig(**{"warmup_steps": WARM_UP} | settings)
-        pipe = DistriSDXLPipeline.from_pretrained(tiny_checkpoint, config)
+        pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -141,20 +182,34 @@ def pipe(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def torch_latents(torch_pipe) -> tuple[np.ndarray, np.ndarray]:
+def exact(pipe):
+    return functools.cache(lambda mesh: trajectory(pipe(**MESHES[mesh], sync_mode=SyncMode.FULL_SYNC)))
+
+
+@pytest.fixture(scope="module")
+def torch_latents(shallow_checkpoint) -> tuple[np.ndarray, np.ndarray]:
     """Starting noise, and what torch diffusers makes of it."""
-    noise = torch.randn(1, 4, 17, 8)
+    noise = torch.randn(1, 4, *ROWS_COLUMNS)
     call = SIZE | {"num_inference_steps": STEPS, "latents": noise.clone(), "output_type": "latent"}
-    return noise.numpy(), torch_pipe(PROMPT, **call).images.numpy()
+    return noise.numpy(), load_torch_pipeline(shallow_checkpoint)(PROMPT, **call).images.numpy()
 
 
 def cases() -> Iterator:
-    for invariant, (settings, meshes) in APPLIES.items():
-        for name, setting in settings.items():
-            for mesh in meshes:
-                yield pytest.param(invariant, setting | MESHES[mesh], id=f"{invariant.__name__}-{name}-{mesh}")
+    """Setting by setting, for the sake of `pipe`."""
+    found = [
+        (name, mesh, invariant)
+        for applies in (APPLIES, IMAGES_APART)
+        for invariant, (settings, meshes) in applies.items()
+        for name in settings
+        for mesh in meshes
+    ]
+    for name, mesh, invariant in sorted(
+        found, key=lambda case: (list(EVERY).index(case[0]), list(MESHES).index(case[1]))
+    ):
+        marks = [] if (name, mesh) in QUICK else [slow]
+        yield pytest.param(invariant, EVERY[name], mesh, marks=marks, id=f"{invariant.__name__}-{name}-{mesh}")
 
 
-@pytest.mark.parametrize(("invariant", "settings"), list(cases()))
-def test_invariant_holds(invariant, settings, pipe, request):
-    invariant(Case(settings, pipe), request)
+@pytest.mark.parametrize(("invariant", "setting", "mesh"), list(cases()))
+def test_invariant_holds(invariant, setting, mesh, pipe, exact, request):
+    invariant(Case(setting, mesh, pipe, exact), request)

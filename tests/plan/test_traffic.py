@@ -6,15 +6,22 @@ import collections
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from facts import refuses, says
+from marks import slow_but
 from test_unet import BASE, FULL_BASE
 
-from distrijax import DistriConfig, DistriSDXLPipeline
+from distrijax import DistriConfig, plan_mesh
 from distrijax.models.unet_config import UNetConfig
-from distrijax.plan.traffic import traffic
+from distrijax.parallel.programs import compiled, options_for, trace
+from distrijax.pipelines.loading import read_configs
+from distrijax.plan.overlap import Program, array_bytes
+from distrijax.plan.traffic import step_of, traffic
 from distrijax.schedulers import load_scheduler
 
+PERMUTE = "collective-permute"
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -93,60 +100,39 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
+QUICK = [{}, {"parallelism": "tensor"}]
+
+
+@pytest.mark.parametrize(
+    "settings", slow_but(QUICK, SETTINGS), ids=lambda settings: "-".join(map(str, settings.values())) or "default"
+)
 def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_checkpoint):
     config = DistriConfig(**{"devices": 4, "warmup_steps": 0} | settings)
-    pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config)
-    pipe.set_progress_bar_config(disable=True)
-    pipe("a red circle", height=128, width=128, num_inference_steps=2, output_type="latent")
-    steps = {key[0].__name__: program.result() for key, program in pipe.programs._compiled.items()}
-    program = next(steps[name] for name in ("displaced", "stateless") if name in steps)
-    planned = traffic(
-        config, pipe.unet_config, pipe.scheduler, devices=config.devices, latent=(16, 16), dtype=pipe.dtype
+    unet, scheduler = read_configs(shallow_checkpoint).unet, load_scheduler(DDIM)
+    shape = {"latent": (16, 16), "dtype": jnp.float32}
+    step = step_of(
+        config, unet, scheduler, plan_mesh(config, config.devices), devices=jax.devices()[: config.devices], **shape
     )
+    lowered = trace(step.function, step.loop, *step.placed(), donate=step.donate).lower()
+    program = compiled(lowered, options_for("cpu"), {})
+    planned = traffic(config, unet, scheduler, devices=config.devices, **shape)
     assert sum(planned.received.values()) == received_by_hlo(program.as_text())
-    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in stale_of(pipe)) // config.devices
+    _, _, _, *stale, _ = program.args_info[0]
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stale)) // config.devices
     assert sum(planned.stale.values()) == kept
-
-
-def stale_of(pipe: DistriSDXLPipeline) -> list:
-    """The stale state that the pipeline's displaced program takes, whole."""
-    (structures,) = [key[2:4] for key in pipe.programs._compiled if key[0].__name__ == "displaced"] or [None]
-    if structures is None:
-        return []
-    structure, leaves = structures
-    _, _, stale, _ = structure.unflatten([Leaf(shape, dtype) for shape, dtype, _ in leaves])
-    return list(stale.values())
-
-
-Leaf = collections.namedtuple("Leaf", "shape dtype")
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|collective-permute|all-reduce|all-to-all)(?:-start)?\((.*)")
-ARRAY = re.compile(r"(f|s|u)(\d+)\[([\d,]*)\]")
-PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]*)\}")
-GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^]]*)\] \{([^}]*)\})")
 
 
 def received_by_hlo(text: str) -> int:
     """Bytes that the busiest device receives in the collectives of a compiled program, a ring's for all-reduce."""
-    total, permuted = 0.0, collections.Counter()
-    for line in text.splitlines():
-        if not (found := COLLECTIVE.search(line)):
-            continue
-        results, name, rest = found.groups()
-        size = sum(
-            int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
-            for _, bits, dims in ARRAY.findall(results)
-        )
-        if name == "collective-permute":
-            for target in re.findall(r"\{\d+,(\d+)\}", PAIRS.search(rest).group(1)):
-                permuted[target] += size
-            continue
-        listed, counted, mesh, axes = GROUPS.search(rest).groups()
-        if mesh:  # newer jax names the axes of the mesh
-            counted = math.prod(int(re.search(f"{axis}=(\\d+)", mesh).group(1)) for axis in axes.split(","))
-        n = len(listed.split(",")) if listed else int(counted)
-        total += size * {"all-reduce": 2 * (n - 1) / n}.get(name, (n - 1) / n)
-    return round(total) + max(permuted.values(), default=0)
+    program = Program(text)
+    total = sum(each.received for each in program.transfers if each.kind != PERMUTE)
+    permuted = collections.Counter()
+    for instruction in program.step:
+        if instruction.opcode.removesuffix("-start") == PERMUTE:
+            pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", instruction.rest).group(1)
+            for target in re.findall(r"\{\d+,(\d+)\}", pairs):
+                permuted[target] += array_bytes(instruction.arrays[-1])
+    return total + max(permuted.values(), default=0)
 
 
 @pytest.mark.parametrize(

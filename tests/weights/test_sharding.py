@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from marks import slow
 from oracle import relative_error
 from test_unet import BASE
 
@@ -17,7 +18,7 @@ from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
 from distrijax.config import Parallelism
 from distrijax.models.unet import UNet, abstract_unet
 from distrijax.models.unet_config import UNetConfig
-from distrijax.parallel.mesh import EVERY_AXIS, MeshPlan
+from distrijax.parallel.mesh import MeshPlan
 from distrijax.weights import sharding
 from distrijax.weights.sharding import FlatSharded, ModelLayout, OutputMajor, Replicated
 
@@ -150,6 +151,7 @@ def painted(**settings) -> np.ndarray:
     return pipe("a red circle", height=64, width=64, num_inference_steps=3, output_type="np").images
 
 
+@slow
 @pytest.mark.parametrize("settings", [{"devices": 6}, {"devices": 3, "parallelism": "tensor"}], ids=str)
 def test_sharing_weights_out_changes_no_picture(settings):
     assert relative_error(painted(**settings, shard_weights=True), painted(**settings)) < 1e-5
@@ -168,7 +170,3 @@ def test_each_device_keeps_its_share_of_all_models():
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     assert held(shard_weights=True) < 0.15 * held()  # with the places for heads that are not there
-
-
-def test_every_axis_is_every_axis_of_the_mesh():
-    assert set(MeshPlan(1, 1, 1).abstract().axis_names) == set(EVERY_AXIS)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from marks import slow_but
 from oracle import relative_error
 from test_unet import FULL_BASE, KINDS, picture
 
@@ -78,8 +79,8 @@ def test_layers_are_divided_as_in_the_original():
     assert len(divided) == sum(counts)
 
 
-@pytest.mark.parametrize("kind", ["base", "convolutional projections"])
-@pytest.mark.parametrize("devices", [2, 3, 8])
+@pytest.mark.parametrize("kind", slow_but(["base"], ["base", "convolutional projections"]))
+@pytest.mark.parametrize("devices", slow_but([3], [2, 3, 8]))
 def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
     """Random weights; 1, 2 and 4 heads and 8 groups, which two of the three numbers of devices do not divide."""
     config = UNetConfig.from_dict(KINDS[kind])
