@@ -8,7 +8,6 @@ module imports nothing that takes time, so that commands can call it first.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import select
@@ -61,7 +60,7 @@ def not_lost() -> Iterator[None]:
 
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()
+            threading.Timer(0.01, _interrupt_main_thread).start()  # here it would be lost again
         else:
             before(unraisable)
 
@@ -72,6 +71,10 @@ def not_lost() -> Iterator[None]:
     finally:
         if sys.unraisablehook is hook:
             sys.unraisablehook = before
+
+
+def _interrupt_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def _stand_still(number: int, frame: FrameType | None) -> None:

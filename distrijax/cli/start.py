@@ -19,8 +19,8 @@ from distrijax.parallel.launchers import tasks
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 ABORTED = (
-    "error: XLA has aborted this process, most likely because another one of this run did not arrive in time, has ended or does "
-    "not answer; see the log above and what the others said, and start all again"
+    "error: another process of this run did not arrive in time, has ended or does not answer (XLA has aborted this one); see the "
+    "log above and what the others said, and start all again"
 )
 
 
