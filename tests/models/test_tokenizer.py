@@ -8,20 +8,17 @@ import json
 import random
 import re
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from facts import refuses, says
+from tiny_tokenizer import BYTES, count_words, learn_merges, train_tokenizer, write_tokenizer
 from transformers import CLIPTokenizer as TorchTokenizer
 
 from distrijax import DistriWarning
 from distrijax.models.tokenizer import BEGIN, END, CLIPTokenizer
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from tiny_tokenizer import BYTES, count_words, learn_merges, train_tokenizer, write_tokenizer
 
 CAPTIONS = [
     "a large red circle at the top left, on a striped yellow background",
