@@ -32,7 +32,9 @@ TYPED = ("models", "parallel", "sampling", "schedulers")
 install_import_hook([f"distrijax.{room}" for room in TYPED], "array_types.check")
 CHECKED = {
     f"test_{name}"
-    for name in "clip compression convolution denoise exchange layers schedulers unet vae pipeline".split()
+    for name in (
+        "clip compression convolution denoise exchange layers schedulers schedulers_agree schedulers_exact unet vae pipeline"
+    ).split()
 }
 """Test files in which the arguments of those modules' functions are checked; everywhere it would take a seventh of the time."""
 

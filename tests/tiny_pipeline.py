@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from oracle import disturb
 from tiny_tokenizer import train_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -107,7 +108,7 @@ def save_tiny_pipeline(folder: Path, *, seed: int = 0, scheduler: Any = None, **
             "text_encoder_2": CLIPTextModelWithProjection(_text_config(tokenizers["tokenizer_2"], hidden_act="gelu")),
         }
         for part in parts.values():
-            _disturb(part)
+            disturb(part)
         scheduler = scheduler or EulerDiscreteScheduler(**SCHEDULER)
         _save(StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=scheduler), folder, texts)
 
@@ -124,7 +125,7 @@ def save_tiny_sd_pipeline(folder: Path, version: int, *, seed: int = 0, schedule
             "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act=hidden_act)),
         }
         for part in parts.values():
-            _disturb(part)
+            disturb(part)
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         scheduler = scheduler or SD_SCHEDULERS[version]
         pipe = StableDiffusionPipeline(**parts, **tokenizers, **absent, scheduler=scheduler)
@@ -158,11 +159,3 @@ def _save(pipe: DiffusionPipeline, folder: Path, texts: str) -> None:
 def _text_config(tokenizer: CLIPTokenizer, *, hidden_act: str) -> CLIPTextConfig:
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return CLIPTextConfig(**TEXT_ENCODER, **special, vocab_size=len(tokenizer), hidden_act=hidden_act)
-
-
-def _disturb(module: torch.nn.Module) -> None:
-    """Moves biases and the scales of norms away from 0 and 1, which would hide that they are not used."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn_like(parameter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 import types
@@ -13,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from coco_folder import coco
 from facts import refuses, says
 from marks import slow
 from PIL import Image
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from distrijax import DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode
+from distrijax import DistriConfig, DistriSDXLPipeline
 from distrijax.cli import evaluate
 from distrijax.cli.fidelity import figures, grid, metrics, prompts
 from distrijax.cli.fidelity.results import COLUMNS, Results
@@ -438,60 +438,6 @@ def test_without_matplotlib_the_table_is_still_printed(painted, shallow_checkpoi
     assert not (painted / "plot.png").exists()
 
 
-# Grid, prompts and flags -----------------------------------------------------------------------------------------------
-
-
-def test_the_grid_has_every_mode_once():
-    found = grid.settings({"warmup_steps": (0, 4)})
-    assert len({grid.folder_name(setting) for setting in found}) == len(found)
-    assert {setting.get("sync_mode") for setting in found} == {None, *SyncMode}
-    assert {setting.get("split_scheme") for setting in found} == {None, *SplitScheme}
-    assert {setting.get("parallelism") for setting in found} == {None, *Parallelism}
-    displaced, without_modes = len(SyncMode) - 1, len(Parallelism) - 2
-    assert len(found) == 1 + 3 * (2 * displaced + 1 + len(SplitScheme) + without_modes)
-    assert all(DistriConfig(**setting) for setting in found)
-
-
-def test_compression_by_itself_is_int8_and_several_are_several_settings():
-    def asked(*flags: str) -> list:
-        chosen = {"parallelism": ["patch"], "sync_mode": ["async_tokens"], "devices": [8]}
-        chosen["compress"] = evaluate.parse(["--compress", *flags] if flags != ("",) else []).compress
-        return [setting["compress"] for setting in grid.settings(chosen)[1:]]
-
-    assert asked("") == [None]
-    assert asked() == ["int8"]
-    assert asked("none", "int8", "int4") == [None, "int8", "int4"]
-
-
-def coco(folder: Path, *, karpathy: bool, pictures: int = 3) -> Path:
-    """A made-up COCO folder: pictures 70, 60, 50 with two captions each; Karpathy's file has one more, for training."""
-    ids = [70 - 10 * index for index in range(3)]
-    files = {ids[index]: f"COCO_val2014_{ids[index]:012}.jpg" for index in range(3)}
-    captions = [{"id": 9 - 2 * n + k, "image_id": i, "caption": f"{i} {k}"} for n, i in enumerate(ids) for k in (1, 0)]
-    official = {"images": [{"id": i, "file_name": file} for i, file in files.items()], "annotations": captions}
-    split = [{"split": "restval", "filename": "other.jpg", "sentences": [{"raw": "no"}]}]
-    split += [
-        {"split": "val", "filename": file, "sentences": [{"raw": f"K {i} {k} "} for k in (0, 1)]}
-        for i, file in files.items()
-    ]
-    (folder / "annotations").mkdir(parents=True)
-    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(official))
-    if karpathy:
-        (folder / "annotations" / "dataset_coco.json").write_text(json.dumps({"images": split}))
-    (folder / "val2014").mkdir()
-    for file in list(files.values())[:pictures]:
-        Image.new("RGB", (40, 30), "red").save(folder / "val2014" / file)
-    return folder
-
-
-def test_coco_captions_are_those_of_the_papers_script(tmp_path):
-    official = prompts.coco_prompts(coco(tmp_path / "official", karpathy=False), 3)
-    assert official.texts == ["70 0", "60 1", "50 0"]
-    karpathy = prompts.coco_prompts(coco(tmp_path / "karpathy", karpathy=True), 2)
-    assert karpathy.texts == ["K 70 0", "K 60 1"]
-    assert [path.name[-6:] for path in karpathy.pictures] == ["70.jpg", "60.jpg"]
-
-
 def test_a_coco_folder_with_pictures_gives_the_fid_against_them(
     tmp_path, shallow_checkpoint, networks, stand_in, capsys
 ):
@@ -505,72 +451,3 @@ def test_a_coco_folder_with_pictures_gives_the_fid_against_them(
         ours = pictures(tmp_path / "out", grid.folder_name(row)).mean((0, 1, 2))
         assert float(row["fid_real"]) == pytest.approx(np.square(ours - (254, 0, 0)).sum(), rel=1e-4)
     says(capsys.readouterr().out, re.compile(r"\| FID, [^|]+ \|"), re.compile(r"\| (one|1) device \|"))
-
-
-BAD_COCO = {
-    "nothing": (lambda folder: folder.mkdir(), ["annotations/captions_val2014.json"]),
-    "too few": (lambda folder: coco(folder, karpathy=False), [3, "--captions"]),
-    "no picture": (lambda folder: coco(folder, karpathy=True, pictures=1), [2, re.compile(r"COCO_val2014_\d+\.jpg")]),
-    "other file": (
-        lambda folder: (coco(folder, karpathy=False) / "annotations/captions_val2014.json").write_text("[]"),
-        ["captions_val2014.json", "COCO"],
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_COCO)
-def test_a_folder_that_is_not_cocos_is_refused_in_one_sentence(kind, tmp_path):
-    make, told = BAD_COCO[kind]
-    make(tmp_path / "coco")
-    with refuses(*told):
-        prompts.coco_prompts(tmp_path / "coco", 4 if kind == "too few" else 3)
-
-
-WRONG = {
-    "one device": ("--devices 1", ["--devices", 1, 2]),
-    "too many devices": ("--devices 2 9", ["--devices", 9, 8, "virtual CPU"]),
-    "unknown mode": ("--sync-mode fast", ["--sync-mode", "fast", "no_sync"]),
-    "no captions": ("--captions 0", ["--captions", 0, 1]),
-    "no steps": ("--num-inference-steps 0", ["--num-inference-steps", 0, 1]),
-    "odd size": ("--devices 8 --image-size 65", ["height", 65, 8, 64, 72]),
-    "three sizes": ("--image-size 64 64 64", ["--image-size", "H W", 3]),
-    "warm-up": ("--warmup-steps -1", ["warmup_steps", -1, 0]),
-    "no file": ("--prompts nowhere.txt", ["--prompts", "nowhere.txt", "file"]),
-    "short file": ("--prompts two.txt --captions 3", ["--prompts", "two.txt", 2, 3, "--captions"]),
-    "two sources": ("--prompts two.txt --coco .", ["--coco", "--prompts"]),
-    "a file for a folder": ("--output two.txt", ["--output", "two.txt", "File exists"]),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_flag_ends_in_one_line_before_anything_is_painted(
-    kind, shallow_checkpoint, tmp_path, monkeypatch, capsys
-):
-    flags, told = WRONG[kind]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_pipeline", refuse)
-    (tmp_path / "two.txt").write_text("one\n\ntwo\n")
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(
-            [
-                "--model",
-                str(shallow_checkpoint),
-                "--captions",
-                "2",
-                "--devices",
-                "2",
-                "--image-size",
-                "64",
-                *flags.split(),
-            ]
-        )
-    printed = end.value.code + "\n" if isinstance(end.value.code, str) else capsys.readouterr().err
-    assert re.fullmatch(r"error: [^\n]*\n", printed), printed
-    says(printed, *told)
-    assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
-
-
-def test_prompts_of_a_file_are_its_lines(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a ★\n\n b \nc\n", encoding="utf-8")
-    assert prompts.file_prompts(tmp_path / "prompts.txt", None).texts == ["a ★", "b", "c"]
-    assert prompts.file_prompts(tmp_path / "prompts.txt", 2).texts == ["a ★", "b"]

@@ -163,7 +163,7 @@ def test_the_embedding_of_a_guidance_scale_is_that_of_diffusers(size):
 
 
 @slow
-@pytest.mark.parametrize("size", [(13, 10), (7, 9), (1, 3)])
+@pytest.mark.parametrize("size", [(13, 9), (1, 3)])
 def test_sizes_that_do_not_halve_equal_diffusers(size):
     """Odd numbers of rows and columns at every level: an upsampling leaves a row or a column out."""
     torch.manual_seed(1)

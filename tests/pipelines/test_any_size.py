@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 import pytest
-from marks import slow
+from marks import slow, slow_but
 from oracle import psnr, relative_error
 
 from distrijax import DistriConfig, load_pipeline
@@ -49,9 +49,7 @@ def paint(tiny_checkpoint, shallow_checkpoint, tiny_sd_checkpoints):
     return latents
 
 
-@pytest.mark.parametrize(
-    ("family", "height", "width", "devices"), [GRID[0], *(pytest.param(*case, marks=slow) for case in GRID[1:])]
-)
+@pytest.mark.parametrize(("family", "height", "width", "devices"), slow_but(GRID[:1], GRID))
 def test_full_sync_equals_one_device(paint, family, height, width, devices):
     got = paint(family, height, width, devices=devices, split_batch=False, sync_mode="full_sync")
     assert got.shape[2:] == (height // 8, width // 8)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from calls import LATENT, PROMPT, SIZE, generated, trajectory
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from facts import refuses, says, warns
@@ -25,9 +26,6 @@ from distrijax.pipelines.pipeline import Pipeline
 from distrijax.plan.traffic import traffic
 from distrijax.sampling.noise import band_noise, image_keys
 
-PROMPT = "a red circle on the left"
-SIZE = {"height": 256, "width": 64}
-LATENT = (4, 32, 8)
 TOLD = {"time_cond_proj_dim": 32}
 
 
@@ -70,17 +68,6 @@ def one(pipe_on):
 def stale(pipe_on):
     """An LCM on four devices, displaced after two exact steps."""
     return pipe_on("xl", devices=4, warmup_steps=1)
-
-
-def paint(pipe: Pipeline, **changes) -> np.ndarray:
-    call = SIZE | {"num_inference_steps": 4} | changes
-    return np.asarray(pipe(PROMPT, **call, output_type="latent").images)
-
-
-def trajectory(pipe: Pipeline, **changes) -> list[np.ndarray]:
-    seen = []
-    paint(pipe, callback_on_step_end=lambda *arguments: seen.append(np.asarray(arguments[3]["latents"])), **changes)
-    return seen
 
 
 @pytest.fixture
@@ -137,15 +124,15 @@ def test_one_device_equals_torch_diffusers(case, checkpoints, pipe_on, same_nois
     noise, call = torch.randn(1, *LATENT), SIZE | {"num_inference_steps": 4} | settings
     same_noise(5)
     wanted = theirs(PROMPT, **call, latents=noise.clone(), output_type="latent").images
-    assert relative_error(paint(ours, latents=noise.numpy(), seed=5, **settings), wanted) < 1e-3
+    assert relative_error(generated(ours, latents=noise.numpy(), seed=5, **settings), wanted) < 1e-3
 
 
 def test_the_guidance_scale_changes_the_picture_and_compiles_nothing(one):
-    pictures, count = [paint(one, guidance_scale=8.0)], one.programs.count
+    pictures, count = [generated(one, guidance_scale=8.0)], one.programs.count
     for scale in (0.0, 1.0, 7.9):
-        pictures.append(paint(one, guidance_scale=scale, num_inference_steps=4))
+        pictures.append(generated(one, guidance_scale=scale, num_inference_steps=4))
         assert min(relative_error(pictures[-1], other) for other in pictures[:-1]) > 1e-3
-    paint(one, guidance_scale=3.0, num_inference_steps=8)
+    generated(one, guidance_scale=3.0, num_inference_steps=8)
     assert one.programs.count == count
 
 
@@ -164,7 +151,7 @@ def test_many_devices_equal_one(case, pipe_on, one):
     many = pipe_on("xl", **EXACT[case])
     assert many.mesh.shape["cfg"] == 1
     call = {"guidance_scale": 6.0, "num_images_per_prompt": 2}
-    assert relative_error(paint(many, **call), paint(one, **call)) < 1e-4
+    assert relative_error(generated(many, **call), generated(one, **call)) < 1e-4
 
 
 @slow
@@ -181,10 +168,10 @@ def test_naive_patches_are_told_the_guidance_scale(pipe_on, one):
     noise = np.random.default_rng(1).standard_normal((1, *LATENT), np.float32)
     pipe = pipe_on("xl", devices=2, parallelism="naive_patch", split_scheme="row")
     call = {"guidance_scale": 6.0, "num_inference_steps": 1}
-    got = paint(pipe, latents=noise, **call)
+    got = generated(pipe, latents=noise, **call)
     sizes = {"original_size": (256, 64), "target_size": (256, 64)}
     for band, start in zip(np.split(got, 2, 2), np.split(noise, 2, 2), strict=True):
-        assert relative_error(band, paint(one, height=128, latents=start, **sizes, **call)) < 1e-4
+        assert relative_error(band, generated(one, height=128, latents=start, **sizes, **call)) < 1e-4
 
 
 @slow
@@ -193,7 +180,7 @@ def test_a_single_step_on_eight_devices_is_exact_with_the_usual_warm_up(guidance
     many, one = (pipe_on("usual", "euler-trailing", SAMPLE, devices=devices) for devices in (8, 1))
     assert many.mesh.shape["cfg"] == 2
     call = {"guidance_scale": guidance_scale, "num_inference_steps": 1}
-    assert relative_error(paint(many, **call), paint(one, **call)) < 1e-4
+    assert relative_error(generated(many, **call), generated(one, **call)) < 1e-4
 
 
 @slow
@@ -208,7 +195,7 @@ def test_what_the_first_call_needs_is_compiled_while_weights_are_read(lcm_checkp
 
 @slow
 def test_the_plan_is_that_of_the_compiled_program(stale):
-    paint(stale)
+    generated(stale)
     programs = {key[0].__name__: program.result() for key, program in stale.programs._compiled.items()}
     planned = traffic(stale.config, stale.unet_config, stale.scheduler, devices=4, latent=LATENT[1:], dtype=stale.dtype)
     assert planned.mesh == MeshPlan(1, 1, 4)
@@ -235,7 +222,7 @@ def test_a_split_of_the_single_branch_is_refused(lcm_checkpoints):
 
 def test_more_steps_than_the_model_was_distilled_on_are_refused(one):
     with refuses("num_inference_steps", 41, 40):
-        paint(one, num_inference_steps=41)
+        generated(one, num_inference_steps=41)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +236,8 @@ def test_more_steps_than_the_model_was_distilled_on_are_refused(one):
 )
 def test_what_only_two_branches_would_heed_is_told(given, one):
     with warns(*given, "UNet"):
-        got = paint(one, guidance_scale=8.0, **given)
-    np.testing.assert_array_equal(got, paint(one, guidance_scale=8.0))
+        got = generated(one, guidance_scale=8.0, **given)
+    np.testing.assert_array_equal(got, generated(one, guidance_scale=8.0))
 
 
 def test_further_exact_steps_are_not_idle_where_they_make_all_steps_exact(pipe_on):
@@ -258,7 +245,7 @@ def test_further_exact_steps_are_not_idle_where_they_make_all_steps_exact(pipe_o
     with refuses(
         "extrapolate", "warmup_steps 2", "sync_steps [-1]", 4, error=DistriWarning
     ):  # warnings are errors here: before anything is compiled
-        paint(pipe)
+        generated(pipe)
 
 
 def test_options_of_displaced_steps_are_told_where_there_are_none(pipe_on):
@@ -266,4 +253,4 @@ def test_options_of_displaced_steps_are_told_where_there_are_none(pipe_on):
     with refuses(
         "extrapolate", "compress", "warmup_steps 4", "4 steps", error=DistriWarning
     ):  # warnings are errors here: before anything is compiled
-        paint(pipe)
+        generated(pipe)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from calls import PROMPT, generated, trajectory
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from marks import slow
@@ -28,11 +29,10 @@ from distrijax.parallel.processes import to_devices
 from distrijax.sampling import denoise
 from distrijax.sampling.noise import draw_latents
 
-PROMPT = "a red circle on the left"
-SIZE = {"height": 136, "width": 64}
+IMAGE = {"height": 136, "width": 64, "num_inference_steps": 4}
+CALL = IMAGE | {"num_images_per_prompt": 2}
 ROWS_COLUMNS = (17, 8)  # of the latent: no number of devices divides its rows
 WARM_UP = 1
-STEPS = 4
 
 OURS = {"sync_mode": SyncMode.DAMPED_ASYNC_GN, "extrapolate": True}
 PATCH = {mode.value: {"sync_mode": mode} for mode in SyncMode}
@@ -71,21 +71,9 @@ class Case(NamedTuple):
         return self.pipe(**self.setting, **MESHES[self.mesh])
 
 
-def latents(pipe: DistriSDXLPipeline, prompt: str = PROMPT, **changes) -> np.ndarray:
-    """Of two images, unless `changes` say otherwise."""
-    call = SIZE | {"num_inference_steps": STEPS, "num_images_per_prompt": 2, "output_type": "latent"} | changes
-    return np.asarray(pipe(prompt, **call).images)
-
-
-def trajectory(pipe: DistriSDXLPipeline) -> list[np.ndarray]:
-    seen = []
-    latents(pipe, callback_on_step_end=lambda *arguments: seen.append(np.asarray(arguments[3]["latents"])))
-    return seen
-
-
 def one_device_is_torch_diffusers(case: Case, request) -> None:
     noise, wanted = request.getfixturevalue("torch_latents")
-    got = latents(case.own, num_images_per_prompt=1, guidance_scale=5.0, latents=noise)
+    got = generated(case.own, **IMAGE, guidance_scale=5.0, latents=noise)
     assert relative_error(got, wanted) < 1e-3
 
 
@@ -95,14 +83,14 @@ def one_device_runs_the_synchronous_program(case: Case, request) -> None:
     config = DistriConfig(**case.setting, **MESHES[case.mesh], warmup_steps=WARM_UP)
     layout = Layout(plan, guided=True, latent=ROWS_COLUMNS)
     mode, exact = (
-        denoise.loop_of(each, layout, form, None, np.float32, STEPS)
+        denoise.loop_of(each, layout, form, None, np.float32, IMAGE["num_inference_steps"])
         for each in (config, DistriConfig(sync_mode="full_sync"))
     )
     assert mode == exact
 
 
 def many_devices_equal_one(case: Case, request) -> None:
-    assert relative_error(latents(case.own), case.exact("one device")[-1]) < 1e-4
+    assert relative_error(generated(case.own, **CALL), case.exact("one device")[-1]) < 1e-4
 
 
 def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
@@ -110,7 +98,7 @@ def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
     pipe, seen = case.own, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipe, "_denoise", lambda *arguments: seen.append(arguments) or arguments[2])
-        latents(pipe)
+        generated(pipe, **CALL)
     ((loop, inputs, state, xs, *_),) = seen
     once = to_devices(jax.tree.map(lambda column: column[:1], xs), NamedSharding(pipe.mesh, P()))
 
@@ -126,13 +114,13 @@ def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
 
 
 def first_steps_are_synchronous(case: Case, request) -> None:
-    errors = [relative_error(*both) for both in zip(trajectory(case.own), case.exact(case.mesh), strict=True)]
+    errors = [relative_error(*both) for both in zip(trajectory(case.own, **CALL), case.exact(case.mesh), strict=True)]
     assert max(errors[: WARM_UP + 1]) < 1e-6
     assert min(errors[WARM_UP + 1 :]) > 1e-5
 
 
 def the_same_seed_gives_the_same_bits(case: Case, request) -> None:
-    np.testing.assert_array_equal(latents(case.own), latents(case.own))
+    np.testing.assert_array_equal(generated(case.own, **CALL), generated(case.own, **CALL))
 
 
 def the_same_seed_gives_the_same_noise_as_on_one_device(case: Case, request) -> None:
@@ -183,14 +171,14 @@ def pipe(shallow_checkpoint):
 
 @pytest.fixture(scope="module")
 def exact(pipe):
-    return functools.cache(lambda mesh: trajectory(pipe(**MESHES[mesh], sync_mode=SyncMode.FULL_SYNC)))
+    return functools.cache(lambda mesh: trajectory(pipe(**MESHES[mesh], sync_mode=SyncMode.FULL_SYNC), **CALL))
 
 
 @pytest.fixture(scope="module")
 def torch_latents(shallow_checkpoint) -> tuple[np.ndarray, np.ndarray]:
     """Starting noise, and what torch diffusers makes of it."""
     noise = torch.randn(1, 4, *ROWS_COLUMNS)
-    call = SIZE | {"num_inference_steps": STEPS, "latents": noise.clone(), "output_type": "latent"}
+    call = IMAGE | {"latents": noise.clone(), "output_type": "latent"}
     return noise.numpy(), load_torch_pipeline(shallow_checkpoint)(PROMPT, **call).images.numpy()
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from calls import LATENT, OTHER, PROMPT, SIZE, generated, trajectory
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from facts import refuses, warns
 from marks import slow, slow_but
@@ -23,10 +24,6 @@ from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarni
 from distrijax.pipelines.call import image_seeds
 from distrijax.schedulers import with_class
 
-PROMPT = "a red circle on the left"
-OTHER = "two blue squares on a green background"
-SIZE = {"height": 256, "width": 64}
-LATENT = (4, 32, 8)
 EMBEDDINGS = {
     "prompt_embeds": np.zeros((1, 154, 2 * TEXT_WIDTH), np.float32),
     "pooled_prompt_embeds": np.zeros((1, TEXT_WIDTH), np.float32),
@@ -71,11 +68,6 @@ def exact(pipe_on):
     return pipe_on(devices=4, sync_mode="full_sync")
 
 
-def paint(pipe: DistriSDXLPipeline, *arguments, kind: str = "latent", **changes) -> np.ndarray:
-    settings = SIZE | {"num_inference_steps": 4} | changes
-    return np.asarray(pipe(*(arguments or (PROMPT,)), **settings, output_type=kind).images)
-
-
 ORACLES = {
     "euler": (
         EulerDiscreteScheduler,
@@ -117,18 +109,18 @@ def test_one_device_equals_torch_diffusers(monkeypatch, one, torch_pipe, schedul
         defaults = SIZE | {"num_inference_steps": 4, "latents": noise.clone()}
         return torch_pipe(PROMPT, **defaults | settings, output_type=output_type).images
 
-    assert relative_error(paint(one, latents=noise.numpy(), **settings), wanted("latent")) < 1e-3
-    assert psnr(paint(one, kind="np", latents=noise.numpy(), **settings), wanted("np")) > 50
+    assert relative_error(generated(one, latents=noise.numpy(), **settings), wanted("latent")) < 1e-3
+    assert psnr(generated(one, kind="np", latents=noise.numpy(), **settings), wanted("np")) > 50
 
 
 def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe):
     with torch.no_grad():
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
         given = dict(zip(names, torch_pipe.encode_prompt(PROMPT, negative_prompt=OTHER), strict=True))
-    got = paint(one, None, **{name: value.numpy() for name, value in given.items()})
-    assert relative_error(got, paint(one, negative_prompt=OTHER)) < 1e-4
+    got = generated(one, None, **{name: value.numpy() for name, value in given.items()})
+    assert relative_error(got, generated(one, negative_prompt=OTHER)) < 1e-4
     held = {name: value.bfloat16().requires_grad_() for name, value in given.items()}
-    assert relative_error(paint(one, None, **held), got) < 0.1
+    assert relative_error(generated(one, None, **held), got) < 0.1
 
 
 def test_what_encode_prompt_returns_takes_the_place_of_prompts(one, torch_pipe):
@@ -137,8 +129,8 @@ def test_what_encode_prompt_returns_takes_the_place_of_prompts(one, torch_pipe):
     with torch.no_grad():
         for ours, theirs in zip(got, torch_pipe.encode_prompt(PROMPT, negative_prompt=OTHER), strict=True):
             assert relative_error(ours, theirs.numpy()) < 1e-4
-    given = paint(one, None, **dict(zip(names, got, strict=True)))
-    np.testing.assert_array_equal(given, paint(one, negative_prompt=OTHER))
+    given = generated(one, None, **dict(zip(names, got, strict=True)))
+    np.testing.assert_array_equal(given, generated(one, negative_prompt=OTHER))
 
 
 @pytest.mark.parametrize("devices", slow_but([1], [1, 3, 4]))
@@ -153,7 +145,7 @@ def test_latents_are_decoded_to_the_picture_of_the_call(pipe_on, one, stale, dev
 
 
 def test_missing_negative_prompt_is_zeros_and_not_the_empty_prompt(one):
-    assert relative_error(paint(one), paint(one, negative_prompt="")) > 1e-3
+    assert relative_error(generated(one), generated(one, negative_prompt="")) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -165,10 +157,10 @@ def test_missing_negative_prompt_is_zeros_and_not_the_empty_prompt(one):
 )
 def test_negative_sizes_without_both_change_nothing_and_are_told(one, given):
     with warns(", ".join(given), "negative_original_size", "negative_target_size") as caught:
-        got = paint(one, num_inference_steps=1, **given)
+        got = generated(one, num_inference_steps=1, **given)
     assert [warning.filename for warning in caught] == [__file__]
-    np.testing.assert_array_equal(got, paint(one, num_inference_steps=1))
-    paint(
+    np.testing.assert_array_equal(got, generated(one, num_inference_steps=1))
+    generated(
         one, num_inference_steps=1, guidance_scale=1.0, **given
     )  # warnings are errors: no word of what no branch would heed
 
@@ -180,69 +172,71 @@ def test_negative_sizes_without_both_change_nothing_and_are_told(one, given):
 )
 def test_full_sync_equals_one_device(pipe_on, one, settings):
     many = pipe_on(**settings, sync_mode="full_sync")
-    assert relative_error(paint(many), paint(one)) < 1e-4
-    assert relative_error(paint(many, kind="np"), paint(one, kind="np")) < 1e-4
+    assert relative_error(generated(many), generated(one)) < 1e-4
+    assert relative_error(generated(many, kind="np"), generated(one, kind="np")) < 1e-4
 
 
 @slow
 def test_two_patches_for_each_branch_equal_one_device(exact, one):
-    assert relative_error(paint(exact), paint(one)) < 1e-4
-    assert relative_error(paint(exact, kind="np"), paint(one, kind="np")) < 1e-4
+    assert relative_error(generated(exact), generated(one)) < 1e-4
+    assert relative_error(generated(exact, kind="np"), generated(one, kind="np")) < 1e-4
 
 
 @slow
 def test_without_guidance_both_halves_of_the_mesh_share_the_rows(exact, one):
     got = exact(PROMPT, **SIZE, num_inference_steps=4, guidance_scale=1.0, output_type="latent").images
     assert {shard.data.shape for shard in got.addressable_shards} == {(1, 4, 8, 8)}
-    assert relative_error(got, paint(one, guidance_scale=1.0)) < 1e-4
+    assert relative_error(got, generated(one, guidance_scale=1.0)) < 1e-4
 
 
 def test_devices_that_repeat_the_work_of_others_are_told(pipe_on):
     with refuses(
         "devices", "split_batch=False", error=DistriWarning
     ):  # warnings are errors here: before anything is compiled
-        paint(pipe_on(devices=2, parallelism="tensor"), guidance_scale=1.0, num_inference_steps=1)
+        generated(pipe_on(devices=2, parallelism="tensor"), guidance_scale=1.0, num_inference_steps=1)
 
 
 @slow
 def test_guidance_of_one_or_less_runs_the_text_branch_alone(one):
-    np.testing.assert_array_equal(paint(one, guidance_scale=1.0), paint(one, guidance_scale=0.0))
-    np.testing.assert_array_equal(paint(one, guidance_scale=1.0), paint(one, guidance_scale=1.0, negative_prompt=OTHER))
+    np.testing.assert_array_equal(generated(one, guidance_scale=1.0), generated(one, guidance_scale=0.0))
+    np.testing.assert_array_equal(
+        generated(one, guidance_scale=1.0), generated(one, guidance_scale=1.0, negative_prompt=OTHER)
+    )
 
 
 @pytest.fixture(scope="module")
 def pair(one):
     """Two prompts with a seed each, as a batch on one device."""
-    return paint(one, [PROMPT, OTHER], seed=[3, 4])
+    return generated(one, [PROMPT, OTHER], seed=[3, 4])
 
 
 @slow
 def test_pictures_of_a_batch_are_those_of_single_calls(one, pair):
     assert pair.shape == (2, *LATENT)
     for i, (prompt, seed) in enumerate([(PROMPT, 3), (OTHER, 4)]):
-        assert relative_error(pair[i : i + 1], paint(one, prompt, seed=seed)) < 1e-4
+        assert relative_error(pair[i : i + 1], generated(one, prompt, seed=seed)) < 1e-4
 
 
 @slow
 def test_prompts_on_different_devices_are_those_of_a_batch(pipe_on, pair):
     many = pipe_on(devices=4, data=2, sync_mode="full_sync")
-    assert relative_error(paint(many, [PROMPT, OTHER], seed=[3, 4]), pair) < 1e-4
+    assert relative_error(generated(many, [PROMPT, OTHER], seed=[3, 4]), pair) < 1e-4
     with refuses(1, "data=2", 2):
-        paint(many, PROMPT)
+        generated(many, PROMPT)
 
 
 @slow
 def test_images_of_one_prompt_differ_and_the_first_is_that_of_a_single_call(one):
-    got = paint(one, num_images_per_prompt=2, seed=7)
-    assert relative_error(got[:1], paint(one, seed=7)) < 1e-4
+    got = generated(one, num_images_per_prompt=2, seed=7)
+    assert relative_error(got[:1], generated(one, seed=7)) < 1e-4
     assert relative_error(got[1], got[0]) > 0.1
-    assert relative_error(got, paint(one, [PROMPT, PROMPT], seed=7)) < 1e-5
+    assert relative_error(got, generated(one, [PROMPT, PROMPT], seed=7)) < 1e-5
 
 
 def test_seeds_draw_different_noise(one):
-    assert relative_error(paint(one, seed=1 + 2**32), paint(one, seed=1)) > 0.1
-    assert relative_error(paint(one, seed=1), paint(one, seed=2)) > 0.1
-    np.testing.assert_array_equal(paint(one, seed=[1]), paint(one, seed=1))
+    assert relative_error(generated(one, seed=1 + 2**32), generated(one, seed=1)) > 0.1
+    assert relative_error(generated(one, seed=1), generated(one, seed=2)) > 0.1
+    np.testing.assert_array_equal(generated(one, seed=[1]), generated(one, seed=1))
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.asarray, torch.tensor])
@@ -256,14 +250,7 @@ def test_seeds_may_be_arrays_of_any_library(array):
 
 
 def test_the_guidance_scale_may_be_an_array_without_dimensions(one):
-    np.testing.assert_array_equal(paint(one, guidance_scale=jnp.float32(3)), paint(one, guidance_scale=3.0))
-
-
-def trajectory(pipe: DistriSDXLPipeline, **changes) -> list[np.ndarray]:
-    """The latents after each step."""
-    seen = []
-    paint(pipe, callback_on_step_end=lambda *arguments: seen.append(np.asarray(arguments[3]["latents"])), **changes)
-    return seen
+    np.testing.assert_array_equal(generated(one, guidance_scale=jnp.float32(3)), generated(one, guidance_scale=3.0))
 
 
 @slow
@@ -280,14 +267,14 @@ def test_further_synchronous_steps_are_exact(pipe_on, one):
             seen.append(np.asarray(tensors["latents"]))
             return {"latents": got[step]} if step == at - 1 else None
 
-        paint(one, callback_on_step_end=callback, num_inference_steps=6)
+        generated(one, callback_on_step_end=callback, num_inference_steps=6)
         return seen[at]
 
     errors = [relative_error(got[step], restarted(step)) for step in range(1, 6)]
     assert max(errors[i - 1] for i in (1, 3, 5)) < 1e-5
     assert min(errors[i - 1] for i in (2, 4)) > 1e-5
     count = pipe.programs.count
-    at_once = paint(pipe, num_inference_steps=6, chunk_size=None)
+    at_once = generated(pipe, num_inference_steps=6, chunk_size=None)
     np.testing.assert_array_equal(at_once, got[-1])
     assert pipe.programs.count == count
 
@@ -302,10 +289,10 @@ def test_naive_patches_are_pictures_of_their_own(pipe_on, one, scheme, axis):
     """Each band equals one device's picture of the band's size, told the whole picture's size."""
     noise = np.random.default_rng(1).standard_normal((1, 4, 32, 32), np.float32)
     whole = {"height": 256, "width": 256, "latents": noise, "num_inference_steps": 3}
-    got = paint(naive(pipe_on, scheme, split_batch=False), **whole)
+    got = generated(naive(pipe_on, scheme, split_batch=False), **whole)
     sides = {"height": 256, "width": 256, ("height", "width")[axis - 2]: 64}
     for band, start in zip(np.split(got, 4, axis), np.split(noise, 4, axis), strict=True):
-        alone = paint(one, **whole | sides | {"latents": start}, original_size=(256, 256), target_size=(256, 256))
+        alone = generated(one, **whole | sides | {"latents": start}, original_size=(256, 256), target_size=(256, 256))
         assert relative_error(band, alone) < 1e-4
 
 
@@ -319,28 +306,28 @@ def test_alternate_cuts_rows_then_columns(pipe_on, settings):
     def continued(pipe, step, timestep, tensors):
         return {"latents": after_rows} if step == 0 else None
 
-    wanted = paint(columns, callback_on_step_end=continued, **size)
-    assert relative_error(paint(both, **size), wanted) < 1e-5
-    assert relative_error(paint(rows, **size), wanted) > 1e-3
+    wanted = generated(columns, callback_on_step_end=continued, **size)
+    assert relative_error(generated(both, **size), wanted) < 1e-5
+    assert relative_error(generated(rows, **size), wanted) > 1e-3
 
 
 def test_running_twice_gives_the_same_bits(stale):
-    first, second = (paint(stale, kind="np", seed=11) for _ in range(2))
+    first, second = (generated(stale, kind="np", seed=11) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 @slow
 @pytest.mark.parametrize("chunk_size", [3, None])
 def test_chunks_give_the_same_numbers(stale, chunk_size):
-    wanted = paint(stale, num_inference_steps=6)
-    assert relative_error(paint(stale, num_inference_steps=6, chunk_size=chunk_size), wanted) < 1e-5
+    wanted = generated(stale, num_inference_steps=6)
+    assert relative_error(generated(stale, num_inference_steps=6, chunk_size=chunk_size), wanted) < 1e-5
 
 
 @slow
 def test_fewer_steps_than_the_warm_up_are_all_exact(exact, stale):
-    wanted = paint(exact, num_inference_steps=2)
-    assert relative_error(paint(stale, num_inference_steps=2), wanted) < 1e-6
-    assert relative_error(paint(stale, num_inference_steps=1), wanted) > 1e-3
+    wanted = generated(exact, num_inference_steps=2)
+    assert relative_error(generated(stale, num_inference_steps=2), wanted) < 1e-6
+    assert relative_error(generated(stale, num_inference_steps=1), wanted) > 1e-3
 
 
 @slow
@@ -360,11 +347,13 @@ def test_a_call_whose_steps_are_all_exact_keeps_nothing_for_a_next_one(shallow_c
 @slow
 def test_only_new_shapes_compile(one, stale):
     for pipe in (one, stale):
-        paint(pipe, kind="np", negative_prompt=OTHER)
-        paint(pipe, latents=np.zeros((1, *LATENT)))
+        generated(pipe, kind="np", negative_prompt=OTHER)
+        generated(pipe, latents=np.zeros((1, *LATENT)))
         count = pipe.programs.count
-        paint(pipe, OTHER, kind="np", seed=5, guidance_scale=8.0, num_inference_steps=7)
-        paint(pipe, negative_prompt=PROMPT, num_inference_steps=3, original_size=(1, 2), latents=np.ones((1, *LATENT)))
+        generated(pipe, OTHER, kind="np", seed=5, guidance_scale=8.0, num_inference_steps=7)
+        generated(
+            pipe, negative_prompt=PROMPT, num_inference_steps=3, original_size=(1, 2), latents=np.ones((1, *LATENT))
+        )
         assert pipe.programs.count == count
 
 
@@ -401,10 +390,10 @@ def test_what_the_first_call_needs_is_compiled_while_weights_are_read(
 
 @slow
 def test_another_scheduler_compiles_the_loop_again_and_nothing_else(one, monkeypatch):
-    paint(one, kind="np")
+    generated(one, kind="np")
     before = set(one.programs._compiled)
     monkeypatch.setattr(one, "scheduler", with_class(one.scheduler, "euler-ancestral"))
-    paint(one, kind="np")
+    generated(one, kind="np")
     assert {function.__name__ for function, *_ in one.programs._compiled.keys() - before} == {
         "_begin",
         "synchronous_steps",
@@ -412,21 +401,21 @@ def test_another_scheduler_compiles_the_loop_again_and_nothing_else(one, monkeyp
 
 
 def test_numpys_whole_numbers_are_as_good_as_pythons(stale):
-    wanted = paint(stale)
+    wanted = generated(stale)
     count = stale.programs.count
     given = {name: np.int64(value) for name, value in {**SIZE, "num_inference_steps": 4, "chunk_size": 1}.items()}
-    np.testing.assert_array_equal(paint(stale, **given), wanted)
+    np.testing.assert_array_equal(generated(stale, **given), wanted)
     assert stale.programs.count == count
 
 
 @slow
 def test_another_size_compiles_again_and_only_once(one):
     before = one.programs.count
-    first = paint(one, height=32, width=32)
+    first = generated(one, height=32, width=32)
     after = one.programs.count
     assert first.shape == (1, 4, 4, 4)
     assert after > before
-    paint(one, height=32, width=32, seed=9)
+    generated(one, height=32, width=32, seed=9)
     assert one.programs.count == after
     assert one.programs.seconds > 0
 
@@ -438,40 +427,40 @@ def test_callback_sees_every_step_and_may_change_the_latents(one):
         calls.append((pipe is one, step, timestep))
         return {"latents": np.full((1, *LATENT), 0.5)} if step == 2 else None
 
-    changed = paint(one, seed=1, callback_on_step_end=callback)
+    changed = generated(one, seed=1, callback_on_step_end=callback)
     timesteps = one.scheduler.schedule(4)[0].timestep
     assert calls == [(True, step, float(timesteps[step])) for step in range(4)]
-    np.testing.assert_array_equal(changed, paint(one, seed=2, callback_on_step_end=callback))
-    assert relative_error(changed, paint(one, seed=1)) > 1e-3
+    np.testing.assert_array_equal(changed, generated(one, seed=2, callback_on_step_end=callback))
+    assert relative_error(changed, generated(one, seed=1)) > 1e-3
 
 
 def test_callback_with_latents_of_another_shape_is_refused(one):
     with refuses("callback", "latents", "[1, 4, 4, 4]", "[1, 4, 32, 8]"):
-        paint(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, 4, 4, 4))})
+        generated(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, 4, 4, 4))})
 
 
 @pytest.mark.parametrize("returned", [[1], {"latents": None}, {"latents": "noise"}])
 def test_a_callback_that_returns_no_latents_is_refused(one, returned):
     with refuses(*(["list", "dict", "None"] if returned == [1] else ["latents", "array"])):
-        paint(one, callback_on_step_end=lambda *_: returned)
+        generated(one, callback_on_step_end=lambda *_: returned)
 
 
 def test_a_callback_that_returns_more_than_latents_is_refused(one):
     with refuses("callback_on_step_end", "prompt_embeds", "latents"):
-        paint(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, *LATENT)), "prompt_embeds": None})
+        generated(one, callback_on_step_end=lambda *_: {"latents": np.zeros((1, *LATENT)), "prompt_embeds": None})
 
 
 def test_progress_bar_counts_the_steps(monkeypatch, capsys, one):
     monkeypatch.setattr(one, "_progress", {})
-    paint(one)
+    generated(one)
     assert "4/4" in capsys.readouterr().err
     one.set_progress_bar_config(disable=True)
-    paint(one)
+    generated(one)
     assert capsys.readouterr().err == ""
 
 
 def test_output_types(one):
-    values = paint(one, kind="np")
+    values = generated(one, kind="np")
     assert values.shape == (1, 256, 64, 3)
     assert values.dtype == np.float32
     assert 0 <= values.min() < values.max() <= 1
@@ -479,7 +468,7 @@ def test_output_types(one):
     assert isinstance(picture, Image.Image)
     assert picture.size == (64, 256)
     np.testing.assert_array_equal(np.asarray(picture), np.round(values[0] * 255).astype(np.uint8))
-    assert paint(one, kind="latent").shape == (1, *LATENT)
+    assert generated(one, kind="latent").shape == (1, *LATENT)
 
 
 @slow
@@ -494,7 +483,7 @@ def test_bfloat16_is_close_to_float32(shallow_checkpoint, one):
     short.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(0).standard_normal((1, *LATENT), np.float32)
     settings = {"latents": latents, "kind": "np", "num_inference_steps": 2, "guidance_scale": 1.0}
-    assert psnr(paint(short, **settings), paint(one, **settings)) > 30
+    assert psnr(generated(short, **settings), generated(one, **settings)) > 30
 
 
 def test_parameters_lie_on_every_device(stale):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from calls import LATENT, OTHER, PROMPT, SIZE, generated, trajectory
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from facts import one_sentence, refuses
 from marks import slow, slow_but
@@ -19,11 +20,6 @@ from transformers import CLIPTextModel
 
 from distrijax import DistriConfig, DistriSDPipeline, DistriSDXLPipeline, load_pipeline
 from distrijax.schedulers import with_class
-
-PROMPT = "a red circle on the left"
-OTHER = "two blue squares on a green background"
-SIZE = {"height": 256, "width": 64}
-LATENT = (4, 32, 8)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +45,6 @@ def one(pipe_on):
 def torch_pipes(tiny_sd_checkpoints):
     """The checkpoints in torch diffusers, by version."""
     return functools.cache(lambda version: load_torch_pipeline(tiny_sd_checkpoints[version]))
-
-
-def paint(pipe: DistriSDPipeline, *arguments, kind: str = "latent", **changes) -> np.ndarray:
-    settings = SIZE | {"num_inference_steps": 4} | changes
-    return np.asarray(pipe(*(arguments or (PROMPT,)), **settings, output_type=kind).images)
 
 
 ORACLES = {
@@ -82,13 +73,13 @@ def test_one_device_equals_torch_diffusers(monkeypatch, one, torch_pipes, case):
         defaults = SIZE | {"num_inference_steps": 4, "latents": noise.clone()}
         return theirs(PROMPT, **defaults | settings, output_type=output_type).images
 
-    assert relative_error(paint(ours, latents=noise.numpy(), **settings), wanted("latent")) < 1e-3
-    assert psnr(paint(ours, kind="np", latents=noise.numpy(), **settings), wanted("np")) > 50
+    assert relative_error(generated(ours, latents=noise.numpy(), **settings), wanted("latent")) < 1e-3
+    assert psnr(generated(ours, kind="np", latents=noise.numpy(), **settings), wanted("np")) > 50
 
 
 def test_the_missing_negative_prompt_is_the_empty_one(one):
-    np.testing.assert_array_equal(paint(one(1)), paint(one(1), negative_prompt=""))
-    assert relative_error(paint(one(1)), paint(one(1), negative_prompt=OTHER)) > 1e-3
+    np.testing.assert_array_equal(generated(one(1)), generated(one(1), negative_prompt=""))
+    assert relative_error(generated(one(1)), generated(one(1), negative_prompt=OTHER)) > 1e-3
 
 
 def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipes):
@@ -96,9 +87,9 @@ def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe
         names = ("prompt_embeds", "negative_prompt_embeds")
         given = dict(zip(names, torch_pipes(1).encode_prompt(PROMPT, "cpu", 1, True, OTHER), strict=True))
     given = {name: value.numpy() for name, value in given.items()}
-    assert relative_error(paint(one(1), None, **given), paint(one(1), negative_prompt=OTHER)) < 1e-4
+    assert relative_error(generated(one(1), None, **given), generated(one(1), negative_prompt=OTHER)) < 1e-4
     del given["negative_prompt_embeds"]
-    assert relative_error(paint(one(1), None, **given), paint(one(1))) < 1e-4
+    assert relative_error(generated(one(1), None, **given), generated(one(1))) < 1e-4
 
 
 @slow
@@ -113,30 +104,28 @@ def test_embeddings_of_torch_diffusers_take_the_place_of_prompts(one, torch_pipe
 )
 def test_full_sync_equals_one_device(pipe_on, one, version, settings):
     many = pipe_on(version, **settings, sync_mode="full_sync")
-    assert relative_error(paint(many), paint(one(version))) < 1e-4
+    assert relative_error(generated(many), generated(one(version))) < 1e-4
 
 
 @slow
 def test_pictures_of_a_batch_are_those_of_single_calls(one):
-    pair = paint(one(1), [PROMPT, OTHER], seed=[3, 4], num_images_per_prompt=1)
+    pair = generated(one(1), [PROMPT, OTHER], seed=[3, 4], num_images_per_prompt=1)
     assert pair.shape == (2, *LATENT)
-    assert relative_error(pair[1:], paint(one(1), OTHER, seed=4)) < 1e-4
+    assert relative_error(pair[1:], generated(one(1), OTHER, seed=4)) < 1e-4
 
 
 @slow
 def test_warm_up_and_progress_count_calls_of_the_unet(pipe_on, monkeypatch, capsys):
     """PNDM makes four of them for three steps, of which warmup_steps + 1 are exact."""
 
-    def trajectory(**settings) -> list[np.ndarray]:
-        seen = []
+    def steps(**settings) -> list[np.ndarray]:
         pipe = pipe_on(1, devices=2, split_batch=False, **settings)
         monkeypatch.setattr(pipe, "_progress", {})
-        keep = lambda *arguments: seen.append(np.asarray(arguments[3]["latents"]))  # noqa: E731
-        paint(pipe, num_inference_steps=3, callback_on_step_end=keep)
+        seen = trajectory(pipe, num_inference_steps=3)
         assert "4/4" in capsys.readouterr().err
         return seen
 
-    got, wanted = trajectory(warmup_steps=1), trajectory(sync_mode="full_sync")
+    got, wanted = steps(warmup_steps=1), steps(sync_mode="full_sync")
     errors = [relative_error(*both) for both in zip(got, wanted, strict=True)]
     assert len(errors) == 4
     assert max(errors[:2]) < 1e-6

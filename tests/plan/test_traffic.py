@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import re
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from facts import refuses, says
-from marks import slow_but
+from marks import slow, slow_but
 from test_unet import BASE, FULL_BASE
 
 from distrijax import DistriConfig, plan_mesh
@@ -18,24 +19,25 @@ from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.programs import compiled, options_for, trace
 from distrijax.pipelines.loading import read_configs
 from distrijax.plan.overlap import Program, array_bytes
-from distrijax.plan.traffic import step_of, traffic
+from distrijax.plan.traffic import Traffic, step_of, traffic
 from distrijax.schedulers import load_scheduler
 
 PERMUTE = "collective-permute"
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-@pytest.mark.parametrize(("side", "billions"), [(1024, 0.424), (2048, 1.583), (3840, 5.376)])
+@functools.cache
+def full_size(side: int, **settings) -> Traffic:
+    """Of SDXL on eight devices; tracing it takes seconds."""
+    unet, latent = UNetConfig.from_dict(FULL_BASE), (side // 8, side // 8)
+    return traffic(DistriConfig(split_batch=False, **settings), unet, load_scheduler(DDIM), devices=8, latent=latent)
+
+
+@pytest.mark.parametrize(("side", "billions"), slow_but([(1024, 0.424)], [(1024, 0.424), (2048, 1.583), (3840, 5.376)]))
 def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
     """In elements received from seven others, both boundary rows of every convolution going to all of them."""
     latent = side // 8
-    planned = traffic(
-        DistriConfig(split_batch=False),
-        UNetConfig.from_dict(FULL_BASE),
-        load_scheduler(DDIM),
-        devices=8,
-        latent=(latent, latent),
-    )
+    planned = full_size(side)
     assert planned.rows == latent // 8
     elements = planned.stale["kv"] // 2 + planned.stale["halo"] // 2 + planned.stale["moments"] // 4
     never_read = 2 * (
@@ -49,33 +51,20 @@ def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
     assert planned.received["halo"] == planned.stale["halo"] + fresh
 
 
+@slow
 @pytest.mark.parametrize(("side", "billions"), [(1024, 1.333), (2048, 5.332), (3840, 18.744)])
 def test_tensor_parallelism_sums_as_much_as_the_originals(side, billions):
-    planned = traffic(
-        DistriConfig(split_batch=False, parallelism="tensor"),
-        UNetConfig.from_dict(FULL_BASE),
-        load_scheduler(DDIM),
-        devices=8,
-        latent=(side // 8, side // 8),
-    )
+    planned = full_size(side, parallelism="tensor")
     assert planned.received["partial sums"] / 2 / 1e9 == pytest.approx(billions, abs=0.0005)
     assert planned.stale == {} and planned.received.keys() == {"partial sums", "guidance"}
     assert planned.received["guidance"] == 0  # both branches are on the same device
 
 
+@slow
 @pytest.mark.parametrize(("compress", "bits", "percent"), [("int8", 8, 52), ("int4", 4, 28)])
 def test_full_size_models_tokens_travel_in_a_half_or_a_quarter_of_bfloat16s_bytes(compress, bits, percent):
     """Besides, two values of each channel in each layer: 70 layers, 2 branches, keys and values."""
-    whole, less = (
-        traffic(
-            DistriConfig(split_batch=False, compress=kind),
-            UNetConfig.from_dict(FULL_BASE),
-            load_scheduler(DDIM),
-            devices=8,
-            latent=(128, 128),
-        )
-        for kind in (None, compress)
-    )
+    whole, less = full_size(1024), full_size(1024, compress=compress)
     channels = 10 * 640 + 60 * 1280
     assert less.stale["kv"] == whole.stale["kv"] * bits // 16 + 2 * 2 * channels * 2 * 2
     assert less.received["kv"] == 7 * less.stale["kv"]

@@ -1,0 +1,113 @@
+"""What `evaluate.py` is asked for: the grid of settings, prompts from files and from COCO, and flags that are refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from coco_folder import coco
+from facts import refuses, says
+
+from distrijax import DistriConfig, Parallelism, SplitScheme, SyncMode
+from distrijax.cli import evaluate
+from distrijax.cli.fidelity import grid, prompts
+
+
+def test_the_grid_has_every_mode_once():
+    found = grid.settings({"warmup_steps": (0, 4)})
+    assert len({grid.folder_name(setting) for setting in found}) == len(found)
+    assert {setting.get("sync_mode") for setting in found} == {None, *SyncMode}
+    assert {setting.get("split_scheme") for setting in found} == {None, *SplitScheme}
+    assert {setting.get("parallelism") for setting in found} == {None, *Parallelism}
+    displaced, without_modes = len(SyncMode) - 1, len(Parallelism) - 2
+    assert len(found) == 1 + 3 * (2 * displaced + 1 + len(SplitScheme) + without_modes)
+    assert all(DistriConfig(**setting) for setting in found)
+
+
+def test_compression_by_itself_is_int8_and_several_are_several_settings():
+    def asked(*flags: str) -> list:
+        chosen = {"parallelism": ["patch"], "sync_mode": ["async_tokens"], "devices": [8]}
+        chosen["compress"] = evaluate.parse(["--compress", *flags] if flags != ("",) else []).compress
+        return [setting["compress"] for setting in grid.settings(chosen)[1:]]
+
+    assert asked("") == [None]
+    assert asked() == ["int8"]
+    assert asked("none", "int8", "int4") == [None, "int8", "int4"]
+
+
+def test_coco_captions_are_those_of_the_papers_script(tmp_path):
+    official = prompts.coco_prompts(coco(tmp_path / "official", karpathy=False), 3)
+    assert official.texts == ["70 0", "60 1", "50 0"]
+    karpathy = prompts.coco_prompts(coco(tmp_path / "karpathy", karpathy=True), 2)
+    assert karpathy.texts == ["K 70 0", "K 60 1"]
+    assert [path.name[-6:] for path in karpathy.pictures] == ["70.jpg", "60.jpg"]
+
+
+BAD_COCO = {
+    "nothing": (lambda folder: folder.mkdir(), ["annotations/captions_val2014.json"]),
+    "too few": (lambda folder: coco(folder, karpathy=False), [3, "--captions"]),
+    "no picture": (lambda folder: coco(folder, karpathy=True, pictures=1), [2, re.compile(r"COCO_val2014_\d+\.jpg")]),
+    "other file": (
+        lambda folder: (coco(folder, karpathy=False) / "annotations/captions_val2014.json").write_text("[]"),
+        ["captions_val2014.json", "COCO"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_COCO)
+def test_a_folder_that_is_not_cocos_is_refused_in_one_sentence(kind, tmp_path):
+    make, told = BAD_COCO[kind]
+    make(tmp_path / "coco")
+    with refuses(*told):
+        prompts.coco_prompts(tmp_path / "coco", 4 if kind == "too few" else 3)
+
+
+WRONG = {
+    "one device": ("--devices 1", ["--devices", 1, 2]),
+    "too many devices": ("--devices 2 9", ["--devices", 9, 8, "virtual CPU"]),
+    "unknown mode": ("--sync-mode fast", ["--sync-mode", "fast", "no_sync"]),
+    "no captions": ("--captions 0", ["--captions", 0, 1]),
+    "no steps": ("--num-inference-steps 0", ["--num-inference-steps", 0, 1]),
+    "odd size": ("--devices 8 --image-size 65", ["height", 65, 8, 64, 72]),
+    "three sizes": ("--image-size 64 64 64", ["--image-size", "H W", 3]),
+    "warm-up": ("--warmup-steps -1", ["warmup_steps", -1, 0]),
+    "no file": ("--prompts nowhere.txt", ["--prompts", "nowhere.txt", "file"]),
+    "short file": ("--prompts two.txt --captions 3", ["--prompts", "two.txt", 2, 3, "--captions"]),
+    "two sources": ("--prompts two.txt --coco .", ["--coco", "--prompts"]),
+    "a file for a folder": ("--output two.txt", ["--output", "two.txt", "File exists"]),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_flag_ends_in_one_line_before_anything_is_painted(
+    kind, shallow_checkpoint, tmp_path, monkeypatch, capsys
+):
+    flags, told = WRONG[kind]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "two.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(
+            [
+                "--model",
+                str(shallow_checkpoint),
+                "--captions",
+                "2",
+                "--devices",
+                "2",
+                "--image-size",
+                "64",
+                *flags.split(),
+            ]
+        )
+    printed = end.value.code + "\n" if isinstance(end.value.code, str) else capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]*\n", printed), printed
+    says(printed, *told)
+    assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
+
+
+def test_prompts_of_a_file_are_its_lines(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a ★\n\n b \nc\n", encoding="utf-8")
+    assert prompts.file_prompts(tmp_path / "prompts.txt", None).texts == ["a ★", "b", "c"]
+    assert prompts.file_prompts(tmp_path / "prompts.txt", 2).texts == ["a ★", "b"]
