@@ -310,9 +310,8 @@ def compare_images(names: Sequence[str], old: Path, new: Path, keep: Path) -> bo
     row = "{:34} {:32} {:32} {}".format
     print(row("setting", "latents", "image", "sha256 of BEFORE's"), flush=True)
     equal = True
-    for name in names:
-        file = file_of(keep, name, (USUAL, SETTINGS[name]), ".npz")
-        before, after = both(images_of, old, new, name, file)
+    files = {name: file_of(keep, name, (USUAL, SETTINGS[name]), ".npz") for name in names}
+    for name, before, after in results(images_of, files, old, new):
         verdicts = [verdict(before, after, part) for part in ("latents", "image")]
         hashes = "" if isinstance(before, str) else " ".join(array_digest(part)[:16] for part in before.values())
         print(row(name, *verdicts, hashes), flush=True)
@@ -321,11 +320,20 @@ def compare_images(names: Sequence[str], old: Path, new: Path, keep: Path) -> bo
     return equal
 
 
-def both(result_of: Callable[..., Any], old: Path, new: Path, name: str, file: Path) -> tuple[Any, Any]:
-    """The two revisions' results, made at the same time; BEFORE's is kept in `file`."""
-    with ThreadPoolExecutor(2) as pool:
-        results = [pool.submit(result_of, old, name, file), pool.submit(result_of, new, name, None)]
-        return results[0].result(), results[1].result()
+def results(
+    result_of: Callable[..., Any], files: dict[str, Path], old: Path, new: Path
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each setting's name and the two revisions' results, of which BEFORE's are kept in `files`; several are made at a time."""
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))  # a process takes up to 1 GB
+    try:
+        pending = [
+            (name, pool.submit(result_of, old, name, file), pool.submit(result_of, new, name, None))
+            for name, file in files.items()
+        ]
+        for name, before, after in pending:
+            yield name, before.result(), after.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def images_of(tree: Path, name: str, file: Path | None) -> dict[str, np.ndarray] | str:
@@ -388,9 +396,8 @@ def generate(setting: Setting) -> dict[str, np.ndarray]:
 def compare_plans(names: Sequence[str], old: Path, new: Path, keep: Path) -> bool:
     """Whether the plans have the same numbers, line by line; prints a row for each plan, and the lines that differ."""
     equal = True
-    for name in names:
-        file = file_of(keep, name, PLANS[name], ".txt")
-        before, after = both(plan_of, old, new, name, file)
+    files = {name: file_of(keep, name, PLANS[name], ".txt") for name in names}
+    for name, before, after in results(plan_of, files, old, new):
         lines = differing(before.splitlines()[1:], after.splitlines()[1:])
         programs = "same program" if before.splitlines()[0] == after.splitlines()[0] else "another program"
         print(f"{name:34} {'DIFFERS' if lines else 'equal'}, {programs}", *lines, sep="\n    ", flush=True)
