@@ -317,27 +317,30 @@ def compare_plans(names: Sequence[str], old: Path, new: Path, keep: Path) -> boo
     equal = True
     files = {name: file_of(keep, name, PLANS[name], ".txt") for name in names}
     for name, before, after in results(plan_of, files, old, new):
-        lines = differing(before.splitlines()[1:], after.splitlines()[1:])
-        programs = "same program" if before.splitlines()[0] == after.splitlines()[0] else "another program"
+        lines = differing(before[1:], after[1:])
+        programs = "same program" if before[0] == after[0] else "another program"
         print(f"{name:34} {'DIFFERS' if lines else 'equal'}, {programs}", *lines, sep="\n    ", flush=True)
         equal = equal and not lines
+    print(f"{len(names)} plans: {'all equal' if equal else 'NOT all equal'}")
     return equal
 
 
-def plan_of(tree: Path, name: str, file: Path | None) -> str:
+def plan_of(tree: Path, name: str, file: Path | None) -> list[str]:
     """A digest of the scheduled program, then what the command prints but for times of compiling; from `file` if it is there."""
     if file is not None and file.exists():
-        return file.read_text()
+        return file.read_text().splitlines()
     model = run(tree, "-c", "import distrijax; print(distrijax.DEFAULT_MODEL)").strip()
     with tempfile.TemporaryDirectory(prefix="same_as-") as folder:
         program = Path(folder) / "program.txt"
         flags = [model if flag == EMBEDDED else flag for flag in PLANS[name]]
         told = run(tree, "-m", "distrijax.plan", "--devices", "8", *flags, "--hlo", program)
-        lines = [line for line in told.splitlines() if not line.startswith("compiled")]
-        text = "\n".join([digest(plain_program(program.read_text()).encode()), *lines]) + "\n"
+        if not program.exists():
+            raise Failure("`python -m distrijax.plan` ended well and wrote no program; see whether it runs at all")
+        plan = [line for line in told.splitlines() if not line.startswith("compiled")]
+        plan = [digest(plain_program(program.read_text()).encode()), *plan]
     if file is not None:
-        file.write_text(text)
-    return text
+        file.write_text("\n".join(plan) + "\n")
+    return plan
 
 
 def plain_program(hlo: str) -> str:
