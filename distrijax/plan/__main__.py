@@ -247,3 +247,7 @@ def _write(path: Path, write) -> None:
         write(path)
     except OSError as error:
         raise DistriError(f"{path} cannot be written ({error.strerror}); choose another name") from None
+
+
+if __name__ == "__main__":
+    main()
