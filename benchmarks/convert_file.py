@@ -36,9 +36,9 @@ from distrijax.convert.layouts.original import FAMILIES, to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.tensors import Shape, Tensor
 
-NAMES = {"xl": "SDXL", "1": "SD1", "2": "SD2"}
+FAMILY_NAMES = {"xl": "SDXL", "1": "SD1", "2": "SD2"}
 
-THEIRS = """
+DIFFUSERS_SCRIPT = """
 import sys, torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 file, config, folder, pipeline = sys.argv[1:]
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--family", choices=tuple(NAMES), default="xl", help="of Stable Diffusion (default: %(default)s)")
+    add("--family", choices=tuple(FAMILY_NAMES), default="xl", help="of Stable Diffusion (default: %(default)s)")
     add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="to work in (default: %(default)s)")
     add("--repeats", type=int, default=3, help="of both in turn (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="lines of JSON are added to it, besides being printed")
@@ -67,7 +67,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if not arguments.folder.is_dir():
         raise DistriError(f"--folder {arguments.folder} is no folder; give one that exists")
     tell = json_lines(arguments.output)
-    checkpoint = random_checkpoint(NAMES[arguments.family])
+    checkpoint = random_checkpoint(FAMILY_NAMES[arguments.family])
     size = sum(tensor.nbytes for held in checkpoint.tensors.values() for tensor in held.values())
     free = shutil.disk_usage(arguments.folder).free
     if free < 2.5 * size:
@@ -85,7 +85,15 @@ def benchmark(arguments: argparse.Namespace) -> None:
         pipeline = checkpoint.index["_class_name"]
         ways = {
             "distrijax": [*ours, str(folder / "out")],
-            "diffusers": [sys.executable, "-c", THEIRS, str(file), str(config), str(folder / "out"), pipeline],
+            "diffusers": [
+                sys.executable,
+                "-c",
+                DIFFUSERS_SCRIPT,
+                str(file),
+                str(config),
+                str(folder / "out"),
+                pipeline,
+            ],
         }
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(arguments.repeats):

@@ -28,7 +28,7 @@ import jax
 from distrijax import DistriError
 from distrijax.cli.options import Parser, check_positive, json_lines, plain_errors
 
-LATENCY = Path(__file__).parent / "latency.py"
+LATENCY_SCRIPT = Path(__file__).parent / "latency.py"
 
 WAYS = {
     "one process": ["--devices", "1"],
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, flags: Sequence[str], cores: Sequence[int
         started = []
         for number, core in enumerate(cores[:processes]):
             several = ["--coordinator", coordinator, "--num-processes", str(processes), "--process-id", str(number)]
-            command = [sys.executable, str(LATENCY), *call, *several]
+            command = [sys.executable, str(LATENCY_SCRIPT), *call, *several]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
             started.append(pinned(command, core, env=environment, stdout=output, stderr=errors))
         codes = [process.wait() for process in started]

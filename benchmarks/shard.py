@@ -52,7 +52,7 @@ from distrijax.parallel.layout import Layout, check_sizes
 from distrijax.parallel.mesh import PATCH, MeshPlan
 from distrijax.parallel.programs import compiled, options_for, trace
 from distrijax.pipelines.loading import find_folder, read_configs
-from distrijax.plan.traffic import step_of
+from distrijax.plan.traffic import main_step
 from distrijax.sampling import denoise
 from distrijax.sampling.noise import image_keys
 from distrijax.sampling.shapes import StepProgram
@@ -103,7 +103,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     latent = (height // VAE_SCALE, width // VAE_SCALE)
     meshes = [plan_mesh(config, positive(parts, "--parts"), branches=unet.branches) for parts in arguments.parts]
     settings = {"latent": latent, "dtype": dtype, "platform": jax.devices()[0].platform}
-    steps = [step_of(config, unet, scheduler, mesh, **settings) for mesh in meshes]
+    steps = [main_step(config, unet, scheduler, mesh, **settings) for mesh in meshes]
     with ThreadPoolExecutor(4) as workers:
         compiling = [workers.submit(timed, compile_part(step, arguments.compiler_option)) for step in steps]
         programs = [each.result() for each in compiling]

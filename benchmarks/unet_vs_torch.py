@@ -48,7 +48,7 @@ from distrijax.weights.load import load_module
 from distrijax.weights.sharding import Model, ModelLayout
 
 CONFIGS = {"sdxl": SDXL.unet, "sdxl-reduced": {**SDXL.unet, "layers_per_block": 1, "transformer_layers_per_block": 1}}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS = 77
 VAE_SCALE = 8
 WARM_UP = 3
@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
         "--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"), help="pixels (default: 256)"
     )
     parser.add_argument("--batch", type=int, default=2, help="UNet batch; 2 is one image with guidance")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on GPUs, float32 on CPUs)")
+    parser.add_argument("--dtype", choices=tuple(TORCH_DTYPES), help="(default: bfloat16 on GPUs, float32 on CPUs)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for either, on CPUs")
     parser.add_argument("--pairs", type=int, default=20, help="how many turns each (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=1, help="of a turn, one after the other (default: %(default)s)")
@@ -93,11 +93,11 @@ def main() -> None:
         if args.config:
             torch.manual_seed(0)
             with where:
-                made = diffusers.UNet2DConditionModel.from_config(CONFIGS[args.config]).to(DTYPES[dtype])
+                made = diffusers.UNet2DConditionModel.from_config(CONFIGS[args.config]).to(TORCH_DTYPES[dtype])
             made.save_pretrained(Path(scratch, "unet"))
             args.model = Path(scratch)
             del made
-        theirs = diffusers.UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=DTYPES[dtype])
+        theirs = diffusers.UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=TORCH_DTYPES[dtype])
         theirs = theirs.eval().to(where, memory_format=layout)
         ours = load_unet(args.model / "unet", jnp.dtype(dtype), device)
     inputs = random_inputs(ours.config, args)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
 from distrijax.cli.fidelity import figures
 from distrijax.cli.fidelity.grid import AXES, Axis, Setting, label, settings, text
-from distrijax.cli.fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, Optional, compare
+from distrijax.cli.fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, OptionalMetric, compare
 from distrijax.cli.fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
 from distrijax.cli.fidelity.results import Results
 from distrijax.cli.options import (
@@ -124,7 +124,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
     """Paints and measures what the results lack of a grid."""
     count = len(job.prompts.texts)
-    lpips, fid = Optional(Lpips), Optional(Fid)
+    lpips, fid = OptionalMetric(Lpips), OptionalMetric(Fid)
     real = results.link_real(job.prompts.pictures) if job.prompts.pictures else None
     missing = [list(results.missing(setting, count, job.batch)) for setting in grid]
     with tqdm(total=sum(map(len, itertools.chain(*missing))), unit="picture", disable=None) as progress:
@@ -220,7 +220,9 @@ def paint(setting: Setting, job: Job, batches: Sequence[range], results: Results
     gc.collect()  # the next setting's weights must not come on top of these
 
 
-def measure(results: Results, setting: Setting, lpips: Optional, fid: Optional, real: Path | None) -> dict[str, Any]:
+def measure(
+    results: Results, setting: Setting, lpips: OptionalMetric, fid: OptionalMetric, real: Path | None
+) -> dict[str, Any]:
     """The figures of a setting's pictures."""
     pictures, reference = results.pictures(setting), results.reference
     psnr, ssim = compare(pictures, reference)
@@ -233,7 +235,7 @@ def measure(results: Results, setting: Setting, lpips: Optional, fid: Optional, 
     }
 
 
-def lacks(row: Mapping[str, str], metrics: Mapping[str, Optional]) -> bool:
+def lacks(row: Mapping[str, str], metrics: Mapping[str, OptionalMetric]) -> bool:
     """Whether a row was written without a metric that is available now."""
     return any(metric.available and row[column] == NOT_AVAILABLE for column, metric in metrics.items())
 

@@ -118,9 +118,9 @@ def generate(arguments: argparse.Namespace) -> None:
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.devices), branches=configs.unet.branches)
     dtype = find_dtype(arguments.dtype)
-    layout = share(arguments, config, configs, size, plan)
-    print(f"mesh     {axes(plan, layout)} on {plan.devices} x {device_kind()}, {dtype.name}")
-    print(f"image    {parts(layout, arguments.batch, configs.vae.scale)}", flush=True)
+    layout = plan_layout(arguments, config, configs, size, plan)
+    print(f"mesh     {call_mesh(plan, layout)} on {plan.devices} x {device_kind()}, {dtype.name}")
+    print(f"image    {describe_image(layout, arguments.batch, configs.vae.scale)}", flush=True)
 
     call = {
         "prompt": arguments.prompt,
@@ -160,7 +160,7 @@ def generate(arguments: argparse.Namespace) -> None:
         **{key: value for key, value in dataclasses.asdict(recipe).items() if key != "source" and value},
         "dtype": dtype.name,
         "devices": plan.devices,
-        "mesh": axes(plan, layout),
+        "mesh": call_mesh(plan, layout),
         **settings_of(config),
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
         "software": software(),
@@ -183,7 +183,7 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
     devices = config.devices or found
     dtype = find_dtype(arguments.dtype)
     mesh = plan_mesh(config, devices, branches=configs.unet.branches)
-    layout = share(arguments, config, configs, size, mesh)
+    layout = plan_layout(arguments, config, configs, size, mesh)
     planned = traffic(
         config,
         configs.unet,
@@ -194,11 +194,11 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
         guided=arguments.guidance_scale > 1,
         dtype=dtype,
     )
-    print(f"mesh     {axes(mesh, layout)}, {dtype.name}")
-    print(f"image    {parts(layout, arguments.batch, configs.vae.scale)}\n{planned}")
+    print(f"mesh     {call_mesh(mesh, layout)}, {dtype.name}")
+    print(f"image    {describe_image(layout, arguments.batch, configs.vae.scale)}\n{planned}")
 
 
-def share(
+def plan_layout(
     arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan
 ) -> Layout:
     """How the picture lies on the devices; raises DistriError where it cannot be shared out."""
@@ -207,12 +207,12 @@ def share(
     return image_layout(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided)
 
 
-def axes(mesh: MeshPlan, layout: Layout) -> MeshPlan:
+def call_mesh(mesh: MeshPlan, layout: Layout) -> MeshPlan:
     """The axes as the call uses them: without guidance `cfg` cuts the rows, as `patch` does."""
     return MeshPlan(mesh.data, 1, layout.patches) if CFG in layout.rows else mesh
 
 
-def parts(layout: Layout, batch: int, scale: int) -> str:
+def describe_image(layout: Layout, batch: int, scale: int) -> str:
     """The picture, the part of it that one device works on, and the padding; scale: pixels for a row of the latent."""
     sides = {name: (layout.latent[axis], layout.padded_shape[axis]) for axis, name in enumerate(("rows", "columns"))}
     scheme = layout.split_scheme if layout.parallelism is Parallelism.NAIVE_PATCH else SplitScheme.ROW

@@ -39,9 +39,9 @@ from distrijax.plan.projection import (
     Event,
     compile_decoder,
     compile_step,
-    seconds,
     timeline,
-    waiting,
+    total_seconds,
+    waiting_seconds,
 )
 from distrijax.plan.targets import GPUS, TPUS
 from distrijax.plan.traffic import megabytes
@@ -133,10 +133,10 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _projection(step: CompiledStep, alone: CompiledStep | None, link: float | None) -> Iterator[str]:
     events = step.events(link)
-    taken = seconds(events)
-    yield f"{1e3 * taken:.3g} ms a step, {1e3 * waiting(events):.2g} ms of them waiting for transfers"
+    taken = total_seconds(events)
+    yield f"{1e3 * taken:.3g} ms a step, {1e3 * waiting_seconds(events):.2g} ms of them waiting for transfers"
     if alone is not None:
-        slower = seconds(alone.events(link))
+        slower = total_seconds(alone.events(link))
         yield f"{1e3 * slower:.3g} ms a step on one device: {slower / taken:.2f} times as long"
 
 
@@ -226,10 +226,10 @@ def _hidden(step: CompiledStep) -> list[str]:
     transfers = step.program.transfers
     lines = []
     for kind, count in sorted(Counter(transfer.kind for transfer in transfers).items()):
-        behind = [len(transfer.behind) for transfer in transfers if transfer.kind == kind and transfer.behind]
-        words = f"{len(behind)} of {count} {kind} asynchronous, with products between start and done"
-        lines.append(words + (f" ({min(behind)} to {max(behind)} of them)" if behind else ""))
-    exposed = sorted(transfer.received for transfer in transfers if not transfer.behind)
+        hidden_by = [len(transfer.hidden_by) for transfer in transfers if transfer.kind == kind and transfer.hidden_by]
+        words = f"{len(hidden_by)} of {count} {kind} asynchronous, with products between start and done"
+        lines.append(words + (f" ({min(hidden_by)} to {max(hidden_by)} of them)" if hidden_by else ""))
+    exposed = sorted(transfer.received for transfer in transfers if not transfer.hidden_by)
     if exposed:
         lines.append(f"without products to hide behind: {', '.join(megabytes(size) for size in exposed)}")
     return lines

@@ -75,14 +75,14 @@ class Transfer:
     received: int
     start: int
     done: int
-    behind: tuple[str, ...]
+    hidden_by: tuple[str, ...]
 
     @property
     def asynchronous(self) -> bool:
         return self.start < self.done
 
 
-class Program:
+class HloProgram:
     """A scheduled HLO text.
 
     hlo: the text. computations: their instructions, by name. step: the longest of them, which is the loop's body where there
@@ -198,9 +198,9 @@ class Program:
     def _carried(self, chain: list[tuple[int, Instruction]]) -> Transfer:
         """The collective that fusions begin, carry and end; chain: the place of each, and what it has of the collective."""
         (start, collective), (done, _) = chain[0], chain[-1]
-        behind = tuple(self.step[place].name for place, _ in chain if self.flops(self.step[place]))
+        hidden_by = tuple(self.step[place].name for place, _ in chain if self.flops(self.step[place]))
         transfer = self._transfer(collective, start, done, collective.arrays)
-        return dataclasses.replace(transfer, behind=behind)
+        return dataclasses.replace(transfer, hidden_by=hidden_by)
 
     def _transfer(
         self, collective: Instruction, start: int, done: int, arrays: Iterable[str] | None = None
@@ -212,8 +212,8 @@ class Program:
         part = {"collective-permute": 1.0, "all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0}.get(
             kind, (n - 1) / n
         )
-        behind = tuple(each.name for each in self.step[start + 1 : done] if self.flops(each))
-        return Transfer(kind, arrays, round(part * sum(map(array_bytes, arrays))), start, done, behind)
+        hidden_by = tuple(each.name for each in self.step[start + 1 : done] if self.flops(each))
+        return Transfer(kind, arrays, round(part * sum(map(array_bytes, arrays))), start, done, hidden_by)
 
 
 def array_bytes(array: str) -> int:

@@ -3,12 +3,12 @@
 Memory, bytes, operations and what hides what are those of the compiled program. For TPUs libtpu itself estimates the cycles of
 each kernel. For GPUs times are projections of a simple model:
 
-    product     its operations at PRODUCTS of the GPU's peak, or its bytes at MEMORY of the bandwidth, whichever takes longer
-    other       its bytes at MEMORY of the bandwidth
-    kernel      LAUNCH besides
-    transfer    LATENCY, and its bytes at LINK of the link; one after the other, beside the kernels
+    product     its operations at MATMUL_EFFICIENCY of the GPU's peak, or its bytes at MEMORY_EFFICIENCY of the bandwidth, whichever takes longer
+    other       its bytes at MEMORY_EFFICIENCY of the bandwidth
+    kernel      LAUNCH_SECONDS besides
+    transfer    LINK_LATENCY, and its bytes at LINK_EFFICIENCY of the link; one after the other, beside the kernels
 
-Kernels wait for a transfer at its done alone. PRODUCTS was chosen so that one A100 takes about as long for SDXL's UNet at 3840x3840
+Kernels wait for a transfer at its done alone. MATMUL_EFFICIENCY was chosen so that one A100 takes about as long for SDXL's UNet at 3840x3840
 as the original's authors measured (2.8 s, arXiv 2402.19481); the others are common values. None was measured here.
 """
 
@@ -33,9 +33,9 @@ from distrijax.models.unet_config import UNetConfig
 from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.parallel.mesh import MeshPlan, plan_mesh
 from distrijax.parallel.programs import compiled, options_for, trace
-from distrijax.plan.overlap import Instruction, Program, Transfer, array_bytes
+from distrijax.plan.overlap import HloProgram, Instruction, Transfer, array_bytes
 from distrijax.plan.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
-from distrijax.plan.traffic import step_of
+from distrijax.plan.traffic import main_step
 from distrijax.sampling import denoise
 from distrijax.sampling.decode import Decoder, decode
 from distrijax.sampling.shapes import StepProgram
@@ -45,8 +45,8 @@ from distrijax.weights.sharding import Model, ModelLayout, placed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PRODUCTS, MEMORY, LINK = 0.6, 0.8, 0.7
-LAUNCH, LATENCY = 3e-6, 15e-6  # seconds
+MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.6, 0.8, 0.7
+LAUNCH_SECONDS, LINK_LATENCY = 3e-6, 15e-6  # seconds
 
 LINKS = {"pcie": 32e9, "network": 25e9}
 """Bytes per second that come in over other links than a host's own: PCIe 4.0 x16; 200 Gbit/s for each GPU between hosts."""
@@ -74,7 +74,7 @@ class CompiledStep:
 
     target: Gpu | Tpu
     mesh: MeshPlan
-    program: Program
+    program: HloProgram
     memory: dict[str, int]
     compiling: dict[str, float]
 
@@ -111,7 +111,7 @@ def compile_step(
     """
     mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(target, devices)
     start = time.perf_counter()
-    step = step_of(
+    step = main_step(
         config,
         unet,
         scheduler,
@@ -126,7 +126,7 @@ def compile_step(
     platform = targets[0].platform
     executable, compiling = _compiled(step.function, step.loop, step.placed(), step.donate, config, options, platform)
     compiling["tracing"] += outlined
-    program = Program(executable.as_text())
+    program = HloProgram(executable.as_text())
     temporaries = executable.memory_analysis().temp_size_in_bytes
     return CompiledStep({**GPUS, **TPUS}[target], mesh, program, _memory(step, program, temporaries), compiling)
 
@@ -191,7 +191,7 @@ def _on_device(part: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _memory(step: StepProgram, program: Program, temporaries: int) -> dict[str, int]:
+def _memory(step: StepProgram, program: HloProgram, temporaries: int) -> dict[str, int]:
     """Bytes on each device, by kind. All weights count, those too that this program does not read."""
 
     params, *arguments = step.placed()
@@ -206,7 +206,7 @@ def _memory(step: StepProgram, program: Program, temporaries: int) -> dict[str, 
     }
 
 
-def _gathered(program: Program) -> int:
+def _gathered(program: HloProgram) -> int:
     """The most bytes of gathered arrays that are alive at once: from the start of a gather to the last use of its result."""
     aliases = {}  # of an instruction that only names a part of a gather's result: that gather
     last: dict[str, int] = {}
@@ -230,7 +230,7 @@ def _gathered(program: Program) -> int:
     return most
 
 
-def _simulate(program: Program, gpu: Gpu, link: float) -> list[Event]:
+def _simulate(program: HloProgram, gpu: Gpu, link: float) -> list[Event]:
     events: list[Event] = []
     starts: dict[int, list[Transfer]] = {}
     ends: dict[int, list[Transfer]] = {}
@@ -242,34 +242,36 @@ def _simulate(program: Program, gpu: Gpu, link: float) -> list[Event]:
     for place, instruction in enumerate(program.step):
         for transfer in starts.get(place, ()):
             begin = max(now, free)
-            free = arrived[transfer.start] = begin + LATENCY + transfer.received / (LINK * link)
+            free = arrived[transfer.start] = begin + LINK_LATENCY + transfer.received / (LINK_EFFICIENCY * link)
             events.append(Event(transfer.kind, begin, free, transfer=True))
         for transfer in ends.get(place, ()):
             now = max(now, arrived[transfer.start])
-        seconds, product = _kernel(program, instruction, gpu)
-        if seconds and place not in starts:
-            events.append(Event(instruction.name, now, now + seconds, product=product))
-            now += seconds
+        duration, product = _kernel(program, instruction, gpu)
+        if duration and place not in starts:
+            events.append(Event(instruction.name, now, now + duration, product=product))
+            now += duration
     return events
 
 
-def _kernel(program: Program, instruction: Instruction, gpu: Gpu) -> tuple[float, bool]:
+def _kernel(program: HloProgram, instruction: Instruction, gpu: Gpu) -> tuple[float, bool]:
     """Seconds of an instruction's kernel, 0 for none; and whether it is a product."""
     moved = program.moved(instruction)
     if not moved:
         return 0.0, False
     flops = program.flops(instruction)
-    return max(flops / (PRODUCTS * gpu.flops), moved / (MEMORY * gpu.bandwidth)) + LAUNCH, bool(flops)
+    return max(
+        flops / (MATMUL_EFFICIENCY * gpu.flops), moved / (MEMORY_EFFICIENCY * gpu.bandwidth)
+    ) + LAUNCH_SECONDS, bool(flops)
 
 
-def seconds(events: list[Event]) -> float:
+def total_seconds(events: list[Event]) -> float:
     """The end of the time line."""
     return max((event.end for event in events), default=0.0)
 
 
-def waiting(events: list[Event]) -> float:
+def waiting_seconds(events: list[Event]) -> float:
     """Seconds in which no kernel runs."""
-    return seconds(events) - sum(event.end - event.start for event in events if not event.transfer)
+    return total_seconds(events) - sum(event.end - event.start for event in events if not event.transfer)
 
 
 def timeline(events: list[Event], title: str) -> Figure:
@@ -287,5 +289,5 @@ def timeline(events: list[Event], title: str) -> Figure:
         spans = [(1e3 * event.start, 1e3 * (event.end - event.start)) for event in part]
         axes.broken_barh(spans, (height - 0.4, 0.8), color=colour, linewidth=0)
     axes.set_yticks([height for height, *_ in rows.values()], list(rows))
-    axes.set(xlabel="ms (projection)", title=title, xlim=(0, 1e3 * seconds(events)))
+    axes.set(xlabel="ms (projection)", title=title, xlim=(0, 1e3 * total_seconds(events)))
     return figure

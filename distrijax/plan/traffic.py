@@ -89,7 +89,7 @@ def traffic(
     Raises DistriError for axis sizes that do not fit `devices` or `images`.
     """
     mesh = plan_mesh(config, devices, branches=unet.branches)
-    step = step_of(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
+    step = main_step(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
     layout = step.loop.layout
     program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
     received, by_patch = Counter(), Counter()
@@ -107,7 +107,7 @@ def traffic(
     return Traffic(mesh, layout.patches, layout.bands.rows_per_device, latent[0], dict(stale), rounded)
 
 
-def step_of(
+def main_step(
     config: DistriConfig,
     unet: UNetConfig,
     scheduler: Scheduler,

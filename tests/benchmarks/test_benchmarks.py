@@ -23,8 +23,8 @@ from distrijax import DistriConfig, load_scheduler, plan_mesh
 from distrijax.convert.layouts.original import from_original, to_original
 from distrijax.models import layers
 from distrijax.models.unet_config import UNetConfig
-from distrijax.plan.overlap import Program
-from distrijax.plan.traffic import step_of
+from distrijax.plan.overlap import HloProgram
+from distrijax.plan.traffic import main_step
 
 
 @pytest.fixture(autouse=True)
@@ -99,11 +99,11 @@ def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic(monkeypatch):
 
     def part(of: int) -> jax.stages.Compiled:
         size = {"latent": (64, 64), "dtype": jnp.float32}
-        step = step_of(config, UNetConfig.from_dict(BASE), scheduler, plan_mesh(config, of), **size)
+        step = main_step(config, UNetConfig.from_dict(BASE), scheduler, plan_mesh(config, of), **size)
         return shard.compile_part(step, {})()
 
     whole, quarter = part(1), part(4)
-    assert sum(transfer.received for transfer in Program(quarter.as_text()).transfers) == 0
+    assert sum(transfer.received for transfer in HloProgram(quarter.as_text()).transfers) == 0
     flops = [program.cost_analysis()["flops"] for program in (whole, quarter)]
     assert flops[0] / 4 < flops[1] < flops[0] / 3  # more than a quarter, for boundary rows are computed on both sides
 

@@ -356,7 +356,7 @@ def test_a_missing_network_is_told_once_in_one_line(painted, shallow_checkpoint,
 
 def test_a_metric_that_breaks_down_does_not_end_the_run(tmp_path, networks, capsys):
     Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "00000.png")
-    fid = metrics.Optional(metrics.Fid)
+    fid = metrics.OptionalMetric(metrics.Fid)
     assert fid(tmp_path, tmp_path) == fid(tmp_path, tmp_path) == "not available" and not fid.available
     told = capsys.readouterr().err
     assert re.fullmatch(r"FID: not available [^\n]*\n", told)

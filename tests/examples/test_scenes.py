@@ -149,7 +149,7 @@ def test_shapes_of_a_scene_differ_in_place_and_colour():
         assert scene.background not in {s.colour for s in scene.shapes}
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", scenes.OUTLINES)
 def test_areas_are_those_of_the_drawn_shapes(kind):
     y, x = (np.mgrid[-160:160, -160:160] / 100).astype(np.float32)
     drawn = np.mean(scenes._distance(kind, y, x) < 0) * 3.2**2

@@ -23,8 +23,8 @@ from distrijax.parallel.programs import OPTIONS
 from distrijax.pipelines.loading import read_configs
 from distrijax.plan import __main__ as plan_command
 from distrijax.plan import projection, targets
-from distrijax.plan.overlap import Instruction, Program, Transfer, array_bytes
-from distrijax.plan.projection import CompiledStep, compile_decoder, compile_step, seconds, waiting
+from distrijax.plan.overlap import HloProgram, Instruction, Transfer, array_bytes
+from distrijax.plan.projection import CompiledStep, compile_decoder, compile_step, total_seconds, waiting_seconds
 from distrijax.plan.targets import GPUS, compile_only_devices, compiler_is_installed, tpu_compiler_is_installed
 from distrijax.plan.traffic import traffic
 from distrijax.weights.dtypes import DTYPES
@@ -155,44 +155,44 @@ ENTRY %main (x: bf16[2,32], y: bf16[8,32], z: bf16[32,16], s: f32[4,4]) -> bf16[
 
 
 def test_transfers_are_read_from_the_schedule():
-    gather, total, exchange = sorted(Program(HLO).transfers, key=lambda transfer: transfer.start)
+    gather, total, exchange = sorted(HloProgram(HLO).transfers, key=lambda transfer: transfer.start)
     assert (gather.kind, gather.received, gather.asynchronous) == ("all-gather", 7 * 8 * 32 * 2, True)
-    assert gather.behind == ("one", "two")
-    assert (total.kind, total.received, total.asynchronous, total.behind) == ("all-reduce", 64, False, ())
+    assert gather.hidden_by == ("one", "two")
+    assert (total.kind, total.received, total.asynchronous, total.hidden_by) == ("all-reduce", 64, False, ())
     assert (exchange.kind, exchange.received, exchange.asynchronous) == ("all-to-all", 48, True)
-    assert exchange.behind == ()
+    assert exchange.hidden_by == ()
 
 
 def test_groups_may_be_written_as_axes_of_a_mesh():
     hlo = HLO.replace("replica_groups=[1,8]<=[8]", "replica_groups=mesh['data'=1,'patch'=4,'cfg'=2] {'patch','cfg'}")
-    assert Program(hlo).transfers == Program(HLO).transfers
+    assert HloProgram(hlo).transfers == HloProgram(HLO).transfers
 
 
 def test_a_gather_that_kernels_carry_is_hidden_behind_their_products():
     """As XLA writes it for TPUs: a start, two kernels of products with a part of it, one between that has none, and a done."""
-    carried, alone = Program(CHAIN).transfers
+    carried, alone = HloProgram(CHAIN).transfers
     assert (carried.kind, carried.received, carried.asynchronous) == ("all-gather", 7 * 2 * 32 * 2, True)
-    assert carried.behind == ("first", "second")
-    assert (alone.kind, alone.received, alone.asynchronous, alone.behind) == ("all-reduce", 64, False, ())
+    assert carried.hidden_by == ("first", "second")
+    assert (alone.kind, alone.received, alone.asynchronous, alone.hidden_by) == ("all-reduce", 64, False, ())
 
 
 def test_convolutions_count_neither_padding_nor_holes():
     """A batch of three products of 4x5 and 5x6, as XLA writes it for TPUs; and a border of zeros that costs nothing."""
-    program = Program(CHAIN)
+    program = HloProgram(CHAIN)
     batch, padded = (next(each for each in program.step if each.name == name) for name in ("batch", "padded"))
     assert program.flops(batch) == 3 * 2 * 4 * 5 * 6
     assert program.flops(padded) == 2 * 2 * 7 * (3 * 8 - 2)
 
 
 def test_what_is_in_a_loop_counts_as_often_as_it_runs():
-    program = Program(LOOP)
+    program = HloProgram(LOOP)
     assert program.cycles("main") == 30 + 4 * 100
     (loop,) = (each for each in program.computations["main"] if each.opcode == "while")
     assert program.flops(loop) == 4 * 2 * 8 * 8 * 8
 
 
 def test_operations_and_bytes_of_kernels():
-    program = Program(HLO)
+    program = HloProgram(HLO)
     by_name = {instruction.name: instruction for instruction in program.step}
     flops = {name: program.flops(instruction) for name, instruction in by_name.items()}
     assert flops.pop("one") == 2 * 8 * 16 * 32
@@ -205,7 +205,7 @@ def test_operations_and_bytes_of_kernels():
 
 
 def test_a_product_of_cublas_has_its_operations_and_its_scratch_memory_no_traffic():
-    program = Program(PRODUCT)
+    program = HloProgram(PRODUCT)
     (product,) = (each for each in program.step if each.opcode == "custom-call")
     assert program.flops(product) == 2 * 8 * 16 * 32
     assert program.moved(product) == 2 * (8 * 32 + 32 * 16 + 16 + 8 * 16)
@@ -214,13 +214,13 @@ def test_a_product_of_cublas_has_its_operations_and_its_scratch_memory_no_traffi
 def test_projected_times_follow_the_model():
     """Everything takes its bytes; the gather is over before the second product, and the sum keeps everything waiting."""
     gpu = dataclasses.replace(GPUS["a100-sxm-80gb"], flops=1e30, bandwidth=1e30, link=1e30)
-    events = CompiledStep(gpu, None, Program(HLO), {}, {}).events()
+    events = CompiledStep(gpu, None, HloProgram(HLO), {}, {}).events()
     transfers = [event for event in events if event.transfer]
     assert [event.name for event in transfers] == ["all-gather", "all-reduce", "all-to-all"]
     assert [event.end - event.start for event in transfers] == pytest.approx([15e-6] * 3)
     assert [event.name for event in events if event.product] == ["one", "two", "three"]
-    assert waiting(events) == pytest.approx(45e-6 - 3e-6)  # all but the first product wait
-    assert seconds(events) == pytest.approx(45e-6 + 2 * 3e-6)
+    assert waiting_seconds(events) == pytest.approx(45e-6 - 3e-6)  # all but the first product wait
+    assert total_seconds(events) == pytest.approx(45e-6 + 2 * 3e-6)
 
 
 def test_a_gpu_that_is_not_known_is_refused():
@@ -274,7 +274,7 @@ def test_every_transfer_of_a_displaced_step_is_hidden(setting):
     """But for the named exceptions, all is asynchronous, with products between start and done."""
     _, side, split_batch = setting
     transfers = step(*setting).program.transfers
-    exposed = [transfer for transfer in transfers if not (transfer.asynchronous and transfer.behind)]
+    exposed = [transfer for transfer in transfers if not (transfer.asynchronous and transfer.hidden_by)]
     assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(side, split_batch)
     kinds = {transfer.kind for transfer in transfers}
     assert kinds == {"all-gather", "collective-permute"} | ({"all-reduce"} if split_batch else set())
@@ -302,7 +302,7 @@ def test_without_the_options_the_test_above_would_fail():
     options = {"xla_gpu_enable_latency_hiding_scheduler": False}
     transfers = step("a100-sxm-80gb", 1024, False, **options).program.transfers
     gathers = [transfer for transfer in transfers if transfer.kind == "all-gather"]
-    assert not all(transfer.asynchronous and transfer.behind for transfer in gathers)
+    assert not all(transfer.asynchronous and transfer.hidden_by for transfer in gathers)
     assert OPTIONS["gpu"]["xla_gpu_enable_latency_hiding_scheduler"]
 
 
@@ -350,7 +350,7 @@ def test_the_whole_of_sdxl_at_3840_fits_in_less_than_the_originals_buffers(split
         2048 * channels * depth for channels, depth in ((640, 10), (1280, 60))
     )  # keys and values of the prompt
     assert whole.memory["weights"] == 2 * (2_567_463_684 - once + once // 8)
-    exposed = [transfer for transfer in whole.program.transfers if not (transfer.asynchronous and transfer.behind)]
+    exposed = [transfer for transfer in whole.program.transfers if not (transfer.asynchronous and transfer.hidden_by)]
     assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(3840, split_batch)
     decoding = compile_decoder(
         DistriConfig(split_batch=split_batch), SDXL_BASE, SDXL_VAE, "a100-sxm-80gb", devices=8, latent=(480, 480)
@@ -366,7 +366,7 @@ def test_weights_that_are_shared_out_are_gathered_a_layer_at_a_time():
     shared = compile_step(config, SHALLOW, DDIM, "a100-sxm-80gb", devices=8, latent=(128, 128))
     whole = step("a100-sxm-80gb", 1024, False)
     transfers = shared.program.transfers
-    hidden = sum(transfer.received for transfer in transfers if transfer.asynchronous and transfer.behind)
+    hidden = sum(transfer.received for transfer in transfers if transfer.asynchronous and transfer.hidden_by)
     assert hidden > 0.95 * shared.received > 0.95 * 7 / 8 * whole.memory["weights"]
     assert sum(shared.memory.values()) < 0.45 * sum(whole.memory.values())
     planned = traffic(config, SHALLOW, DDIM, devices=8, latent=(128, 128))
@@ -390,7 +390,7 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
     assert any(re.search("all-gather.* async", line) for line in hidden)
     says(step_time, re.compile(r"\d ms\b"))
     says(baseline, re.compile(r"\d ms\b"))
-    assert Program(hlo.read_text()).transfers
+    assert HloProgram(hlo.read_text()).transfers
     with Image.open(picture) as image:
         assert image.width > 1000
 
@@ -432,7 +432,7 @@ def transfers_on_tpus(unet, side: int, config: DistriConfig, **options) -> tuple
     program = compile_step(config, unet, DDIM, "v5e", devices=8, latent=latent, options=options).program
     planned = traffic(config, unet, DDIM, devices=8, latent=latent)
     assert sum(transfer.received for transfer in program.transfers) == sum(planned.received.values())
-    exposed = [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.behind)]
+    exposed = [transfer for transfer in program.transfers if not (transfer.asynchronous and transfer.hidden_by)]
     return program.transfers, exposed
 
 

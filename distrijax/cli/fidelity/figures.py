@@ -26,7 +26,7 @@ MARGIN, TEXT = 6, 34  # pixels of the sheet
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows that differ in nothing but the number of devices, by their label; axes that never differ are not told."""
     filled = [{key: value for key, value in row.items() if value != ""} for row in rows]
-    axes = told(rows)
+    axes = varying_axes(rows)
     result: dict[str, list[Row]] = {}
     for row in filled:
         if row["devices"] != "1":
@@ -34,7 +34,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: sorted(group, key=lambda row: int(row["devices"])) for name, group in result.items()}
 
 
-def told(rows: Sequence[Row]) -> list[Axis]:
+def varying_axes(rows: Sequence[Row]) -> list[Axis]:
     """The axes that name a mode, and those of the others on which rows differ where they have a value at all."""
     return [
         axis

@@ -57,7 +57,7 @@ class Axis(NamedTuple):
     field: str
     values: tuple[Any, ...]
     help: str
-    has_say: Callable[[Setting], bool] = lambda setting: True
+    applies: Callable[[Setting], bool] = lambda setting: True
     words: Callable[[str], str] = str
     read: Callable[[str], Any] | None = None
     bare: tuple[Any, ...] = ()
@@ -118,7 +118,7 @@ def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
     grid = [ONE_DEVICE]
     for values in itertools.product(*axes):
         full = dict(zip((axis.field for axis in AXES), values, strict=True))
-        setting = {axis.field: full[axis.field] for axis in AXES if axis.has_say(full)}
+        setting = {axis.field: full[axis.field] for axis in AXES if axis.applies(full)}
         if setting not in grid:
             grid.append(setting)
     return grid

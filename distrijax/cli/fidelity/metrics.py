@@ -81,7 +81,7 @@ class Lpips:
 
         values = []
         with torch.inference_mode():
-            for pair in picture_pairs(folder, reference):
+            for pair in image_pairs(folder, reference):
                 ours, theirs = (torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in pair)
                 values += [float(self._network(ours, theirs))] * len(ours)
         self._network.reset()
@@ -115,7 +115,7 @@ class Fid:
         )
 
 
-class Optional:
+class OptionalMetric:
     """A metric that may not be had: then it says why, in one line on stderr, and its figures say so too."""
 
     def __init__(self, metric: Callable[[], Any]):
@@ -141,7 +141,7 @@ class Optional:
             return NOT_AVAILABLE
 
 
-def picture_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def image_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pictures [b, h, w, 3] of one folder and those of the same names in another, a few at a time."""
     names = sorted(path.name for path in folder.glob("*.png"))
     for start in range(0, len(names), AT_ONCE):
@@ -154,7 +154,7 @@ def picture_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, n
 def compare(folder: Path, reference: Path) -> tuple[float, float]:
     """PSNR in dB and SSIM of one folder's pictures against those of the same names in another."""
     errors, similarities = [], []
-    for pictures, others in picture_pairs(folder, reference):
+    for pictures, others in image_pairs(folder, reference):
         errors += squared_errors(pictures, others)
         similarities += ssim(*(np.float32(part) / np.float32(255) for part in (pictures, others))).tolist()
     return psnr(errors), float(np.mean(similarities))

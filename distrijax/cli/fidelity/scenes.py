@@ -92,7 +92,7 @@ class Outline:
         return (rise * (along - self.tip) + run * across) / np.float32(np.hypot(rise, run))
 
 
-KINDS: dict[str, Outline | None] = {  # None is the circle
+OUTLINES: dict[str, Outline | None] = {  # None is the circle
     "circle": None,
     "square": Outline(4, 1.25, 1.25 * np.cos(np.pi / 4), turn=np.pi / 4),
     "triangle": Outline(3, 1.4, 0.7, drop=0.3),
@@ -103,7 +103,7 @@ KINDS: dict[str, Outline | None] = {  # None is the circle
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: names out of `KINDS`, `COLOURS`, `SIZES` and `PLACES`."""
+    """One shape: names out of `OUTLINES`, `COLOURS`, `SIZES` and `PLACES`."""
 
     kind: str
     colour: str
@@ -113,7 +113,7 @@ class Shape:
     @property
     def area(self) -> float:
         """Its area, in units of the picture's shorter side squared."""
-        outline = KINDS[self.kind]
+        outline = OUTLINES[self.kind]
         return SIZES[self.size] ** 2 * (np.pi if outline is None else outline.area)
 
 
@@ -137,7 +137,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     places = rng.choice(list(PLACES), count, replace=False)
     colours = rng.choice(list(COLOURS), count, replace=False)
-    kinds = rng.choice(list(KINDS), count)
+    kinds = rng.choice(list(OUTLINES), count)
     sizes = rng.choice(list(SIZES), count, p=[0.25, 0.4, 0.35])
     shapes = tuple(Shape(*map(str, names)) for names in zip(kinds, colours, sizes, places, strict=True))
     background = rng.choice([name for name in BACKGROUNDS if name not in colours])
@@ -171,7 +171,7 @@ def _with_article(*words: str) -> str:
 
 def all_captions_vocabulary() -> list[str]:
     """Every word and punctuation mark that a caption can contain, sorted."""
-    phrases = [*COLOURS, *BACKGROUNDS, *SIZES, *PLACES, *KINDS, *TEXTURES, "a an and , on big background"]
+    phrases = [*COLOURS, *BACKGROUNDS, *SIZES, *PLACES, *OUTLINES, *TEXTURES, "a an and , on big background"]
     return sorted({word for phrase in phrases for word in phrase.split()} - {"medium"})
 
 
@@ -214,7 +214,7 @@ def _draw_shape(picture: np.ndarray, shape: Shape, rng: np.random.Generator) -> 
 
 
 def _distance(kind: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    outline = KINDS[kind]
+    outline = OUTLINES[kind]
     return np.hypot(x, y) - np.float32(1) if outline is None else outline.distance(y, x)
 
 
