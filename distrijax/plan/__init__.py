@@ -1,1 +1,1 @@
-"""What a run would take, told without its devices: traffic, memory, overlap and projected time."""
+"""Cost of a run without its devices: traffic, memory, communication/compute overlap, projected time."""

@@ -1,10 +1,10 @@
-"""The command line of `python -m distrijax.plan`: a step compiled for devices that are not here, and what it would take on them.
+"""Compiles a denoising step for GPUs or TPUs that this machine lacks, and reports memory, traffic and projected time.
 
     python -m distrijax.plan --gpu a100-sxm-80gb --devices 8 --image-size 3840
     python -m distrijax.plan --tpu v5e --devices 8 --image-size 1024
 
-Nothing is run, no weights are read, and no GPU or TPU is needed. The compiler for GPUs is in the extra `plan`, and takes a minute
-or two; that for TPUs in the extra `tpu`, and takes longer.
+`distrijax plan` is the same command. Nothing runs, no weights are read, and no GPU or TPU is needed. The extra `plan` installs
+the compiler for GPUs, which takes a minute or two; the extra `tpu` installs the compiler for TPUs, which takes longer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -51,12 +51,19 @@ from distrijax.weights.dtypes import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    """Runs the command line.
+
+    Args:
+        argv: Flags; those of the process unless given.
+
+    Raises:
+        SystemExit: For wrong input, with a code other than 0 and one line on stderr.
+    """
     arguments = _parse(argv)
-    jax.config.update("jax_platforms", "cpu")  # what is compiled for needs no device
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)  # nor is it news that there is none
+    jax.config.update("jax_platforms", "cpu")  # compile-only targets are no devices of this process
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)  # it warns where accelerators are missing
     try:
-        _tell(arguments)
+        _report(arguments)
     except DistriError as error:
         sys.exit(f"error: {error}")
 
@@ -70,36 +77,37 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--gpu", default="a100-sxm-80gb", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
-    add("--tpu", choices=tuple(TPUS), help="a model of TPU, instead of GPUs")
-    add("--devices", type=int, default=8, help="how many of them share a picture (default: %(default)s)")
+    add("--gpu", default="a100-sxm-80gb", help=f"GPU model: {', '.join(GPUS)} (default: %(default)s)")
+    add("--tpu", choices=tuple(TPUS), help="TPU model; compile for TPUs instead of GPUs")
+    add("--devices", type=int, default=8, help="number of devices (default: %(default)s)")
     add(
         "--image-size",
         type=int,
         nargs="+",
         default=[1024],
         metavar=("H", "W"),
-        help="pixels, one or two (default: 1024)",
+        help="pixels; H alone is a square (default: 1024)",
     )
-    add("--model", help="folder in the diffusers layout or hub id (default: the UNet of Stable Diffusion XL)")
-    add("--batch", type=int, default=1, help="pictures (default: %(default)s)")
-    add("--no-guidance", action="store_true", help="as with a --guidance-scale of 1 or less")
+    add("--model", help="folder in the diffusers layout or hub id (default: Stable Diffusion XL's UNet)")
+    add("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
+    add("--no-guidance", action="store_true", help="no guidance, as with --guidance-scale 1")
     add_config_flags(parser, without=("warmup_steps", "sync_steps", "split_scheme"))
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="(default: %(default)s)")
-    add("--link", default="nvlink", help="nvlink, pcie, network, or GB/s that come in (default: %(default)s)")
-    add("--no-baseline", action="store_true", help="do not compile for one device as well, to tell the speed-up")
-    add("--hlo", type=Path, metavar="FILE", help="write the scheduled program")
-    add("--timeline", type=Path, metavar="FILE", help="write a picture of the projected time line (PNG)")
+    add("--link", default="nvlink", help="nvlink, pcie, network, or GB/s received (default: %(default)s)")
+    add("--no-baseline", action="store_true", help="skip compiling for one device, which the speed-up is compared with")
+    add("--hlo", type=Path, metavar="FILE", help="write the scheduled HLO module")
+    add("--timeline", type=Path, metavar="FILE", help="write a plot of the projected time line (PNG)")
     return parser.parse_args(argv)
 
 
-def _tell(arguments: argparse.Namespace) -> None:
+def _report(arguments: argparse.Namespace) -> None:
+    """Compiles and prints; one line for each subject."""
     devices = positive(arguments.devices, "--devices")
     link = _link(arguments.link)
     if arguments.tpu and (link or arguments.timeline):
-        raise DistriError("--link and --timeline are of the projection for GPUs; leave them out, or --tpu")
+        raise DistriError("--link and --timeline have no effect with --tpu; leave them out, or choose a --gpu")
     _check_outputs(arguments)
-    run = _read(arguments)
+    run = _read_request(arguments)
     step = _compile(run, arguments, devices)
     if arguments.hlo:
         _write(arguments.hlo, lambda path: path.write_text(step.program.hlo))
@@ -112,10 +120,10 @@ def _tell(arguments: argparse.Namespace) -> None:
         f"memory   {_memory(step.memory)} of {megabytes(step.target.memory)} on each device in a step: {_kinds(step.memory)}"
     )
     decoding = {"weights of the UNet": step.memory["weights"], **_decoding(run, arguments)}
-    print(f"         {_memory(decoding)} while the picture is decoded: {_kinds(decoding)}")
+    print(f"         {_memory(decoding)} while the image is decoded: {_kinds(decoding)}")
     print(f"work     {step.flops / 1e12:.3g} TFLOP on each device and step")
     print(f"received {megabytes(step.received)} by each device and step")
-    for line in _hidden(step):
+    for line in _overlap(step):
         print(f"         {line}")
     alone = _compile(run, arguments, 1) if devices > 1 and not arguments.no_baseline else None
     for line in _estimate(step, alone) if arguments.tpu else _projection(step, alone, link):
@@ -123,11 +131,11 @@ def _tell(arguments: argparse.Namespace) -> None:
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Raises DistriError for what could not be written after minutes of compiling."""
+    """Raises DistriError, before minutes of compiling, for outputs that cannot be written."""
     if arguments.timeline and find_spec("matplotlib") is None:
         raise DistriError("--timeline needs matplotlib; install the extra `plan`")
     for flag, path in (("--hlo", arguments.hlo), ("--timeline", arguments.timeline)):
-        if path and (path.is_dir() or not os.access(path, os.W_OK)):  # else it is there, such as /dev/stdout
+        if path and (path.is_dir() or not os.access(path, os.W_OK)):  # a device such as /dev/stdout is writable
             check_file(path, flag)
 
 
@@ -142,7 +150,7 @@ def _projection(step: CompiledStep, alone: CompiledStep | None, link: float | No
 
 def _estimate(step: CompiledStep, alone: CompiledStep | None) -> Iterator[str]:
     cycles = step.program.cycles()
-    yield f"{cycles / 1e6:.3g} million cycles a step in kernels, by libtpu's own estimate; transfers are not in it"
+    yield f"{cycles / 1e6:.3g} million cycles a step in kernels, by libtpu's own estimate; transfers not included"
     if alone is not None:
         more = alone.program.cycles()
         yield f"{more / 1e6:.3g} million cycles a step on one device: {more / cycles:.2f} times as many"
@@ -156,8 +164,8 @@ def _kinds(kinds: dict[str, int]) -> str:
     return ", ".join(f"{kind} {megabytes(size)}" for kind, size in kinds.items())
 
 
-class _Run(NamedTuple):
-    """What is to be compiled, and for which GPUs or TPUs."""
+class _Request(NamedTuple):
+    """What to compile, and for which target (`distrijax.plan.targets`)."""
 
     target: str
     config: DistriConfig
@@ -167,7 +175,7 @@ class _Run(NamedTuple):
     latent: tuple[int, int]
 
 
-def _read(arguments: argparse.Namespace) -> _Run:
+def _read_request(arguments: argparse.Namespace) -> _Request:
     if len(arguments.image_size) > 2:
         raise DistriError(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
     unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
@@ -177,10 +185,12 @@ def _read(arguments: argparse.Namespace) -> _Run:
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)
     config = config_of(arguments)
-    return _Run(arguments.tpu or arguments.gpu, config, unet, vae, scheduler, (height // vae.scale, width // vae.scale))
+    return _Request(
+        arguments.tpu or arguments.gpu, config, unet, vae, scheduler, (height // vae.scale, width // vae.scale)
+    )
 
 
-def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> CompiledStep:
+def _compile(run: _Request, arguments: argparse.Namespace, devices: int) -> CompiledStep:
     return compile_step(
         run.config,
         run.unet,
@@ -194,7 +204,7 @@ def _compile(run: _Run, arguments: argparse.Namespace, devices: int) -> Compiled
     )
 
 
-def _decoding(run: _Run, arguments: argparse.Namespace) -> dict[str, int]:
+def _decoding(run: _Request, arguments: argparse.Namespace) -> dict[str, int]:
     return compile_decoder(
         run.config,
         run.unet,
@@ -209,7 +219,7 @@ def _decoding(run: _Run, arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def _link(given: str) -> float | None:
-    """Bytes per second that come in; None for the GPU's own link."""
+    """Bytes per second received; None for the GPU's own link."""
     if given == "nvlink" or given in LINKS:
         return LINKS.get(given)
     try:
@@ -221,17 +231,17 @@ def _link(given: str) -> float | None:
     return rate * 1e9
 
 
-def _hidden(step: CompiledStep) -> list[str]:
-    """For each kind of collective how many are hidden behind products; then what is not."""
+def _overlap(step: CompiledStep) -> list[str]:
+    """For each kind of collective how many overlap with matmuls; then the bytes of those that do not."""
     transfers = step.program.transfers
     lines = []
     for kind, count in sorted(Counter(transfer.kind for transfer in transfers).items()):
-        hidden_by = [len(transfer.hidden_by) for transfer in transfers if transfer.kind == kind and transfer.hidden_by]
-        words = f"{len(hidden_by)} of {count} {kind} asynchronous, with products between start and done"
-        lines.append(words + (f" ({min(hidden_by)} to {max(hidden_by)} of them)" if hidden_by else ""))
+        matmuls = [len(transfer.hidden_by) for transfer in transfers if transfer.kind == kind and transfer.hidden_by]
+        line = f"{len(matmuls)} of {count} {kind} asynchronous, with matmuls between start and done"
+        lines.append(line + (f" ({min(matmuls)} to {max(matmuls)} of them)" if matmuls else ""))
     exposed = sorted(transfer.received for transfer in transfers if not transfer.hidden_by)
     if exposed:
-        lines.append(f"without products to hide behind: {', '.join(megabytes(size) for size in exposed)}")
+        lines.append(f"not overlapped with matmuls: {', '.join(megabytes(size) for size in exposed)}")
     return lines
 
 
@@ -242,12 +252,8 @@ def _draw(path: Path, step: CompiledStep, events: list[Event], arguments: argpar
     _write(path, lambda path: figure.savefig(path, format="png"))
 
 
-def _write(path: Path, write) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(path)
     except OSError as error:
-        raise DistriError(f"{path} cannot be written ({error.strerror}); choose another name") from None
-
-
-if __name__ == "__main__":
-    main()
+        raise DistriError(f"{path} cannot be written ({error.strerror}); choose another file") from None

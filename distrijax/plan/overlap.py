@@ -1,10 +1,10 @@
-"""What hides what: the collectives of a compiled program's scheduled HLO, and the kernels between their start and their done.
+"""Communication/compute overlap of a scheduled HLO module: its collectives, and the kernels between their start and done.
 
-XLA prints the instructions of a scheduled program in the order in which they are issued. A collective is hidden where it has
-a start and a done, and products (of matrices, convolutions, attentions) are issued between the two.
+XLA prints the instructions of a scheduled module in the order in which they are issued. A collective overlaps with compute
+where it has a start and a done, and matmul kernels (dots, convolutions, attention) are issued between the two.
 
-On TPUs it may instead be carried by kernels of products, each of which moves a part of it beside its own work: XLA writes it
-into each of their fusions, and marks what belongs together by a chain. Such a collective is hidden behind these products alone.
+On TPUs, matmul fusions may carry a collective instead: each of them moves a part of it beside its own work. XLA writes the
+collective into each of these fusions and marks the parts by a chain id. Only those fusions overlap with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable
 COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id", "after-all", "iota")
-"""Opcodes that start no kernel."""
+"""Opcodes that launch no kernel."""
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -38,7 +38,14 @@ _ATTENTION = re.compile(r"custom_call_target=\"[^\"]*fmha", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of HLO: name, type of the result, opcode, and the rest of the line."""
+    """One line of HLO.
+
+    Attributes:
+        name: Name of the result.
+        shape: Type of the result as HLO writes it, for example `(bf16[8,16]{1,0}, u32[])`.
+        opcode: For example `fusion` or `all-gather-start`.
+        rest: The line after the opcode's opening parenthesis.
+    """
 
     name: str
     shape: str
@@ -47,27 +54,31 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Names of the instructions whose results this one reads."""
         return _NAME.findall(self.rest[: _end(self.rest)])
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs."""
+        """Names of the computations that this instruction runs."""
         return _CALLED.findall(self.rest)
 
     @property
     def arrays(self) -> list[str]:
-        """The arrays of its result, for example bf16[2,128,1280]."""
+        """Arrays of the result, for example `bf16[2,128,1280]`."""
         return [f"{kind}[{sizes}]" for kind, sizes in _ARRAY.findall(self.shape)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """A collective of a program.
+    """A collective of a module.
 
-    kind: one of `COLLECTIVES`. arrays: that it yields on a device. received: bytes that come in from other devices, those of
-    a ring for an all-reduce. start, done: its places in the schedule, the same where it is synchronous. behind: names of the
-    products issued between the two, or of those whose kernels carry it.
+    Attributes:
+        kind: One of `COLLECTIVES`.
+        arrays: Result arrays on one device.
+        received: Bytes that one device receives; those of a ring for an all-reduce.
+        start: Index of its start in the schedule.
+        done: Index of its done; equal to `start` where the collective is synchronous.
+        hidden_by: Names of the matmul kernels issued between start and done, or of those that carry it.
     """
 
     kind: str
@@ -83,10 +94,12 @@ class Transfer:
 
 
 class HloProgram:
-    """A scheduled HLO text.
+    """A scheduled HLO module, parsed from its text.
 
-    hlo: the text. computations: their instructions, by name. step: the longest of them, which is the loop's body where there
-    is a loop.
+    Attributes:
+        hlo: The text.
+        computations: Instructions of each computation, by the computation's name.
+        step: Instructions of the longest computation, which is the loop body where there is a loop.
     """
 
     def __init__(self, hlo: str):
@@ -103,7 +116,7 @@ class HloProgram:
 
     @functools.cached_property
     def transfers(self) -> list[Transfer]:
-        """The collectives of the step, by their ends."""
+        """The collectives of `step`, ordered by their done."""
         places = {instruction.name: place for place, instruction in enumerate(self.step)}
         result = []
         chains: dict[str, list[tuple[int, Instruction]]] = {}
@@ -122,42 +135,25 @@ class HloProgram:
         return sorted(result, key=lambda transfer: transfer.done)
 
     def flops(self, instruction: Instruction) -> int:
-        """Floating-point operations of the products in an instruction; 0 where there is none."""
+        """Floating-point operations of the matmuls in an instruction; 0 where it has none."""
         if instruction.opcode in ("fusion", "call", "while", "conditional"):
             inner = (each for name in instruction.called for each in self.computations.get(name, ()))
             return sum(map(self.flops, inner)) * self._turns(instruction)
-        operands = [
-            _sizes(self._by_name[name].arrays[0]) for name in instruction.operands if self._by_name[name].arrays
-        ]
+        arrays = (self._by_name[name].arrays for name in instruction.operands)
+        operands = [_sizes(each[0]) for each in arrays if each]
         if contracted := (_CONTRACTED if instruction.opcode == "dot" else _CUBLAS).search(instruction.rest):
             axes = contracted.group(1).replace('"', "")
             inner = math.prod(operands[0][int(axis)] for axis in axes.split(",") if axis)
             return 2 * math.prod(_sizes(instruction.arrays[0])) * inner
-        if found := _CONVOLUTION.search(instruction.rest):
-            image, kernel, output = found.groups()
-            if instruction.opcode == "convolution":
-                windows = _windows(instruction.rest, sum(label.isdigit() for label in kernel))
-                sizes = [
-                    dict(zip(labels, of, strict=True))
-                    for labels, of in (
-                        (image, operands[0]),
-                        (kernel, operands[1]),
-                        (output, _sizes(instruction.arrays[0])),
-                    )
-                ]
-                spatial = (
-                    _products(window, *(each[str(axis)] for each in sizes)) for axis, window in enumerate(windows)
-                )
-                return 2 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * math.prod(spatial)
-            per_output = math.prod(size for size, label in zip(operands[1], kernel, strict=True) if label != "o")
-            return 2 * math.prod(_sizes(instruction.arrays[0])) * per_output
+        if layouts := _CONVOLUTION.search(instruction.rest):
+            return _convolution_flops(instruction, *layouts.groups(), operands)
         if instruction.opcode == "custom-call" and _ATTENTION.search(instruction.rest):
             query, key = operands[:2]
             return 4 * math.prod(query) * key[1]
         return 0
 
     def cycles(self, computation: str | None = None) -> int:
-        """Cycles of a computation's kernels (default: the step's), by the estimates that libtpu writes beside them."""
+        """Cycles of a computation's kernels (default: those of `step`), by the estimates that libtpu writes beside them."""
         total = 0
         for instruction in self.step if computation is None else self.computations[computation]:
             if instruction.opcode == "while":
@@ -167,36 +163,40 @@ class HloProgram:
         return total
 
     def _turns(self, instruction: Instruction) -> int:
-        """How often an instruction's computations run: those of a loop up to the constant that its condition compares with."""
+        """How often an instruction's computations run; a loop counts up to the constant that its condition compares with."""
         if instruction.opcode != "while":
             return 1
         condition = self.computations[_CONDITION.search(instruction.rest).group(1)]
         return max((int(each.rest.split(")")[0]) for each in condition if each.opcode == "constant"), default=1)
 
     def moved(self, instruction: Instruction) -> int:
-        """Bytes that an instruction's kernel reads and writes; 0 where it has no kernel."""
+        """Bytes that an instruction's kernel reads and writes; 0 where the instruction has no kernel."""
         if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done")):
             return 0
         read = [array for name in instruction.operands for array in self._by_name[name].arrays]
-        # what follows the result of a library's kernel is its scratch memory
+        # the arrays after a library kernel's result are its scratch memory
         written = instruction.arrays[:1] if instruction.opcode == "custom-call" else instruction.arrays
         return sum(map(array_bytes, [*written, *read]))
 
     def _started(self, start: Instruction) -> Instruction | None:
-        """The collective that an asynchronous start begins: itself, or what it wraps; None where it begins something else."""
+        """The collective that an asynchronous start begins: itself, or the one it wraps; None for another instruction."""
         if start.opcode.removesuffix("-start") in COLLECTIVES:
             return start
         inner = [each for name in start.called for each in self.computations.get(name, ())]
         return next((each for each in inner if each.opcode in COLLECTIVES), None)
 
     def _within(self, fusion: Instruction) -> list[Instruction]:
-        """The collectives in a fusion and in those that it is made of."""
+        """The collectives in a fusion and in the fusions nested in it."""
         inner = [each for name in fusion.called for each in self.computations.get(name, ())]
         deeper = [found for each in inner if each.opcode == "fusion" for found in self._within(each)]
         return [each for each in inner if each.opcode in COLLECTIVES] + deeper
 
     def _carried(self, chain: list[tuple[int, Instruction]]) -> Transfer:
-        """The collective that fusions begin, carry and end; chain: the place of each, and what it has of the collective."""
+        """The collective that a chain of fusions begins, carries and ends.
+
+        Args:
+            chain: For each fusion its index in `step`, and its part of the collective.
+        """
         (start, collective), (done, _) = chain[0], chain[-1]
         hidden_by = tuple(self.step[place].name for place, _ in chain if self.flops(self.step[place]))
         transfer = self._transfer(collective, start, done, collective.arrays)
@@ -205,7 +205,7 @@ class HloProgram:
     def _transfer(
         self, collective: Instruction, start: int, done: int, arrays: Iterable[str] | None = None
     ) -> Transfer:
-        """arrays: that it yields, where they are not those of the instruction at `done`."""
+        """A `Transfer` between two indices of `step`; its arrays are those of the instruction at `done` unless given."""
         kind = collective.opcode.removesuffix("-start")
         arrays = tuple(self.step[done].arrays if arrays is None else arrays)
         n = _group(collective)
@@ -216,8 +216,31 @@ class HloProgram:
         return Transfer(kind, arrays, round(part * sum(map(array_bytes, arrays))), start, done, hidden_by)
 
 
+def _convolution_flops(
+    instruction: Instruction, image: str, kernel: str, output: str, operands: list[list[int]]
+) -> int:
+    """Floating-point operations of a convolution.
+
+    Args:
+        instruction: XLA's convolution, or a library's.
+        image: Labels of the image's axes, for example `b01f`.
+        kernel: Labels of the kernel's axes, for example `01io`.
+        output: Labels of the result's axes.
+        operands: Sizes of the operands.
+    """
+    result = _sizes(instruction.arrays[0])
+    if instruction.opcode != "convolution":  # a library's kernel, which states no window
+        per_output = math.prod(size for size, label in zip(operands[1], kernel, strict=True) if label != "o")
+        return 2 * math.prod(result) * per_output
+    windows = _windows(instruction.rest, sum(label.isdigit() for label in kernel))
+    labelled = ((image, operands[0]), (kernel, operands[1]), (output, result))
+    sizes = [dict(zip(labels, of, strict=True)) for labels, of in labelled]
+    spatial = (_tap_pairs(window, *(each[str(axis)] for each in sizes)) for axis, window in enumerate(windows))
+    return 2 * sizes[2]["b"] * sizes[2]["f"] * sizes[1]["i"] * math.prod(spatial)
+
+
 def array_bytes(array: str) -> int:
-    """Bytes of an array as HLO writes it, for example bf16[2,128,1280]."""
+    """Bytes of an array as HLO writes it, for example `bf16[2,128,1280]`."""
     kind, _ = _ARRAY.fullmatch(array).groups()
     bits = 8 if kind == "pred" else int(re.search(r"\d+", kind).group())
     return math.prod(_sizes(array)) * bits // 8
@@ -228,17 +251,17 @@ def _sizes(array: str) -> list[int]:
 
 
 def _windows(rest: str, axes: int) -> list[dict[str, str]]:
-    """For each spatial axis of a convolution what its window says, for example size 3, stride 2, pad 1_1."""
+    """The window of each spatial axis of a convolution, for example `{"size": "3", "stride": "2", "pad": "1_1"}`."""
     found = _WINDOW.search(rest)
     keys = (part.split("=") for part in found.group(1).split()) if found else ()
     columns = {key: values.split("x") for key, values in keys}
     return [{key: values[axis] for key, values in columns.items()} for axis in range(axes)]
 
 
-def _products(window: dict[str, str], image: int, kernel: int, output: int) -> int:
-    """Pairs of an output and a tap of the kernel, on one axis, that meet a pixel of the image: not padding, nor a hole between.
+def _tap_pairs(window: dict[str, str], image: int, kernel: int, output: int) -> int:
+    """Counts, on one axis, the pairs of an output and a kernel tap that meet a pixel: neither padding nor a dilation hole.
 
-    XLA for TPUs writes the axes of a batch as spatial ones of which each output meets its own pixel alone.
+    XLA for TPUs writes batch axes as spatial axes on which each output meets only its own pixel.
     """
     stride, hole, apart = (int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
     before = int(window.get("pad", "0_0").split("_")[0])
@@ -247,7 +270,7 @@ def _products(window: dict[str, str], image: int, kernel: int, output: int) -> i
 
 
 def _group(collective: Instruction) -> int:
-    """How many devices take part in each group of a collective: of the three ways in which XLA writes groups."""
+    """Devices in each group of a collective, from any of the three notations that XLA uses for groups."""
     found = _GROUPS.search(collective.rest)
     if found is None:
         return 1
@@ -259,7 +282,7 @@ def _group(collective: Instruction) -> int:
 
 
 def _end(rest: str) -> int:
-    """Where the operands end: at the parenthesis that closes the opcode's."""
+    """Index at which the operands end: the parenthesis that closes the opcode's."""
     depth = 1
     for place, character in enumerate(rest):
         depth += {"(": 1, ")": -1}.get(character, 0)

@@ -1,15 +1,17 @@
-"""What a step would take on GPUs or TPUs that are not here: compiled for them by XLA, and projected from the program's schedule.
+"""Projected cost of a step on GPUs or TPUs that this machine lacks: XLA compiles it for them, a stated model times it.
 
-Memory, bytes, operations and what hides what are those of the compiled program. For TPUs libtpu itself estimates the cycles of
-each kernel. For GPUs times are projections of a simple model:
+Memory, bytes, operations and communication/compute overlap are those of the compiled program. For TPUs libtpu itself
+estimates the cycles of each kernel. For GPUs times are projections of a simple model:
 
-    product     its operations at MATMUL_EFFICIENCY of the GPU's peak, or its bytes at MEMORY_EFFICIENCY of the bandwidth, whichever takes longer
+    matmul      its operations at MATMUL_EFFICIENCY of the GPU's peak, or its bytes at MEMORY_EFFICIENCY of the bandwidth,
+                whichever takes longer; "matmul" includes convolutions and attention
     other       its bytes at MEMORY_EFFICIENCY of the bandwidth
-    kernel      LAUNCH_SECONDS besides
-    transfer    LINK_LATENCY, and its bytes at LINK_EFFICIENCY of the link; one after the other, beside the kernels
+    kernel      LAUNCH_SECONDS in addition
+    transfer    LINK_LATENCY, and its bytes at LINK_EFFICIENCY of the link; one after the other, in parallel with the kernels
 
-Kernels wait for a transfer at its done alone. MATMUL_EFFICIENCY was chosen so that one A100 takes about as long for SDXL's UNet at 3840x3840
-as the original's authors measured (2.8 s, arXiv 2402.19481); the others are common values. None was measured here.
+Kernels wait for a transfer only at its done. MATMUL_EFFICIENCY was chosen so that one A100 takes about as long for SDXL's
+UNet at 3840x3840 as the original's authors measured (2.8 s, arXiv 2402.19481); the others are common values. None was
+measured here.
 """
 
 from __future__ import annotations
@@ -49,27 +51,40 @@ MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, LINK_EFFICIENCY = 0.6, 0.8, 0.7
 LAUNCH_SECONDS, LINK_LATENCY = 3e-6, 15e-6  # seconds
 
 LINKS = {"pcie": 32e9, "network": 25e9}
-"""Bytes per second that come in over other links than a host's own: PCIe 4.0 x16; 200 Gbit/s for each GPU between hosts."""
+"""Bytes per second received over links other than NVLink: PCIe 4.0 x16; 200 Gbit/s for each GPU between hosts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A kernel or a transfer on the projected time line, in seconds. product: whether it is one, or else moves bytes."""
+    """A kernel or a transfer on the projected time line.
+
+    Attributes:
+        name: Name of the HLO instruction, or kind of the collective.
+        start: Seconds.
+        end: Seconds.
+        matmul: Whether a kernel contains a matmul, a convolution or attention.
+        transfer: Whether this is a transfer.
+    """
 
     name: str
     start: float
     end: float
-    product: bool = False
+    matmul: bool = False
     transfer: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """One displaced step (or stateless, where no step is displaced), compiled for some GPU or TPU.
+    """A run's main step, compiled for a compile-only target.
 
-    memory: bytes on each device: weights, stale state, other arguments, gathered (the most that is alive at once of what
-    gathers brought), and work (the rest of what the program needs). flops: of the products, of one device. compiling: seconds
-    of each stage of it, here; tracing is also of the step before, whose results this one takes.
+    Attributes:
+        target: The device model.
+        mesh: Sizes of the mesh axes.
+        program: The scheduled HLO module.
+        memory: Bytes on each device, by kind: weights, stale state, latents and conditioning, gathered (the most bytes of
+            gather results that are alive at once), and work (the program's other temporaries).
+        compiling: Seconds of each compilation stage on this machine. Tracing includes the synchronous step, whose results
+            the displaced step takes.
     """
 
     target: Gpu | Tpu
@@ -80,14 +95,20 @@ class CompiledStep:
 
     @property
     def flops(self) -> int:
+        """Floating-point operations of one device's matmuls."""
         return sum(map(self.program.flops, self.program.step))
 
     @property
     def received(self) -> int:
+        """Bytes that one device receives."""
         return sum(transfer.received for transfer in self.program.transfers)
 
     def events(self, link: float | None = None) -> list[Event]:
-        """The projected time line on GPUs. link: bytes per second that come in; None is the GPU's own."""
+        """The projected time line on GPUs.
+
+        Args:
+            link: Bytes per second received; None is the GPU's own link.
+        """
         return _simulate(self.program, self.target, link or self.target.link)
 
 
@@ -104,10 +125,23 @@ def compile_step(
     dtype: Any = jnp.bfloat16,
     options: dict[str, Any] | None = None,
 ) -> CompiledStep:
-    """Compiles the step that most of a run's steps are, for GPUs or TPUs that need not be there.
+    """Compiles a run's main step for a compile-only target.
 
-    target: a name out of `distrijax.plan.targets.GPUS` or `TPUS`. latent: its height and width. options: for XLA, before the
-    pipeline's. Raises DistriError for what cannot be shared out, and where the compiler for these devices is not installed.
+    Args:
+        config: The run's configuration.
+        unet: The UNet's configuration.
+        scheduler: The run's scheduler.
+        target: A key of `distrijax.plan.targets.GPUS` or `TPUS`.
+        devices: Number of devices.
+        latent: Height and width of the latent.
+        images: Images of a call.
+        guided: Whether the guidance scale is above 1.
+        dtype: Of the weights and activations.
+        options: XLA options that override the pipeline's.
+
+    Raises:
+        DistriError: For sizes that cannot be divided among the devices, and where the compiler for the target is not
+            installed.
     """
     mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(target, devices)
     start = time.perf_counter()
@@ -143,7 +177,11 @@ def compile_decoder(
     guided: bool = True,
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, int]:
-    """Bytes on each device while latents become pictures, by kind: weights, pixels and work. Arguments as `compile_step`'s."""
+    """Compiles the VAE's decoder for a compile-only target; arguments as in `compile_step`.
+
+    Returns:
+        Bytes on each device, by kind: weights, pixels and work.
+    """
     targets = compile_only_devices(target, devices)
     mesh, platform = plan_mesh(config, devices, branches=unet.branches).build(targets), targets[0].platform
     layout = denoise.layout_of(config, mesh, unet, guided=guided, latent=latent)
@@ -170,7 +208,20 @@ def _compiled(
     options: Any,
     platform: str,
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """The program, and seconds of each stage. donate: which of the arguments after the parameters."""
+    """Compiles a program.
+
+    Args:
+        function: Called as `function(static, *arguments)`.
+        static: Static argument.
+        arguments: Parameters first; shapes with shardings.
+        donate: Indices of the donated arguments, counted after the parameters.
+        config: The run's configuration.
+        options: XLA options that override the pipeline's.
+        platform: JAX's name for the target's platform.
+
+    Returns:
+        The executable, and seconds of each stage.
+    """
     ours = options_for(platform, shard_weights=config.shard_weights)
     times = [time.perf_counter()]
     with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without the device
@@ -186,14 +237,13 @@ def _compiled(
 
 
 def _on_device(part: Any) -> int:
-    """Bytes of one device's part of arrays."""
+    """Bytes of one device's shards."""
     leaves = jax.tree.leaves(part)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _memory(step: StepProgram, program: HloProgram, temporaries: int) -> dict[str, int]:
-    """Bytes on each device, by kind. All weights count, those too that this program does not read."""
-
+    """Bytes on each device, by kind; weights that this program does not read count too."""
     params, *arguments = step.placed()
     stale = _on_device(arguments[2]) if step.stale else 0
     gathered = _gathered(program)
@@ -208,7 +258,7 @@ def _memory(step: StepProgram, program: HloProgram, temporaries: int) -> dict[st
 
 def _gathered(program: HloProgram) -> int:
     """The most bytes of gathered arrays that are alive at once: from the start of a gather to the last use of its result."""
-    aliases = {}  # of an instruction that only names a part of a gather's result: that gather
+    aliases = {}  # maps an instruction that only names a part of a gather's result to that gather
     last: dict[str, int] = {}
     gathers = {program.step[t.done].name: t for t in program.transfers if t.kind == "all-gather"}
     for place, instruction in enumerate(program.step):
@@ -231,13 +281,14 @@ def _gathered(program: HloProgram) -> int:
 
 
 def _simulate(program: HloProgram, gpu: Gpu, link: float) -> list[Event]:
+    """The time line of the module's docstring; `link` in bytes per second."""
     events: list[Event] = []
     starts: dict[int, list[Transfer]] = {}
     ends: dict[int, list[Transfer]] = {}
     for transfer in program.transfers:
         starts.setdefault(transfer.start, []).append(transfer)
         ends.setdefault(transfer.done, []).append(transfer)
-    now = free = 0.0  # when the kernels before this place are done, and when the link is
+    now = free = 0.0  # when the kernels before this index are done, and when the link is free
     arrived: dict[int, float] = {}
     for place, instruction in enumerate(program.step):
         for transfer in starts.get(place, ()):
@@ -246,15 +297,15 @@ def _simulate(program: HloProgram, gpu: Gpu, link: float) -> list[Event]:
             events.append(Event(transfer.kind, begin, free, transfer=True))
         for transfer in ends.get(place, ()):
             now = max(now, arrived[transfer.start])
-        duration, product = _kernel(program, instruction, gpu)
+        duration, matmul = _kernel(program, instruction, gpu)
         if duration and place not in starts:
-            events.append(Event(instruction.name, now, now + duration, product=product))
+            events.append(Event(instruction.name, now, now + duration, matmul=matmul))
             now += duration
     return events
 
 
 def _kernel(program: HloProgram, instruction: Instruction, gpu: Gpu) -> tuple[float, bool]:
-    """Seconds of an instruction's kernel, 0 for none; and whether it is a product."""
+    """Seconds of an instruction's kernel, 0 where it has none; and whether it contains a matmul."""
     moved = program.moved(instruction)
     if not moved:
         return 0.0, False
@@ -275,14 +326,18 @@ def waiting_seconds(events: list[Event]) -> float:
 
 
 def timeline(events: list[Event], title: str) -> Figure:
-    """A picture: kernels above, transfers below. Raises ImportError without matplotlib."""
+    """A plot of the time line: kernels above, transfers below.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 2.6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     rows = {
-        "products": (2, "C0", [e for e in events if e.product]),
-        "other kernels": (1, "C1", [e for e in events if not e.product and not e.transfer]),
+        "matmuls": (2, "C0", [e for e in events if e.matmul]),
+        "other kernels": (1, "C1", [e for e in events if not e.matmul and not e.transfer]),
         "transfers": (0, "C2", [e for e in events if e.transfer]),
     }
     for height, colour, part in rows.values():

@@ -1,6 +1,6 @@
-"""GPUs and TPUs that a program can be compiled for where there are none: what XLA must know of them, and what GPUs can do at best.
+"""Compile-only targets: GPUs and TPUs that XLA compiles for on a machine without any, and the peak rates of the GPUs.
 
-What TPUs can do libtpu knows itself: it writes into a compiled program how many cycles each kernel takes by its estimate.
+TPUs need no peak rates here: libtpu writes its own estimate of each kernel's cycles into a compiled program.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from distrijax.errors import DistriError
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A model of GPU, by its vendor's data sheet.
+    """A GPU model, by its vendor's data sheet.
 
-    memory: bytes. bandwidth: of the memory, bytes per second. flops: of 16-bit matrix products without sparsity, per second.
-    link: bytes per second that come in from the other GPUs of a host over NVLink. cores: streaming multiprocessors.
-    shared_memory: bytes for each of them, and for each block at most. capability: CUDA's.
+    Attributes:
+        name: The device's own description.
+        capability: CUDA compute capability, major and minor.
+        cores: Streaming multiprocessors.
+        lanes: Floating-point units of one multiprocessor.
+        clock: GHz.
+        l2: Bytes of the L2 cache.
+        shared_memory: Bytes of each multiprocessor, and the most that one block may use.
+        memory: Bytes.
+        bandwidth: Of the memory, bytes per second.
+        flops: Of dense 16-bit matmuls, per second.
+        link: Bytes per second received from the other GPUs of a host over NVLink.
     """
 
     name: str
@@ -39,7 +48,7 @@ class Gpu:
     link: float
 
     def as_text(self) -> str:
-        """XLA's GpuTargetConfigProto, in text form."""
+        """XLA's `GpuTargetConfigProto` in text form."""
         major, minor = self.capability
         per_core, per_block = self.shared_memory
         return f"""
@@ -92,26 +101,31 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A model of TPU. memory: bytes, by Google's documentation."""
+    """A TPU model.
+
+    Attributes:
+        name: For people.
+        memory: Bytes, by Google's documentation.
+    """
 
     name: str
     memory: int
 
 
 TPUS = {"v5e": Tpu("TPU v5e", memory=16 << 30)}
-"""By libtpu's names for them."""
+"""TPU models by libtpu's names."""
 
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
-"""How so many chips of a TPU are linked, by the slices that Google lends."""
+"""Topology of the TPU slices that Google offers, by their number of chips."""
 
 
 def tpu_compiler_is_installed() -> bool:
-    """Whether libtpu is there, which has the compiler for TPUs."""
+    """Whether libtpu, which contains the compiler for TPUs, is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 
 def compiler_is_installed() -> bool:
-    """Whether JAX's plugin for CUDA is there, which has the compiler; it is not imported, for that would look for CUDA."""
+    """Whether JAX's CUDA plugin, which contains the compiler for GPUs, is installed; importing it would look for CUDA."""
     try:
         return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
     except ModuleNotFoundError:  # no plugin at all
@@ -119,10 +133,15 @@ def compiler_is_installed() -> bool:
 
 
 def compile_only_devices(target: str, count: int) -> list[jax.Device]:
-    """Devices to build a mesh from, and to compile for; nothing can be run on them.
+    """Devices to build a mesh from and to compile for; nothing can run on them.
 
-    target: a name out of `GPUS` or `TPUS`. Raises DistriError for another, for a number of TPUs that no slice has, and where
-    the compiler is not installed: JAX's plugin for CUDA, or libtpu.
+    Args:
+        target: A key of `GPUS` or `TPUS`.
+        count: Number of devices.
+
+    Raises:
+        DistriError: For another target, for a number of TPUs that no slice has, and where the compiler (JAX's CUDA plugin, or
+            libtpu) is not installed.
     """
     return _tpus(target, count) if target in TPUS else _gpus(target, count)
 
@@ -132,7 +151,7 @@ def _gpus(gpu: str, count: int) -> list[jax.Device]:
         raise DistriError(f"gpu is {gpu!r}; use one of: {', '.join(GPUS)}")
     if not compiler_is_installed():
         raise DistriError(f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install the extra `plan`")
-    # the plugin looks for CUDA's libraries when it is loaded; to compile, it needs none of them
+    # the plugin looks for CUDA's libraries when it is loaded; compiling needs none of them
     with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name=gpu, target_config=GPUS[gpu].as_text(), topology=f"1x1x{count}"
@@ -145,8 +164,8 @@ def _tpus(tpu: str, count: int) -> list[jax.Device]:
         raise DistriError(f"no slice of TPU {tpu} has {count} chips; use one of: {', '.join(map(str, SLICES))}")
     if not tpu_compiler_is_installed():
         raise DistriError(f"compiling for TPU {tpu} needs libtpu; install the extra `tpu`")
-    # when it is loaded libtpu asks Google's cloud what machine this is, and lets one process at a time have the chips: here
-    # there are none
+    # when loaded, libtpu asks Google's metadata server what machine this is, and locks the chips for one process: without a
+    # TPU there is neither
     here = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=f"v5litepod-{count}", TPU_WORKER_HOSTNAMES="localhost")
     with _environment(**here, ALLOW_MULTIPLE_LIBTPU_LOAD="1"):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{tpu}:{SLICES[count]}")
@@ -155,7 +174,7 @@ def _tpus(tpu: str, count: int) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Sets variables of the environment for a while."""
+    """Sets environment variables within a `with` block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,7 +1,7 @@
-"""What a run will exchange, from shapes alone: the program is traced for an abstract mesh, and its collectives are counted.
+"""Traffic of a run from shapes alone: the step is traced for an abstract mesh, and its collectives are counted.
 
-No device and no weights are needed. The figures are those of the step that most of the steps are: displaced, or stateless
-where no step is.
+Neither devices nor weights are needed. The figures are those of the main step, the kind that most of a run's steps are:
+displaced, or synchronous where no step is displaced.
 """
 
 from __future__ import annotations
@@ -35,16 +35,20 @@ COLLECTIVES = {
     "psum": None,
     "psum_invariant": None,
 }
-"""Collectives as JAX names them, and what they carry; a gather's operand tells, and a sum's axes."""
+"""What each of JAX's collectives carries; None where its operand (of a gather) or its axes (of a sum) decide."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device does at a step.
+    """Traffic and stale state of one device in one step.
 
-    patches: bands of rows. rows: of the latent, in each. height: all rows of the latent. stale: bytes that it keeps of its own
-    for the next step, by kind. received: bytes that come in from the others, by kind, on the device that receives most; an
-    all-reduce counts as a ring's.
+    Attributes:
+        mesh: Sizes of the mesh axes.
+        patches: Bands of rows.
+        rows: Latent rows of one band.
+        height: Latent rows of the image.
+        stale: Bytes of its own values that the device keeps for the next step, by kind.
+        received: Bytes that the device which receives most receives, by kind; an all-reduce counts as a ring's.
     """
 
     mesh: MeshPlan
@@ -56,7 +60,7 @@ class Traffic:
 
     @property
     def padding(self) -> float:
-        """The part of all patches' rows that is no part of the image."""
+        """Share of all patches' rows that lie outside the image."""
         return 1 - self.height / (self.patches * self.rows)
 
     def __str__(self) -> str:
@@ -84,9 +88,20 @@ def traffic(
     guided: bool = True,
     dtype: Any = jnp.bfloat16,
 ) -> Traffic:
-    """The plan of a run; latent: its height and width. guided: whether the guidance scale is above 1.
+    """Traffic and stale state of a run's main step.
 
-    Raises DistriError for axis sizes that do not fit `devices` or `images`.
+    Args:
+        config: The run's configuration.
+        unet: The UNet's configuration.
+        scheduler: The run's scheduler.
+        devices: Number of devices.
+        latent: Height and width of the latent.
+        images: Images of a call.
+        guided: Whether the guidance scale is above 1.
+        dtype: Of the weights and activations.
+
+    Raises:
+        DistriError: For axis sizes that do not fit `devices` or `images`.
     """
     mesh = plan_mesh(config, devices, branches=unet.branches)
     step = main_step(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
@@ -102,7 +117,7 @@ def traffic(
         received[HALO] = max(by_patch.values())
     stale = Counter()
     for leaf in step.stale.values():
-        stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every axis of the mesh cuts every leaf
+        stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every leaf is sharded over every axis of the mesh
     rounded = {kind: round(count) for kind, count in received.items()}
     return Traffic(mesh, layout.patches, layout.bands.rows_per_device, latent[0], dict(stale), rounded)
 
@@ -120,10 +135,19 @@ def main_step(
     devices: Sequence[jax.Device] | None = None,
     platform: str | None = None,
 ) -> StepProgram:
-    """The step that most of a run's steps are: displaced, or stateless where no step is.
+    """The kind of step that most of a run's steps are: displaced, or synchronous where no step is displaced.
 
-    guided: whether the guidance scale is above 1. devices: to compile it for; None where it is only traced. platform: of
-    devices like which parameters lie (default: theirs, or a CPU's).
+    Args:
+        config: The run's configuration.
+        unet: The UNet's configuration.
+        scheduler: The run's scheduler.
+        mesh: Sizes of the mesh axes.
+        latent: Height and width of the latent.
+        images: Images of a call.
+        guided: Whether the guidance scale is above 1.
+        dtype: Of the weights and activations.
+        devices: Devices to compile for; None where the step is only traced.
+        platform: JAX's platform whose parameter layout is used (default: that of `devices`, or a CPU's).
     """
     check_images(images, mesh.data)
     where = mesh.abstract() if devices is None else mesh.build(devices)
@@ -134,14 +158,19 @@ def main_step(
 
 
 def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, float]]:
-    """(kind, receiving patch or None for all, bytes) of every collective of a program; of a conditional, its dearer branch.
+    """The collectives of a program; of a conditional, those of the branch that receives most.
 
-    sizes: of the mesh's axes.
+    Args:
+        jaxpr: The traced program.
+        sizes: Sizes of the mesh axes.
+
+    Yields:
+        Kind, receiving patch (None for all), and bytes received.
     """
-    for equation in _used(jaxpr):
-        inner = [branch for value in equation.params.values() for branch in _programs(value)]
+    for equation in _live_equations(jaxpr):
+        inner = [branch for value in equation.params.values() for branch in _inner_jaxprs(value)]
         if equation.params.get("branches_platforms"):
-            inner = inner[-1:]  # the default; other platforms' ways bring in as many bytes
+            inner = inner[-1:]  # the default; the other platforms' branches receive as many bytes
         if equation.primitive.name == "cond":
             yield from max(
                 (list(_collectives(branch, sizes)) for branch in inner), key=lambda found: sum(n for *_, n in found)
@@ -167,8 +196,8 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
             yield kind, None, times * _bytes(operand)
 
 
-def _used(jaxpr: Any) -> list[Any]:
-    """The equations on which a program's results depend; XLA leaves out the others, such as gathers of unread weights."""
+def _live_equations(jaxpr: Any) -> list[Any]:
+    """The equations on which a program's results depend; XLA removes the others, such as gathers of unread weights."""
     wanted, used = set(map(id, jaxpr.outvars)), []
     for equation in reversed(jaxpr.eqns):
         if any(id(variable) in wanted for variable in equation.outvars):
@@ -177,8 +206,8 @@ def _used(jaxpr: Any) -> list[Any]:
     return used[::-1]
 
 
-def _programs(value: Any) -> Iterator[Any]:
-    """The programs inside an equation's parameter."""
+def _inner_jaxprs(value: Any) -> Iterator[Any]:
+    """The jaxprs inside an equation's parameter."""
     for item in value if isinstance(value, tuple | list) else (value,):
         if hasattr(item, "eqns"):
             yield item
@@ -187,7 +216,7 @@ def _programs(value: Any) -> Iterator[Any]:
 
 
 def _kind(leaf: Any) -> str:
-    """Which question of a layer a published array answers (`distrijax.parallel.exchange.Stale`)."""
+    """The kind of a published array (`distrijax.parallel.exchange.Stale`), by its shape."""
     if len(leaf.shape) == 4:
         return HALO
     return MOMENTS if leaf.shape[-1] == 2 else KV
@@ -198,5 +227,5 @@ def _bytes(leaf: Any) -> int:
 
 
 def megabytes(count: float) -> str:
-    """Bytes for people."""
+    """Bytes as text, in MB or GB."""
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"

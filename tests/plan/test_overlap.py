@@ -218,7 +218,7 @@ def test_projected_times_follow_the_model():
     transfers = [event for event in events if event.transfer]
     assert [event.name for event in transfers] == ["all-gather", "all-reduce", "all-to-all"]
     assert [event.end - event.start for event in transfers] == pytest.approx([15e-6] * 3)
-    assert [event.name for event in events if event.product] == ["one", "two", "three"]
+    assert [event.name for event in events if event.matmul] == ["one", "two", "three"]
     assert waiting_seconds(events) == pytest.approx(45e-6 - 3e-6)  # all but the first product wait
     assert total_seconds(events) == pytest.approx(45e-6 + 2 * 3e-6)
 
@@ -247,7 +247,7 @@ def test_a_compiler_for_tpus_that_is_not_installed_is_named(monkeypatch):
 
 # Compiled for GPUs ------------------------------------------------------------------------------------------------------
 
-compiler = pytest.mark.skipif(not compiler_is_installed(), reason="needs the extra `traffic`")
+compiler = pytest.mark.skipif(not compiler_is_installed(), reason="needs the extra `plan`")
 SHALLOW = dataclasses.replace(SDXL_BASE, transformer_layers_per_block=1)
 """SDXL's widths, every block and every kind of exchange, but one transformer layer where there are two or ten."""
 DDIM = load_scheduler({"_class_name": "DDIMScheduler"})
@@ -343,7 +343,7 @@ def is_tokens(array: str) -> bool:
 @compiler
 @pytest.mark.parametrize(("split_batch", "most"), [(False, 8.5e9), (True, 7.5e9)])
 def test_the_whole_of_sdxl_at_3840_fits_in_less_than_the_originals_buffers(split_batch, most):
-    """Weights included, while a step runs and while the picture is decoded; the original's exchange buffers alone are 11.4 GiB."""
+    """Weights included, while a step runs and while the image is decoded; the original's exchange buffers alone are 11.4 GiB."""
     whole = step("a100-sxm-80gb", 3840, split_batch, SDXL_BASE)
     assert sum(whole.memory.values()) < most
     once = 2 * sum(
