@@ -1,12 +1,12 @@
-"""How fast, and in how little memory, does a single file of Stable Diffusion XL become a folder, beside torch diffusers?
+"""Time and memory of converting a single file of Stable Diffusion XL to a folder, compared with torch diffusers.
 
     python benchmarks/convert_file.py --repeats 3
 
-A file in the original layout, with the names and shapes of Stable Diffusion XL (random weights, float16, 6.9 GB; --family for a
-smaller one), is written to --folder, which needs room for two and a half of it, and removed at the end. Each repeat runs
-`python -m distrijax.convert` and diffusers' from_single_file with save_pretrained, each in a process of its own, and compares them.
-Time is of the whole process, imports included. Memory is the most that the process held, the pages of mapped files among it; beside
-it what was its own alone (as Linux tells it, asked every 20 ms). The file is in the disk's cache.
+The benchmark writes a file in the original layout, with the names and shapes of Stable Diffusion XL (random weights, float16,
+6.9 GB; --family chooses a smaller one), to --folder, which needs free space for two and a half such files, and removes it at
+the end. Each repeat runs `python -m distrijax.convert`, and diffusers' from_single_file with save_pretrained, each in a process
+of its own. Time is that of the whole process, imports included. `peak_gb` is the process's largest resident memory, pages of
+mapped files included; `own_gb` leaves those out (as Linux reports it, sampled every 20 ms). The file is in the page cache.
 Needs the extra `test`.
 """
 
@@ -48,25 +48,39 @@ pipe.save_pretrained(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    """Runs the command line.
+
+    Args:
+        argv: Flags; those of the process unless given.
+
+    Raises:
+        SystemExit: For wrong input, with a code other than 0 and one line on stderr.
+    """
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--family", choices=tuple(FAMILY_NAMES), default="xl", help="of Stable Diffusion (default: %(default)s)")
-    add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="to work in (default: %(default)s)")
-    add("--repeats", type=int, default=3, help="of both in turn (default: %(default)s)")
-    add("--output", type=Path, metavar="FILE", help="lines of JSON are added to it, besides being printed")
+    add(
+        "--family", choices=tuple(FAMILY_NAMES), default="xl", help="version of Stable Diffusion (default: %(default)s)"
+    )
+    add(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where to put the temporary files (default: %(default)s)",
+    )
+    add("--repeats", type=int, default=3, help="runs of each, in turn (default: %(default)s)")
+    add("--output", type=Path, metavar="FILE", help="append the lines of JSON to a file")
     with plain_errors():
         benchmark(parser.parse_args(argv))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Writes the file, runs both in turn, and tells how they compare; raises DistriError for what is missing."""
+    """Writes the file, runs both in turn, and reports their ratio; raises DistriError for missing packages or space."""
     check_positive(arguments, "repeats")
     if not all(map(find_spec, ("diffusers", "torch"))):
         raise DistriError("this benchmark needs diffusers and torch; install the extra `test`")
     if not arguments.folder.is_dir():
-        raise DistriError(f"--folder {arguments.folder} is no folder; give one that exists")
-    tell = json_lines(arguments.output)
+        raise DistriError(f"--folder {arguments.folder} is not a folder; give one that exists")
+    report = json_lines(arguments.output)
     checkpoint = random_checkpoint(FAMILY_NAMES[arguments.family])
     size = sum(tensor.nbytes for held in checkpoint.tensors.values() for tensor in held.values())
     free = shutil.disk_usage(arguments.folder).free
@@ -78,13 +92,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
         folder = Path(name)
         file, config = folder / "model.safetensors", folder / "config"
         write_safetensors(to_original(checkpoint), file)
-        ours = [sys.executable, "-m", "distrijax.convert", str(file)]
-        run([*ours, str(config)])  # for the configurations, which diffusers would fetch from the hub
+        convert = [sys.executable, "-m", "distrijax.convert", str(file)]
+        run([*convert, str(config)])  # for the configurations, which diffusers would download from the hub
         for weights in config.glob("*/*.safetensors"):
             weights.unlink()
         pipeline = checkpoint.index["_class_name"]
         ways = {
-            "distrijax": [*ours, str(folder / "out")],
+            "distrijax": [*convert, str(folder / "out")],
             "diffusers": [
                 sys.executable,
                 "-c",
@@ -102,16 +116,16 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 shutil.rmtree(folder / "out")
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "gigabytes": round(size / 1e9, 2)}
     for way, each in runs.items():
-        tell({"way": way, **{key: statistics.median(one[key] for one in each) for key in each[0]}, **machine})
+        report({"way": way, **{key: statistics.median(one[key] for one in each) for key in each[0]}, **machine})
     ratios = {
         key: statistics.median(one[key] / other[key] for one, other in zip(*runs.values(), strict=True))
         for key in runs["distrijax"][0]
     }
-    tell({"way": "distrijax / diffusers", **{key: round(value, 3) for key, value in ratios.items()}})
+    report({"way": "distrijax / diffusers", **{key: round(value, 3) for key, value in ratios.items()}})
 
 
 def random_checkpoint(kind: str) -> Checkpoint:
-    """A model of full size, whose tensors are made when they are read."""
+    """A model of full size whose tensors are generated when they are read."""
     family = next(family for family in FAMILIES.values() if family.kind.name == kind)
     parts = ["unet", "vae", *(text.part for text in family.texts)]
     prediction = family.scheduler["prediction_type"]
@@ -122,7 +136,7 @@ def random_checkpoint(kind: str) -> Checkpoint:
 
 
 def random(shape: Shape) -> Tensor:
-    """Small normal numbers of half precision."""
+    """Normal random numbers in float16."""
 
     def read() -> np.ndarray:
         return np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
@@ -131,13 +145,13 @@ def random(shape: Shape) -> Tensor:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """Seconds and gigabytes of a process; raises DistriError where it fails."""
+    """Runs a command and returns its seconds and gigabytes; raises DistriError where it fails."""
     start = time.perf_counter()
     peak = own = 0.0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         while True:
-            held = memory(process.pid)  # not wait4's ru_maxrss, in which the parent has its part
+            held = memory(process.pid)  # not wait4's ru_maxrss, which begins at the parent's memory
             ended, status = os.waitpid(process.pid, os.WNOHANG)
             if ended:
                 break
@@ -147,13 +161,13 @@ def run(command: list[str]) -> dict[str, Any]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if status:
             log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines() or ["no word"]
-            raise DistriError(f"{command[1:3]} failed: {lines[-1]}; run it alone to see more")
+            lines = log.read().decode(errors="replace").strip().splitlines() or ["no output"]
+            raise DistriError(f"{command[1:3]} failed: {lines[-1]}; run it by itself to see more")
     return {"seconds": round(seconds, 2), "peak_gb": round(peak, 3), "own_gb": round(own, 3)}
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Gigabytes that a process holds, by the kernel's names; empty where the system does not tell."""
+    """Gigabytes of a process, by the names of /proc/PID/status; empty where the system has no such file."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,16 +1,16 @@
-"""How long does one picture take, on how many devices?
+"""Latency of one image on one or more devices.
 
     python benchmarks/latency.py --devices 1 2 4 8 --model MODEL --image-size 1024 --output latency.jsonl --plot speed-up.png
 
-The protocol of DistriFusion's script: some calls to warm up, then timed ones, of which the slowest and the fastest are left
-out. Told apart: compiling; the denoising loop alone (the UNet and the scheduler, as in the paper); end to end, with text
-encoders and decoder; and the most memory that a device had in use. A line of JSON for each number of devices, the most devices
-first. Virtual CPU devices share the machine's cores: their figures show what more devices cost, not what they gain.
+The protocol is that of DistriFusion's script: warm-up calls, then timed calls, of which the slowest and the fastest are left
+out. Reported are compile time; the denoising loop alone (UNet and scheduler, as in the paper); end to end, with text encoders
+and decoder; and the peak memory of a device. The script prints a line of JSON for each number of devices, the most devices
+first. Virtual CPU devices share the machine's cores: their figures show the overhead of more devices, not a speed-up.
 
-compile_s     tracing and compiling; what an earlier run left in JAX's compilation cache is only read, in far less time
+compile_s     tracing and compiling; programs in JAX's compilation cache are read in far less time
               (JAX_ENABLE_COMPILATION_CACHE=false compiles anew)
-peak_bytes    null where the platform does not tell, and where no device had more in use than in a run before: devices count
-              for the whole process, so the most devices, which need the least of each, go first
+peak_bytes    null where the platform does not report it, and where no device used more than in an earlier measurement:
+              devices count for the whole process, so the most devices, which need the least of each, come first
 """
 
 from __future__ import annotations
@@ -55,7 +55,14 @@ from distrijax.weights.dtypes import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    """Runs the command line.
+
+    Args:
+        argv: Flags; those of the process unless given.
+
+    Raises:
+        SystemExit: For wrong input, with a code other than 0 and one line on stderr.
+    """
     arguments = parse(argv)
     with ending_together(), plain_errors():
         positive(min(arguments.devices), "--devices")
@@ -64,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the flags."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add(
@@ -71,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[1],
-        help="how many share a picture; several are compared (default: 1)",
+        help="numbers of devices, which are compared (default: 1)",
     )
     add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
@@ -80,28 +88,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance-scale", type=float, default=5.0, help="(default: %(default)s)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
     add_config_flags(parser)
-    add("--chunk-size", type=int, help="steps for each visit of the host (default: the whole loop is one program)")
-    add("--warmup-times", type=int, default=5, help="calls before any is timed (default: %(default)s)")
+    add("--chunk-size", type=int, help="denoising steps of one program (default: all, the loop is one program)")
+    add("--warmup-times", type=int, default=5, help="untimed calls first (default: %(default)s)")
     add("--test-times", type=int, default=20, help="timed calls (default: %(default)s)")
     add(
-        "--ignore-ratio", type=float, default=0.2, help="part of them left out, half at each end (default: %(default)s)"
+        "--ignore-ratio",
+        type=float,
+        default=0.2,
+        help="share of them left out, half at each end (default: %(default)s)",
     )
     add_flags(parser)
-    add("--output", type=Path, metavar="FILE", help="lines of JSON are added to it, besides being printed")
-    add("--plot", type=Path, metavar="FILE", help="speed-up against devices (PNG; extra `eval`)")
+    add("--output", type=Path, metavar="FILE", help="append the lines of JSON to a file")
+    add("--plot", type=Path, metavar="FILE", help="plot of the speed-up over devices (PNG; extra `eval`)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
     return arguments
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Measures for every number of devices; raises DistriError for flags that cannot be."""
+    """Measures every number of devices; raises DistriError for invalid flags."""
     check_positive(arguments, "warmup_times", "test_times")
     if not 0 <= arguments.ignore_ratio < 1:
-        raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a part of all, from 0 to less than 1")
+        raise DistriError(f"--ignore-ratio is {arguments.ignore_ratio}; give a share from 0 to less than 1")
     if arguments.plot and is_main_process():
         check_plot(arguments.plot)
-    tell = json_lines(arguments.output if is_main_process() else None)
+    report = json_lines(arguments.output if is_main_process() else None)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
     _, model = find_model(arguments)
@@ -109,13 +120,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
     for devices in sorted(arguments.devices, reverse=True):
         row = measure(arguments, model, devices)
         rows.append(row)
-        tell(row)
+        report(row)
     if arguments.plot and is_main_process():
         draw(rows, arguments.plot)
 
 
 def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dict[str, Any]:
-    """The figures of one number of devices."""
+    """Measures one number of devices."""
     config = config_of(arguments, devices=devices)
     dtype = find_dtype(arguments.dtype)
     before = peak_memory()
@@ -166,31 +177,31 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         "peak_bytes": peak if peak != before else None,
     }
     del pipe, loop, timed
-    gc.collect()  # the next pipeline's weights must not come on top of these
+    gc.collect()  # frees these weights before the next pipeline's are loaded
     return measured
 
 
 def trimmed_mean(seconds: Sequence[float], ratio: float) -> float:
-    """The mean without the `ratio` of the values that are furthest out, half of them at each end."""
+    """The mean without the share `ratio` of the values, half of it at each end."""
     cut = int(len(seconds) * ratio / 2)
     return round(statistics.fmean(sorted(seconds)[cut : len(seconds) - cut]), 5)
 
 
 def peak_memory() -> int | None:
-    """The most bytes that any of this process' devices had in use so far; None where the platform does not tell."""
+    """Peak bytes of any of this process's devices so far; None where the platform does not report them."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     return max(stat["peak_bytes_in_use"] for stat in stats) if all(stats) else None
 
 
 def check_plot(path: Path) -> None:
-    """Raises DistriError, before anything is measured, where `draw` lacks matplotlib or could not write."""
+    """Raises DistriError, before anything is measured, where `draw` would lack matplotlib or could not write."""
     if find_spec("matplotlib") is None:
         raise DistriError("--plot needs matplotlib; install the extra `eval`")
     check_file(path, "--plot")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Speed-up over the fewest devices."""
+    """Plots the speed-up over the fewest devices."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.5), dpi=120, layout="constrained")

@@ -1,13 +1,14 @@
-"""How much faster does one device get when it has a part of the picture? The computing side of scaling, measured on ONE device.
+"""Compute time of one device's part of a step, measured on ONE device: an upper bound of the speed-up on n devices.
 
     python benchmarks/shard.py --image-size 1024 --parts 1 2 4 8             # SDXL's UNet, random weights
     python benchmarks/shard.py --model FOLDER --image-size 256
 
-Runs displaced steps of one device out of n on a single device, each on what the one before left. Its collectives are replaced
-by local stand-ins that yield arrays of the same shapes: a gather copies the own part n times, a permute gives back what it got.
-So these are no pictures and no times of n devices: nothing travels, and nobody waits. What remains is what n devices could gain
-at best, t(1) / t(n). A line of JSON for each n. All programs are compiled first, several at a time; what an earlier run left in
-JAX's compilation cache is only read, and its compile_s is that (JAX_ENABLE_COMPILATION_CACHE=false compiles anew).
+The script runs displaced steps of one device out of n on a single device, each on the results of the previous one. Its
+collectives are replaced by local stand-ins that return arrays of the same shapes: a gather copies the device's own part n
+times, a permute returns its input. The results are therefore neither images nor times of n devices: nothing is transferred,
+and no device waits. The ratio t(1) / t(n) is the most that n devices could gain. The script prints a line of JSON for each n.
+All programs are compiled first, several at a time; for a program in JAX's compilation cache, compile_s is the time to read it
+(JAX_ENABLE_COMPILATION_CACHE=false compiles anew).
 """
 
 from __future__ import annotations
@@ -63,34 +64,40 @@ VAE_SCALE = 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    """Runs the command line.
+
+    Args:
+        argv: Flags; those of the process unless given.
+
+    Raises:
+        SystemExit: For wrong input, with a code other than 0 and one line on stderr.
+    """
     arguments = parse(argv)
     with plain_errors():
         benchmark(arguments)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the flags."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", help="folder in the diffusers layout or hub id, for its UNet's shape (default: SDXL's)")
+    add("--model", help="folder in the diffusers layout or hub id, whose UNet's shapes are used (default: SDXL's)")
     add("--image-size", type=int, nargs="+", default=[1024], metavar=("H", "W"), help="pixels (default: 1024)")
-    add("--parts", type=int, nargs="+", default=[1, 2, 4, 8], help="how many devices to stand for (default: 1 2 4 8)")
-    add("--split-batch", action="store_true", help="each half of the devices has one branch of the guidance")
+    add("--parts", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of devices to simulate (default: 1 2 4 8)")
+    add("--split-batch", action="store_true", help="run each guidance branch on half of the devices (CFG split)")
     add("--sync-mode", choices=tuple(mode.value for mode in SyncMode), default=SyncMode.CORRECTED_ASYNC_GN.value)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
-    parser.add_values("--compiler-option", "of XLA, instead of this project's choice")
-    add(
-        "--steps", type=int, default=5, help="that are timed together, one begun after the other (default: %(default)s)"
-    )
-    add("--warmup-times", type=int, default=2, help="such runs before any is timed (default: %(default)s)")
-    add("--test-times", type=int, default=10, help="timed runs, of which the median counts (default: %(default)s)")
+    parser.add_values("--compiler-option", "an XLA option that replaces this project's")
+    add("--steps", type=int, default=5, help="consecutive steps of one timed run (default: %(default)s)")
+    add("--warmup-times", type=int, default=2, help="untimed runs first (default: %(default)s)")
+    add("--test-times", type=int, default=10, help="timed runs; the median is reported (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
     return arguments
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    """Measures for every number of parts; raises DistriError for flags that cannot be."""
+    """Measures every number of parts; raises DistriError for invalid flags."""
     check_positive(arguments, "warmup_times", "test_times")
     height, width = arguments.image_size
     check_sizes(height=height, width=width, vae_scale=VAE_SCALE)
@@ -129,10 +136,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
         print(json.dumps(row), flush=True)
 
 
-def timed(compiling: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the seconds it took."""
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of a call, and the seconds it took."""
     start = time.perf_counter()
-    return compiling(), time.perf_counter() - start
+    return function(), time.perf_counter() - start
 
 
 def time_steps(program: jax.stages.Compiled, step: StepProgram, arguments: argparse.Namespace) -> float:
@@ -150,7 +157,7 @@ def time_steps(program: jax.stages.Compiled, step: StepProgram, arguments: argpa
 
 
 def compile_part(step: StepProgram, options: Mapping[str, Any]) -> Callable[[], jax.stages.Compiled]:
-    """What compiles one device's part of a step, without collectives, with a user's options; it is traced by then."""
+    """Traces one device's part of a step, without collectives; returns a function that compiles it with a user's options."""
     layout = OnePart(**{**vars(step.loop.layout), "mesh": alone()}, parts=step.loop.layout.patches)
     loop = dataclasses.replace(step.loop, layout=layout)
     with stand_ins(step.loop.layout.mesh.shape[PATCH]):
@@ -165,7 +172,7 @@ def alone() -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class OnePart(Layout):
-    """The layout of one device, which has one of so many parts of the rows."""
+    """The layout of a single device that holds one of `parts` bands."""
 
     parts: int = 1
 
@@ -175,7 +182,7 @@ class OnePart(Layout):
 
 
 def part_of(step: StepProgram) -> tuple:
-    """What one device's part of a step takes: shapes, and the constants of the step."""
+    """Arguments of one device's part of a step: shapes, and the constants of the step."""
     layout = step.loop.layout
     specs = denoise.specs_of(step.loop, stale=bool(step.stale))
     here = NamedSharding(alone(), P())
@@ -193,7 +200,7 @@ def part_of(step: StepProgram) -> tuple:
 
 
 def filled(shapes: Any) -> Any:
-    """Small random numbers; the same ones again and again, for drawing those of a large model would take long."""
+    """Arrays of small random numbers, which repeat: drawing those of a large model would take long."""
     drawn = np.abs(0.02 * np.random.default_rng(0).standard_normal(999_983, np.float32))
 
     def fill(leaf: Any) -> jax.Array:
@@ -208,7 +215,7 @@ def filled(shapes: Any) -> Any:
 
 @contextmanager
 def stand_ins(parts: int) -> Iterator[None]:
-    """Within, what `distrijax.parallel.collectives` asks of other devices is answered from the own values."""
+    """Replaces the collectives of `distrijax.parallel.collectives` by local stand-ins within a `with` block."""
 
     def size(axis: Any) -> int:
         axes = axis if isinstance(axis, tuple) else (axis,)

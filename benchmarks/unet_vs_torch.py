@@ -1,14 +1,14 @@
-"""Is one UNet call on one device as fast as torch diffusers'?
+"""Time of one UNet call on one device, compared with torch diffusers.
 
     python benchmarks/unet_vs_torch.py                                   # the embedded default model, 256x256
     python benchmarks/unet_vs_torch.py --model FOLDER --image-size 512
     python benchmarks/unet_vs_torch.py --config sdxl-reduced --compile   # SDXL's widths, few transformer layers, random
     python benchmarks/unet_vs_torch.py --config sdxl --image-size 1024 --compile --channels-last      # on a GPU
 
-All UNets have the same weights and the same input. They take turns in one process that, on a CPU, is bound to as many cores
-as either may use, and each turn begins when the other's threads are asleep; the answer is the median of the ratios of
-neighbouring turns. What depends on the prompt alone is computed here before the denoising loop, in diffusers in every call;
-it is not counted in our turns, and its time is printed beside them. Needs the extra `test`.
+All UNets have the same weights and the same input. They take turns in one process, which on a CPU is pinned to as many cores
+as each may use, and each turn begins when the other's threads are asleep. The result is the median of the ratios of adjacent
+turns. distrijax computes once, before the denoising loop, what depends on the prompt alone; diffusers computes it in every
+call. That time is not included in distrijax's turns and is printed separately. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs a part of the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ PAUSE = 0.05  # seconds; OpenMP's idle threads spin for a while before they slee
 
 
 def arguments() -> argparse.Namespace:
+    """Parses the flags."""
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a folder in the diffusers layout")
@@ -63,23 +64,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"), help="pixels (default: 256)"
     )
-    parser.add_argument("--batch", type=int, default=2, help="UNet batch; 2 is one image with guidance")
+    parser.add_argument("--batch", type=int, default=2, help="batch of the UNet; 2 is one image with guidance")
     parser.add_argument("--dtype", choices=tuple(TORCH_DTYPES), help="(default: bfloat16 on GPUs, float32 on CPUs)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for either, on CPUs")
-    parser.add_argument("--pairs", type=int, default=20, help="how many turns each (default: %(default)s)")
-    parser.add_argument("--calls", type=int, default=1, help="of a turn, one after the other (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, too, besides eager torch")
-    parser.add_argument("--compile-mode", default="default", help="torch.compile's (default: %(default)s)")
-    parser.add_argument("--channels-last", action="store_true", help="give torch its other memory layout")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each, on CPUs")
+    parser.add_argument("--pairs", type=int, default=20, help="turns of each (default: %(default)s)")
+    parser.add_argument("--calls", type=int, default=1, help="consecutive calls of a turn (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile in addition to eager torch")
+    parser.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: %(default)s)")
+    parser.add_argument("--channels-last", action="store_true", help="use torch's channels-last memory layout")
     args = parser.parse_args()
     args.image_size = parser.size(args.image_size)
     return args
 
 
 def main() -> None:
+    """Measures and prints; raises SystemExit for wrong input."""
     args = arguments()
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:  # before JAX makes its threads, which keep to the cores of whoever makes them
+    if not on_gpu:  # before JAX starts its threads, which inherit the affinity of the starting thread
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         torch.set_num_threads(args.threads)
         jax.config.update("jax_platforms", "cpu")
@@ -97,15 +99,17 @@ def main() -> None:
             made.save_pretrained(Path(scratch, "unet"))
             args.model = Path(scratch)
             del made
-        theirs = diffusers.UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=TORCH_DTYPES[dtype])
-        theirs = theirs.eval().to(where, memory_format=layout)
-        ours = load_unet(args.model / "unet", jnp.dtype(dtype), device)
-    inputs = random_inputs(ours.config, args)
-    condition, our_call = jax_calls(ours, inputs, device)
-    their_call = torch_call(theirs, inputs, layout)
-    calls = {"distrijax": our_call, "diffusers, eager": their_call}
+        torch_unet = diffusers.UNet2DConditionModel.from_pretrained(
+            args.model / "unet", torch_dtype=TORCH_DTYPES[dtype]
+        )
+        torch_unet = torch_unet.eval().to(where, memory_format=layout)
+        unet = load_unet(args.model / "unet", jnp.dtype(dtype), device)
+    inputs = random_inputs(unet.config, args)
+    condition, jax_call = jax_calls(unet, inputs, device)
+    diffusers_call = torch_call(torch_unet, inputs, layout)
+    calls = {"distrijax": jax_call, "diffusers, eager": diffusers_call}
     if args.compile:
-        calls["diffusers, compiled"] = torch_call(torch.compile(theirs, mode=args.compile_mode), inputs, layout)
+        calls["diffusers, compiled"] = torch_call(torch.compile(torch_unet, mode=args.compile_mode), inputs, layout)
 
     first, outputs = {}, {}
     condition()
@@ -120,7 +124,7 @@ def main() -> None:
     got, expected = np.asarray(outputs["distrijax"], np.float32), outputs["diffusers, eager"].permute(0, 2, 3, 1)
     error = np.abs(got - expected.float().cpu().numpy()).max() / expected.abs().max().item()
     print(
-        f"{args.config or args.model}: {sum(p.numel() for p in theirs.parameters()) / 1e6:.1f} M parameters, sample "
+        f"{args.config or args.model}: {sum(p.numel() for p in torch_unet.parameters()) / 1e6:.1f} M parameters, sample "
         f"{list(inputs['sample'].shape)}, {dtype}, {device.device_kind}, pairs: {args.pairs} of {args.calls}"
         f"{'' if on_gpu else f', threads: {args.threads}'}\n"
         f"jax {jax.__version__}, torch {torch.__version__}{', channels last' * args.channels_last}, diffusers "
@@ -129,16 +133,16 @@ def main() -> None:
         f"largest difference of the outputs: {error:.1e} of the largest value"
     )
     for name, times in turns.items():
-        told = f"{name}: {1e3 * statistics.median(times):.2f} ms a call (median); first call {first[name]:.1f} s"
+        line = f"{name}: {1e3 * statistics.median(times):.2f} ms a call (median); first call {first[name]:.1f} s"
         if name != "distrijax":
             ratios = [a / b for a, b in zip(turns["distrijax"], times, strict=True)]
             quarter, median, three_quarters = statistics.quantiles(ratios, n=4)
-            told += f"; distrijax / it: {median:.3f} (middle half: {quarter:.3f} to {three_quarters:.3f})"
-        print(told)
+            line += f"; distrijax / it: {median:.3f} (middle half: {quarter:.3f} to {three_quarters:.3f})"
+        print(line)
 
 
 def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
-    """As the pipeline has it on one device."""
+    """Loads a UNet as a pipeline on one device does."""
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     form, mesh = ModelLayout.of(abstract_unet(config), platform=device.platform), MeshPlan(1, 1, 1).build([device])
     module = load_module(form.abstract(), folder, variant=None, dtype=dtype, place=form.make_placer(mesh))
@@ -146,7 +150,7 @@ def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
 
 
 def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """What a UNet is called with, pictures NHWC."""
+    """Inputs of a UNet call, the sample in NHWC."""
     rng = np.random.default_rng(0)
     height, width = args.image_size
     shapes = {
@@ -164,17 +168,17 @@ def random_inputs(config: UNetConfig, args: argparse.Namespace) -> dict[str, np.
 
 
 def in_dtype(inputs: dict[str, Any], cast: Callable[[Any], Any]) -> dict[str, Any]:
-    """Inputs of which those that a pipeline has in the model's dtype are cast."""
+    """The inputs, with those cast that a pipeline holds in the model's dtype."""
     return {name: value if name in ("time_ids", "timestep") else cast(value) for name, value in inputs.items()}
 
 
 def jax_calls(unet: Model, inputs: dict[str, np.ndarray], device: jax.Device) -> tuple[Callable, Callable]:
-    """What is done once for each prompt, and one call that does not wait for its end."""
+    """The computation for each prompt, and one call that does not wait for its result."""
     arrays = in_dtype(jax.device_put(inputs, device), lambda array: array.astype(unet.dtype))
     prompt = [arrays[name] for name in arrays if name not in ("sample", "timestep")]
 
     def program(function: Callable, *arguments: jax.Array) -> Callable[[], jax.Array]:
-        """Compiled when it is first called, as torch's is."""
+        """A program that is compiled at its first call, like torch's."""
         options = options_for(device.platform)
         compile = functools.cache(lambda: compiled(jax.jit(function).lower(unet.params, *arguments), options, {}))
         return lambda: compile()(unet.params, *arguments)
@@ -185,7 +189,7 @@ def jax_calls(unet: Model, inputs: dict[str, np.ndarray], device: jax.Device) ->
 
 
 def torch_call(unet: torch.nn.Module, inputs: dict[str, np.ndarray], layout: torch.memory_format) -> Callable:
-    """One call of diffusers' UNet, which on a GPU does not wait for its end."""
+    """One call of diffusers' UNet, which on a GPU does not wait for its result."""
     held = next(unet.parameters())
     tensors = {name: torch.tensor(value, device=held.device) for name, value in inputs.items()}
     tensors = in_dtype(tensors, lambda tensor: tensor.to(held.dtype))
@@ -200,7 +204,7 @@ def torch_call(unet: torch.nn.Module, inputs: dict[str, np.ndarray], layout: tor
 
 
 def seconds(call: Callable, times: int = 1) -> float:
-    """Of one call out of so many, to the end of the last."""
+    """Seconds of one call, averaged over `times` consecutive ones."""
     time.sleep(PAUSE)
     start = time.perf_counter()
     for _ in range(times):

@@ -1,10 +1,10 @@
-"""Do the default model's pictures show what their captions say? Generates held-out captions and looks at the pixels.
+"""Checks whether the default model's images show what their captions say, by the pixels of held-out captions' images.
 
     python examples/check_scenes.py --captions 64 --at-least 0.8 --contact-sheet scenes.png
 
-A named shape is found when its colour is in the place that the caption names (`scenes.found` has the exact rule). Two
-figures are printed: the share of named shapes found, which `--at-least` judges, and the stricter share of captions of
-which every shape is found.
+A named shape is found when its colour is in the place that the caption names (`scenes.found` has the exact rule). The script
+prints two figures: the share of named shapes found, which `--at-least` judges, and the stricter share of captions whose every
+shape is found.
 """
 
 from __future__ import annotations
@@ -25,42 +25,54 @@ from distrijax.cli.options import Parser
 
 @dataclass(frozen=True)
 class Result:
-    """A caption, the picture generated for it, and which of the scene's shapes were found in that picture."""
+    """The image of one caption.
+
+    Attributes:
+        caption: The prompt.
+        scene: What the image should show.
+        image: `[h, w, 3]`, 0 to 1.
+        found: For each shape of the scene, whether it was found.
+    """
 
     caption: str
     scene: Scene
-    picture: np.ndarray
+    image: np.ndarray
     found: list[bool]
 
 
 def check(
     generate: Callable[[list[str], int], np.ndarray], captions: int, batch: int, height: int, width: int, seed: int
 ) -> list[Result]:
-    """Generates and judges `captions` held-out captions.
+    """Generates and judges the images of held-out captions.
 
-    `generate(prompts, seed)` returns [batch, height, width, 3] in 0..1. Every call gets `batch` prompts, the last
-    one by repeating its own, so that only one program is compiled.
+    Args:
+        generate: Called as `generate(prompts, seed)`; returns `[batch, height, width, 3]`, 0 to 1.
+        captions: Number of captions.
+        batch: Prompts of each call; the last call repeats its own, so that only one program is compiled.
+        height: Pixels.
+        width: Pixels.
+        seed: Chooses the captions, and the starting noise of each call.
     """
     results = []
     for start in range(0, captions, batch):
         indices = range(start, min(start + batch, captions))
         examples = [held_out_example(seed, index, height, width) for index in indices]
         prompts = [caption for _, caption, _ in examples]
-        pictures = generate((prompts * batch)[:batch], seed + start)
-        for (_, caption, scene), picture in zip(examples, pictures, strict=False):
-            results.append(Result(caption, scene, picture, found(picture, scene)))
+        images = generate((prompts * batch)[:batch], seed + start)
+        for (_, caption, scene), image in zip(examples, images, strict=False):
+            results.append(Result(caption, scene, image, found(image, scene)))
         print(f"{len(results)} of {captions} captions", end="\r", file=sys.stderr, flush=True)
     return results
 
 
 def rates(results: Sequence[Result]) -> tuple[float, float]:
-    """The share of named shapes found, and the share of captions of which every shape was found."""
+    """Share of named shapes found, and share of captions whose every shape was found."""
     shapes = [one for result in results for one in result.found]
     return float(np.mean(shapes)), float(np.mean([all(result.found) for result in results]))
 
 
 def report(results: Sequence[Result]) -> str:
-    """Each shape that was not found, then the two figures."""
+    """Lists the shapes that were not found, then the two figures."""
     shapes, captions = rates(results)
     lines = []
     for result in results:
@@ -76,8 +88,8 @@ def report(results: Sequence[Result]) -> str:
 
 
 def contact_sheet(results: Sequence[Result], columns: int = 8) -> Image.Image:
-    """All pictures with their captions; a caption in red has a shape that was not found."""
-    height, width = results[0].picture.shape[:2]
+    """All images with their captions; a caption in red has a shape that was not found."""
+    height, width = results[0].image.shape[:2]
     font = ImageFont.load_default(size=11)
     margin, text_height = 8, 72
     cell_width, cell_height = width + margin, height + text_height
@@ -88,17 +100,17 @@ def contact_sheet(results: Sequence[Result], columns: int = 8) -> Image.Image:
     for position, result in enumerate(results):
         row, column = divmod(position, columns)
         corner = (margin + column * cell_width, margin + row * cell_height)
-        sheet.paste(Image.fromarray(np.round(np.clip(result.picture, 0, 1) * 255).astype(np.uint8)), corner)
+        sheet.paste(Image.fromarray(np.round(np.clip(result.image, 0, 1) * 255).astype(np.uint8)), corner)
         words = textwrap.fill(result.caption, max(12, width // 6))
         pen.text((corner[0], corner[1] + height + 2), words, "black" if all(result.found) else "red", font)
     return sheet
 
 
 def pipeline_generator(args: argparse.Namespace) -> Callable[[list[str], int], np.ndarray]:
-    """The `generate` of `check` that runs a pipeline."""
+    """A `generate` function for `check` that runs a pipeline."""
     import jax
 
-    # Has an effect only where the devices are CPUs, and must come before JAX looks for them.
+    # affects CPUs only, and must come before JAX looks for devices
     jax.config.update("jax_num_cpu_devices", args.devices)
     import distrijax
 
@@ -121,19 +133,22 @@ def pipeline_generator(args: argparse.Namespace) -> Callable[[list[str], int], n
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the flags."""
     parser = Parser(__doc__)
-    parser.add_argument("--model", help="folder in the diffusers layout; the embedded default model unless said")
-    parser.add_argument("--captions", type=int, default=64, help="how many held-out captions (default 64)")
+    parser.add_argument("--model", help="folder in the diffusers layout (default: the embedded model)")
+    parser.add_argument("--captions", type=int, default=64, help="number of held-out captions (default: %(default)s)")
     parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=5.0)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument(
-        "--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"), help="pixels (default 256)"
+        "--image-size", type=int, nargs="+", default=[256], metavar=("H", "W"), help="pixels (default: 256)"
     )
-    parser.add_argument("--batch", type=int, default=8, help="captions per call of the pipeline (default 8)")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="captions of one call of the pipeline (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="chooses the captions and the starting noise")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write all pictures into one file")
-    parser.add_argument("--at-least", type=float, metavar="SHARE", help="exit 1 when fewer named shapes are found")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write all images into one file")
+    parser.add_argument("--at-least", type=float, metavar="SHARE", help="exit with 1 if fewer named shapes are found")
     args = parser.parse_args(argv)
     args.image_size = parser.size(args.image_size)
     if any(side % 8 or not 64 <= side <= 512 for side in args.image_size):
@@ -145,11 +160,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.contact_sheet and (args.contact_sheet.suffix.lower() != ".png" or args.contact_sheet.is_dir()):
         parser.error(f"--contact-sheet is {args.contact_sheet}; give the name of a file that ends in .png")
     if args.contact_sheet and not args.contact_sheet.absolute().parent.is_dir():
-        parser.error(f"--contact-sheet: there is no folder {args.contact_sheet.absolute().parent}; create it first")
+        parser.error(f"--contact-sheet: {args.contact_sheet.absolute().parent} is not a folder; create it first")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
     args = arguments(argv)
     from distrijax import DistriError
 

@@ -1,7 +1,7 @@
-"""A small tokenizer of CLIP's kind for the embedded default model: bytes, and every word of the captions as one token.
+"""Trains a small CLIP tokenizer for the embedded default model: bytes, and every word of the captions as one token.
 
-The ids are in CLIP's order: 256 bytes, 256 bytes that end a word, merges, <|startoftext|>, <|endoftext|>. So "!" is 0,
-with which SDXL's second tokenizer pads, and the end of the text has the largest id, for which the text encoders look.
+The ids are in CLIP's order: 256 bytes, 256 bytes that end a word, merges, <|startoftext|>, <|endoftext|>. Hence "!", with
+which SDXL's second tokenizer pads, is 0, and the end of the text has the largest id, as the text encoders expect.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from distrijax.models.tokenizer import BEGIN, END, LENGTH, WORD_END, CLIPTokeniz
 
 PRINTABLE = [chr(code) for first, last in ((33, 126), (161, 172), (174, 255)) for code in range(first, last + 1)]
 BYTES = PRINTABLE + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
-"""The letters that stand for the 256 bytes, in CLIP's order: printable bytes are themselves."""
+"""Characters that represent the 256 bytes, in CLIP's order; printable bytes represent themselves."""
 
 
 def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int, pad_token: str) -> CLIPTokenizer:
-    """Writes vocab.json, merges.txt and the settings to `folder`, as SDXL's have them, and reads them back.
+    """Trains a tokenizer, writes its files as SDXL's are, and reads them back.
 
-    vocab_size: the most tokens there may be; there are as few as make each word of `texts` one token.
-    pad_token: "!" or "<|endoftext|>". Raises DistriError when `vocab_size` is too small.
+    Args:
+        texts: Texts whose words each become one token.
+        folder: Where to write vocab.json, merges.txt and the settings.
+        vocab_size: The largest number of tokens.
+        pad_token: "!" or "<|endoftext|>".
+
+    Raises:
+        DistriError: When `vocab_size` is too small for the words.
     """
     merges = learn_merges(count_words(texts))
     symbols = BYTES + [byte + WORD_END for byte in BYTES] + ["".join(merge) for merge in merges] + [BEGIN, END]
@@ -35,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs, after CLIP's normalisation, in letters that stand for bytes."""
+    """Counts the words after CLIP's normalisation, written in the characters that represent bytes."""
     pipeline = byte_pair_encoder({END: 0}, [])
     return Counter(
         word
@@ -45,9 +51,10 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 
 
 def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Merges the most frequent pair until every word is one symbol; of equally frequent ones the first in the alphabet.
+    """Merges the most frequent pair until every word is one symbol; ties go to the alphabetically first pair.
 
-    Byte pair encoding of Sennrich et al., arXiv 1508.07909, without an early end.
+    References:
+        Byte pair encoding, Sennrich et al., arXiv 1508.07909, here without early stopping.
     """
     split = {word: (*word[:-1], word[-1] + WORD_END) for word in words}
     merges = []
@@ -75,7 +82,7 @@ def merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], pad_token: str) -> None:
-    """Writes the four files of a tokenizer of SDXL."""
+    """Writes the four files of an SDXL tokenizer."""
     special = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad_token, "unk_token": END}
     settings = {"model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer", **special}
     folder.mkdir(parents=True, exist_ok=True)

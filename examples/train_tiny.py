@@ -1,17 +1,17 @@
-"""Trains the embedded default model: a small SDXL-shaped pipeline that paints the scenes of scenes.py.
+"""Trains the embedded default model: a small SDXL-shaped pipeline that generates scenes of coloured shapes.
 
     python examples/train_tiny.py --output tiny             # about two hours on two CPU cores
-    python examples/check_scenes.py --model tiny            # does it paint what it is told?
+    python examples/check_scenes.py --model tiny            # do its images show what their captions say?
 
     vae         the autoencoder, from crops that show shapes
-    text        both text encoders: captions to pictures of 8 x 8 cells; they stay as they are from here on
+    text        both text encoders: captions to images of 8 x 8 cells; they are frozen from here on
     unet-128    the UNet on cached latents of 128x128, then
     unet-256    of 256x256, 192x320 and 320x192, with SDXL's size conditioning
-    decoder     the autoencoder's decoder once more, on larger crops
+    decoder     the autoencoder's decoder again, on larger crops
 
-Every batch follows from the seed and the step, its noise from the step, and a checkpoint is kept every 500 steps: an
-interrupted run goes on where it stopped, and is refused settings that what is there was not made with. Needs the extra `train`.
-The result is a folder in the diffusers layout. Up to four devices share a batch.
+The seed and the step determine a batch, and the step its noise. A checkpoint is kept every 500 steps, so an interrupted run
+resumes where it stopped; it refuses settings that differ from those of its checkpoints. Needs the extra `train`. The result is
+a folder in the diffusers layout. Up to four devices share a batch.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tiny_data import crops, framed, scene_crops, to_pixels
 from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
-from distrijax.cli.fidelity.scenes import PLACES, all_captions_vocabulary, example
+from distrijax.cli.fidelity.scenes import all_captions_vocabulary, example
 from distrijax.cli.options import check_positive, written_whole
 from distrijax.errors import DistriError
 from distrijax.json_config import read_json
@@ -57,7 +58,7 @@ VAE = VAEConfig(
     force_upcast=False,
 )
 TEXT_WIDTHS = (64, 128)
-CELLS = 8  # a coarse picture, from which the text encoders learn, has 8 x 8 cells
+CELLS = 8  # side of the coarse images from which the text encoders learn
 UNET = UNetConfig(
     block_out_channels=(32, 64, 128),
     cross_attention_dim=sum(TEXT_WIDTHS),
@@ -84,27 +85,27 @@ SCHEDULER = {
     "steps_offset": 0,
     "clip_sample": False,
 }
-PICTURES = {  # height, width and how many, for each stage of the UNet
+TRAINING_IMAGES = {  # height, width and number, for each stage of the UNet
     "unet-128": [(128, 128, 16384)],
     "unet-256": [(256, 256, 4096), (192, 320, 512), (320, 192, 512)],
 }
-STEPS = {
+STEP_FLAGS = {
     "vae": "--vae-steps",
     "text": "--text-steps",
     "unet-128": "--small-steps",
     "unet-256": "--large-steps",
     "decoder": "--decoder-steps",
 }
-"""Whose steps a flag gives: stages, by the names of their checkpoints."""
-MADE_WITH = {
+"""The flag with each stage's steps, by the names of the stages' checkpoints."""
+FIXED_FLAGS = {
     "--seed": ("checkpoints/vae", "cache"),
     "--vae-steps": ("cache", "checkpoints/unet-128"),
     "--text-steps": ("checkpoints/unet-128",),
     "--small-steps": ("checkpoints/unet-256",),
 }
-"""What of `--output` goes on from what a flag gave, which may not change once there is something in it."""
-BATCH_UNIT = 4  # every batch is a multiple of it, so that up to as many devices can share it
-NO_CAPTION = 0.1  # share of captions that are left out, for classifier-free guidance
+"""The folders of `--output` that depend on a flag, which may not change once they contain something."""
+BATCH_UNIT = 4  # divides every batch, so that up to as many devices can share it
+NO_CAPTION = 0.1  # share of captions left out, for classifier-free guidance
 
 
 def quiet_residuals(module: nnx.Module) -> nnx.Module:
@@ -127,9 +128,16 @@ def fit(
     average: float,
     folder: Path,
 ) -> nnx.Module:
-    """Minimises `loss(module, key, *batches(step))`; returns the module with exponentially averaged parameters.
+    """Minimises a loss and returns the module with the exponential moving average of its parameters.
 
-    average: the decay of that average. folder: where checkpoints are kept, and looked for when training resumes.
+    Args:
+        module: The module to train.
+        loss: Called as `loss(module, key, *batch)`.
+        batches: The batch of a step.
+        steps: Number of steps.
+        learning_rate: Peak of the schedule.
+        average: Decay of the exponential moving average.
+        folder: Where checkpoints are kept, and from which training resumes.
     """
     graph, params = nnx.split(module)
     params = nnx.to_pure_dict(params)
@@ -170,55 +178,27 @@ def fit(
     return rebuild(state["average"])
 
 
-def crops(seed: int, step: int) -> np.ndarray:
-    """Crops of random scenes: many small ones, and at every fourth step fewer larger ones."""
-    count, side, size = (4, 96, 256) if step % 4 == 3 else (16, 48, 256 if step % 4 == 2 else 128)
-    return scene_crops([seed, step], step * 16, count=count, side=side, size=size)
-
-
-def scene_crops(seeds: list[int], first: int, *, count: int, side: int, size: int) -> np.ndarray:
-    """One crop of each of `count` scenes, -1 to 1: a variety of colours is what the autoencoder learns fastest from.
-
-    Three crops in four hold the centre of a shape; backgrounds fill most of every picture anyway.
-    """
-    rng = np.random.default_rng(seeds)
-    pictures = []
-    for index in range(first, first + count):
-        picture, _, scene = example(seeds[0], index, size, size)
-        corner = rng.integers(0, size - side + 1, 2)
-        if rng.random() < 0.75:
-            centre = np.array(PLACES[rng.choice(scene.shapes).place]) * size
-            corner = np.clip(centre - rng.integers(side // 4, side - side // 4, 2), 0, size - side).astype(int)
-        y, x = corner
-        pictures.append(picture[y : y + side, x : x + side])
-    return to_pixels(pictures)
-
-
-def to_pixels(pictures: list[np.ndarray]) -> np.ndarray:
-    """uint8 pictures as the autoencoder takes them, -1 to 1."""
-    return np.stack(pictures).astype(np.float32) / 127.5 - 1
-
-
 def vae_loss(vae: AutoencoderKL, key: jax.Array, pixels: jax.Array) -> jax.Array:
-    """The picture's error, and a little KL divergence."""
+    """The image's error, and a small share of KL divergence."""
     mean, std = vae.encode(pixels, WholeImage())
     latents = mean + std * jax.random.normal(key, mean.shape)
     divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.square(std) - 1 - 2 * jnp.log(std))
-    return picture_error(vae.decode(latents, WholeImage()), pixels) + 1e-6 * divergence
+    return image_error(vae.decode(latents, WholeImage()), pixels) + 1e-6 * divergence
 
 
-def picture_error(painted: jax.Array, pixels: jax.Array) -> jax.Array:
+def image_error(generated: jax.Array, pixels: jax.Array) -> jax.Array:
     """Absolute and squared error, and the absolute error of the differences between neighbours (edges)."""
-    error = painted - pixels
+    error = generated - pixels
     edges = jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
     return jnp.mean(jnp.abs(error)) + jnp.mean(jnp.square(error)) + 0.5 * edges
 
 
 def train_vae(args: argparse.Namespace) -> AutoencoderKL:
-    """The autoencoder, from `--vae-steps` batches of crops."""
+    """Trains the autoencoder on `--vae-steps` batches of crops."""
     vae = quiet_residuals(AutoencoderKL(VAE, rngs=nnx.Rngs(args.seed)))
     latents = VAE.latent_channels
-    vae.quant_conv.bias.set_value(jnp.repeat(jnp.array([0.0, -6.0]), latents))  # little noise, or colours drown in it
+    # little noise, which would drown the colours
+    vae.quant_conv.bias.set_value(jnp.repeat(jnp.array([0.0, -6.0]), latents))
     return fit(
         vae,
         vae_loss,
@@ -231,7 +211,7 @@ def train_vae(args: argparse.Namespace) -> AutoencoderKL:
 
 
 def train_decoder(args: argparse.Namespace, vae: AutoencoderKL) -> AutoencoderKL:
-    """The decoder once more, on larger crops at full resolution, with the encoder and so the latents as they are."""
+    """Trains the decoder again, on larger crops at full resolution; encoder and latents stay the same."""
     encode = jax.jit(lambda vae, pixels: vae.post_quant_conv(vae.encode(pixels, WholeImage())[0]))
 
     def batches(step: int) -> tuple:
@@ -240,7 +220,7 @@ def train_decoder(args: argparse.Namespace, vae: AutoencoderKL) -> AutoencoderKL
 
     vae.decoder = fit(
         vae.decoder,
-        lambda decoder, key, latents, pixels: picture_error(decoder(latents, WholeImage()), pixels),
+        lambda decoder, key, latents, pixels: image_error(decoder(latents, WholeImage()), pixels),
         batches,
         steps=args.decoder_steps,
         learning_rate=1e-3,
@@ -251,7 +231,7 @@ def train_decoder(args: argparse.Namespace, vae: AutoencoderKL) -> AutoencoderKL
 
 
 def text_config(tokenizer: CLIPTokenizer, which: int) -> CLIPTextConfig:
-    """SDXL's two text encoders in small: quick_gelu without, and gelu with a projection."""
+    """Configurations of SDXL's two text encoders, made small: quick_gelu without, and gelu with a projection."""
     width = TEXT_WIDTHS[which]
     return CLIPTextConfig(
         vocab_size=tokenizer.vocab_size,
@@ -267,11 +247,11 @@ def text_config(tokenizer: CLIPTokenizer, which: int) -> CLIPTextConfig:
     )
 
 
-class Reader(nnx.Module):
-    """Both text encoders, and what teaches them: telling from a caption the colours of a coarse picture of it.
+class CaptionModel(nnx.Module):
+    """Both text encoders with the heads that train them: they predict a coarse image from its caption.
 
-    SDXL's text encoders were taught by pictures too, before there was a UNet (CLIP, by contrast). One attention layer reads
-    the tokens from every cell of the picture, as the UNet's cross-attention will; a second head reads the pooled embedding.
+    SDXL's text encoders were trained on images too, without a UNet (CLIP, by a contrastive loss). One attention layer reads
+    the tokens from every cell of the image, as the UNet's cross-attention will; a second head reads the pooled embedding.
     """
 
     def __init__(self, tokenizers: list[CLIPTokenizer], *, rngs: nnx.Rngs):
@@ -285,13 +265,13 @@ class Reader(nnx.Module):
         self.pooled_out = Linear(2 * width, CELLS * CELLS * 3, rngs=rngs)
 
     def encode(self, ids: jax.Array, ids_2: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the UNet is given: token embeddings [b, t, c] of both encoders, and the second's pooled embedding."""
+        """Inputs of the UNet: token embeddings `[b, t, c]` of both encoders, and the second's pooled embedding `[b, c]`."""
         first, _ = self.text_encoder(ids)
         second, pooled = self.text_encoder_2(ids_2)
         return jnp.concatenate([first, second], -1), pooled
 
     def __call__(self, ids: jax.Array, ids_2: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The coarse picture as both heads see it."""
+        """The coarse image `[b, CELLS, CELLS, 3]` that each head predicts."""
         hidden, pooled = self.encode(ids, ids_2)
         shape = (len(ids), CELLS, CELLS, 3)
         cells = jnp.broadcast_to(self.cells.get_value(), (len(ids), *self.cells.get_value().shape))
@@ -300,21 +280,21 @@ class Reader(nnx.Module):
         return self.colours(gelu(seen)).reshape(shape), from_pooled.reshape(shape)
 
 
-def train_text(args: argparse.Namespace, tokenizers: list[CLIPTokenizer]) -> Reader:
-    """The text encoders, from captions and pictures of 8 x 8 cells."""
+def train_text(args: argparse.Namespace, tokenizers: list[CLIPTokenizer]) -> CaptionModel:
+    """Trains the text encoders on captions and images of 8 x 8 cells."""
 
     def batches(step: int) -> tuple:
-        pictures, captions, _ = zip(
+        images, captions, _ = zip(
             *(example(args.seed, index, 64, 64) for index in range(step * 32, step * 32 + 32)), strict=True
         )
-        cells = to_pixels(pictures).reshape(32, CELLS, 64 // CELLS, CELLS, 64 // CELLS, 3).mean((2, 4))
+        cells = to_pixels(images).reshape(32, CELLS, 64 // CELLS, CELLS, 64 // CELLS, 3).mean((2, 4))
         return *(tokenizer(captions) for tokenizer in tokenizers), cells
 
-    def loss(reader: Reader, key: jax.Array, ids: jax.Array, ids_2: jax.Array, cells: jax.Array) -> jax.Array:
-        return sum(jnp.mean(jnp.square(guess - cells)) for guess in reader(ids, ids_2))
+    def loss(text_model: CaptionModel, key: jax.Array, ids: jax.Array, ids_2: jax.Array, cells: jax.Array) -> jax.Array:
+        return sum(jnp.mean(jnp.square(guess - cells)) for guess in text_model(ids, ids_2))
 
     return fit(
-        Reader(tokenizers, rngs=nnx.Rngs(args.seed + 1)),
+        CaptionModel(tokenizers, rngs=nnx.Rngs(args.seed + 1)),
         loss,
         batches,
         steps=args.text_steps,
@@ -325,9 +305,12 @@ def train_text(args: argparse.Namespace, tokenizers: list[CLIPTokenizer]) -> Rea
 
 
 def unet_loss(unet: UNet, key, latents, hidden, pooled, time_ids) -> jax.Array:
-    """Squared error of the velocity at a random timestep of a schedule that ends in pure noise (arXiv 2305.08891).
+    """Squared error of the velocity at a random timestep of a schedule that ends in pure noise.
 
     Some captions are zeroed, as SDXL does for an empty prompt.
+
+    References:
+        Zero terminal SNR, arXiv 2305.08891.
     """
     betas = common.betas(common.BetaSchedule.SCALED_LINEAR, 0.00085, 0.012, 1000)
     cumulative = jnp.asarray(common.cumulative_alphas(betas, rescale_zero_snr=True))
@@ -346,25 +329,8 @@ def unet_loss(unet: UNet, key, latents, hidden, pooled, time_ids) -> jax.Array:
     return jnp.mean(jnp.square(predicted - (alpha * noise - sigma * latents)))
 
 
-def framed(seed: int, index: int, height: int, width: int) -> tuple[np.ndarray, str, list[float]]:
-    """A training picture, its caption and its time ids: some are cropped, some enlarged from half the size."""
-    rng = np.random.default_rng([seed, index, 1])
-    kind = rng.choice(["whole", "crop", "enlarged"], p=[0.9, 0.06, 0.04])
-    if kind == "crop":
-        tall, wide = height * 5 // 32 * 8, width * 5 // 32 * 8
-        top, left = int(rng.integers(0, tall - height + 1)), int(rng.integers(0, wide - width + 1))
-        picture, caption, _ = example(seed, index, tall, wide)
-        return picture[top : top + height, left : left + width], caption, [tall, wide, top, left, height, width]
-    if kind == "enlarged":
-        picture, caption, _ = example(seed, index, height // 2, width // 2)
-        enlarged = picture.repeat(2, 0).repeat(2, 1)
-        return enlarged, caption, [height // 2, width // 2, 0, 0, height, width]
-    picture, caption, _ = example(seed, index, height, width)
-    return picture, caption, [height, width, 0, 0, height, width]
-
-
 def cache_latents(args, vae, tokenizers, height: int, width: int, count: int, first: int) -> dict[str, np.ndarray]:
-    """Latents, token ids and time ids of `count` pictures, computed once and kept in `--output`."""
+    """Latents, token ids and time ids of `count` images, computed once and kept in `--output`."""
     file = args.output / "cache" / f"{height}x{width}-{first}-{count}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -372,8 +338,8 @@ def cache_latents(args, vae, tokenizers, height: int, width: int, count: int, fi
         parts = []
         for start in tqdm(range(first, first + count, 16), desc=file.stem, mininterval=10):
             batch = [framed(args.seed, index, height, width) for index in range(start, start + 16)]
-            pictures, captions, time_ids = zip(*batch, strict=True)
-            latents = np.asarray(encode(vae, to_pixels(pictures)))
+            images, captions, time_ids = zip(*batch, strict=True)
+            latents = np.asarray(encode(vae, to_pixels(images)))
             parts.append((latents, *(tokenizer(captions) for tokenizer in tokenizers), np.float32(time_ids)))
         whole = map(np.concatenate, zip(*parts, strict=True))
         np.savez(
@@ -383,21 +349,24 @@ def cache_latents(args, vae, tokenizers, height: int, width: int, count: int, fi
     return dict(np.load(file))
 
 
-def train_unet(args, vae: AutoencoderKL, reader: Reader, tokenizers: list[CLIPTokenizer]) -> tuple[UNet, float]:
-    """The UNet, small pictures first; and the factor that scales the latents to unit variance."""
+def train_unet(
+    args, vae: AutoencoderKL, text_model: CaptionModel, tokenizers: list[CLIPTokenizer]
+) -> tuple[UNet, float]:
+    """Trains the UNet, on small images first; returns it and the factor that scales the latents to unit variance."""
     unet = quiet_residuals(UNet(UNET, rngs=nnx.Rngs(args.seed + 2)))
-    encode = jax.jit(lambda reader, ids, ids_2: reader.encode(ids, ids_2))
+    encode = jax.jit(lambda text_model, ids, ids_2: text_model.encode(ids, ids_2))
     scale = None
     for name, steps, batch, rate in (
         ("unet-128", args.small_steps, 32, 1.5e-3),
         ("unet-256", args.large_steps, 16, 1e-3),
     ):
-        shapes = PICTURES[name]
+        shapes = TRAINING_IMAGES[name]
         first, caches = 0, []
         for height, width, count in shapes:
             cache = cache_latents(args, vae, tokenizers, height, width, count, first)
             texts = [
-                encode(reader, *ids) for ids in zip(*(np.split(cache[k], 32) for k in ("ids", "ids_2")), strict=True)
+                encode(text_model, *ids)
+                for ids in zip(*(np.split(cache[k], 32) for k in ("ids", "ids_2")), strict=True)
             ]
             hidden, pooled = (np.concatenate(part, dtype=np.float16) for part in zip(*texts, strict=True))
             caches.append((cache["latents"], hidden, pooled, cache["time_ids"]))
@@ -417,8 +386,8 @@ def train_unet(args, vae: AutoencoderKL, reader: Reader, tokenizers: list[CLIPTo
     return unet, scale
 
 
-def export(args, vae: AutoencoderKL, reader: Reader, unet: UNet, scale: float) -> None:
-    """The folder that `from_pretrained` reads, and diffusers too; weights in float16."""
+def export(args, vae: AutoencoderKL, text_model: CaptionModel, unet: UNet, scale: float) -> None:
+    """Writes a folder that `from_pretrained` and diffusers read, with weights in float16."""
 
     def write(name, module, library, class_name, stem):
         config = {"_class_name": class_name, **dataclasses.asdict(module.config)}
@@ -429,8 +398,8 @@ def export(args, vae: AutoencoderKL, reader: Reader, unet: UNet, scale: float) -
     vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
     write("vae", vae, "diffusers", "AutoencoderKL", "diffusion_pytorch_model")
     write("unet", unet, "diffusers", "UNet2DConditionModel", "diffusion_pytorch_model")
-    write("text_encoder", reader.text_encoder, "transformers", "CLIPTextModel", "model")
-    write("text_encoder_2", reader.text_encoder_2, "transformers", "CLIPTextModelWithProjection", "model")
+    write("text_encoder", text_model.text_encoder, "transformers", "CLIPTextModel", "model")
+    write("text_encoder_2", text_model.text_encoder_2, "transformers", "CLIPTextModelWithProjection", "model")
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (args.output / "scheduler").mkdir(exist_ok=True)
@@ -439,31 +408,38 @@ def export(args, vae: AutoencoderKL, reader: Reader, unet: UNet, scale: float) -
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Keeps in `--output` what it is trained with. Raises DistriError for what does not go with what is there."""
-    given = {flag: getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in ("--seed", *STEPS.values())}
+    """Records the settings in `--output`; raises DistriError for settings that differ from those of its contents."""
+    given = {
+        flag: getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in ("--seed", *STEP_FLAGS.values())
+    }
     checkpoints = args.output / "checkpoints"
     file = checkpoints / "settings.json"
     old = read_json(file) if file.exists() else {}
-    for flag, folders in MADE_WITH.items():
+    for flag, folders in FIXED_FLAGS.items():
         if old.get(flag) != given[flag] and any(any((args.output / folder).glob("*")) for folder in folders):
             raise DistriError(
                 f"--output {args.output} was trained with {flag} {old.get(flag, 'unknown')}, now {given[flag]}; "
-                "choose another folder, or go on as before"
+                "choose another folder, or the same value"
             )
-    for stage, flag in STEPS.items():
+    for stage, flag in STEP_FLAGS.items():
         steps = [int(path.name) for path in (checkpoints / stage).glob("*") if path.name.isdecimal()]
         if max(steps, default=0) > given[flag]:
-            raise DistriError(f"{flag} is {given[flag]} and {checkpoints / stage} has done {max(steps)}; give no fewer")
+            raise DistriError(
+                f"{flag} is {given[flag]} and {checkpoints / stage} has done {max(steps)}; give at least as many"
+            )
     checkpoints.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as beside:
-        beside.write_text(json.dumps({flag: given[flag] for flag in MADE_WITH}, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps({flag: given[flag] for flag in FIXED_FLAGS}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; raises SystemExit for wrong input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, its checkpoints and caches")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--devices", type=int, help="virtual CPU devices to share a batch, where no accelerator is")
+    parser.add_argument(
+        "--devices", type=int, help="virtual CPU devices that share a batch, on machines without accelerators"
+    )
     parser.add_argument("--vae-steps", type=int, default=2600)
     parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--text-steps", type=int, default=1600)
@@ -477,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except DistriError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.error(f"--output {args.output} cannot be made ({error.strerror}); choose another folder")
+        parser.error(f"--output {args.output} cannot be created ({error.strerror}); choose another folder")
     if args.devices:
         jax.config.update("jax_num_cpu_devices", args.devices)
     if jax.config.jax_compilation_cache_dir is None:
@@ -487,9 +463,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_tokenizer(words, args.output / name, vocab_size=1024, pad_token=pad)
         for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))
     ]
-    vae, reader = train_vae(args), train_text(args, tokenizers)
-    unet, scale = train_unet(args, vae, reader, tokenizers)
-    export(args, train_decoder(args, vae), reader, unet, scale)
+    vae, text_model = train_vae(args), train_text(args, tokenizers)
+    unet, scale = train_unet(args, vae, text_model, tokenizers)
+    export(args, train_decoder(args, vae), text_model, unet, scale)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How faithful is each way of sharing a picture out? Many prompts, a grid of settings, and one device's pictures beside.
+"""Measures how close the images of each parallel setting are to those of one device.
 
     distrijax evaluate --output evaluation
 
-Paints every prompt on one device and in every setting, seed = index, and writes into --output: the pictures; fidelity.csv, a row
-for each setting (PSNR, SSIM, LPIPS, FID, bytes exchanged); plot.png, PSNR against bytes; sheet.png, pictures with their errors.
-Prints the table in Markdown. A run that was interrupted goes on where it stopped, and further settings may be added to a folder.
-LPIPS and FID need the extra `eval`, and download their networks; without them the rest is done. `--coco FOLDER` is the paper's
-protocol (DistriFusion, arXiv 2402.19481): 5,000 captions of COCO 2014, and FID against its real pictures too.
+Generates an image of every prompt on one device and in every setting of a grid, with the prompt's index as its seed. Writes into
+--output: the images; fidelity.csv, a row for each setting (PSNR, SSIM, LPIPS, FID, bytes exchanged); plot.png, PSNR against
+bytes; sheet.png, images with their errors. Prints the table in Markdown. An interrupted run resumes where it stopped, and
+further settings may be added to a folder. LPIPS and FID need the extra `eval` and download their networks; without them the
+other figures are still computed. `--coco FOLDER` is the paper's protocol (DistriFusion, arXiv 2402.19481): 5,000 captions of
+COCO 2014, and FID against its real images too.
 """
 
 from __future__ import annotations
@@ -46,11 +47,21 @@ from distrijax.plan.traffic import traffic
 from distrijax.sampling.denoise import image_layout
 from distrijax.weights.dtypes import DTYPES
 
-SHOWN = 4  # prompts on the contact sheet
+SHEET_PROMPTS = 4  # on the contact sheet
 
 
 class Job(NamedTuple):
-    """What all settings have in common: the pipeline's arguments, the arguments of its calls, and the prompts."""
+    """What all settings have in common.
+
+    Attributes:
+        model: Folder of the checkpoint.
+        name: Its name in the results.
+        configs: Its configurations.
+        loading: Keyword arguments of `load_pipeline`.
+        call: Keyword arguments of the pipeline's calls.
+        prompts: The prompts.
+        batch: Prompts of one call.
+    """
 
     model: Path
     name: str
@@ -62,14 +73,21 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    """Runs the command line.
+
+    Args:
+        argv: Flags; those of the process unless given.
+
+    Raises:
+        SystemExit: For wrong input, with a code other than 0 and one line on stderr.
+    """
     arguments = parse(argv)
     with plain_errors():
         evaluate(arguments)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags: one for each axis of the grid, which takes several values, and those that all settings share."""
+    """Parses the flags: one with several values for each axis of the grid, and those that all settings share."""
     parser = Parser(__doc__)
     add = parser.add_argument
     for axis in AXES:
@@ -78,35 +96,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
     add("--num-inference-steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    add("--guidance-scale", type=float, default=5.0, help="how closely to follow the prompt (default: %(default)s)")
+    add("--guidance-scale", type=float, default=5.0, help="how closely images follow the prompt (default: %(default)s)")
     add("--image-size", type=int, nargs="+", metavar=("H", "W"), help="pixels (default: the model's)")
-    add("--captions", type=int, help="how many prompts (default: 64, all of --prompts, or 5000 of --coco)")
+    add("--captions", type=int, help="number of prompts (default: 64, all of --prompts, or 5000 of --coco)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: scenes' captions)")
-    source.add_argument("--coco", type=Path, metavar="FOLDER", help="COCO 2014: annotations/, and val2014/ if need be")
-    add("--batch", type=int, default=8, help="prompts for each call of the pipeline (default: %(default)s)")
+    source.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="text file, a prompt on each line (default: captions of scenes)",
+    )
+    source.add_argument("--coco", type=Path, metavar="FOLDER", help="COCO 2014: annotations/, and val2014/ if present")
+    add("--batch", type=int, default=8, help="prompts of one call of the pipeline (default: %(default)s)")
     add("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
     if min(arguments.devices) < 2:
-        parser.error(f"--devices is {min(arguments.devices)}; one device is always painted, so give 2 or more")
+        parser.error(
+            f"--devices is {min(arguments.devices)}; images of one device are always generated, so give 2 or more"
+        )
     return arguments
 
 
 def add_axis(parser: Parser, axis: Axis) -> None:
-    """The flag of an axis: several values, or --name and --no-name."""
+    """Adds the flag of an axis: several values, or --name and --no-name."""
     flag, kind = "--" + axis.field.replace("_", "-"), axis.kind
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=axis.values[0], help=axis.help)
         return
     choices = tuple(member.value for member in kind) if issubclass(kind, enum.StrEnum) else None
     accepted = {"choices": choices} if choices else {"type": axis.read or kind}
-    told = f"{axis.help} (default: {' '.join(map(text, axis.values))})"
-    parser.add_argument(flag, nargs="*" if axis.bare else "+", default=axis.values, help=told, **accepted)
+    help = f"{axis.help} (default: {' '.join(map(text, axis.values))})"
+    parser.add_argument(flag, nargs="*" if axis.bare else "+", default=axis.values, help=help, **accepted)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Paints and measures what the folder lacks; then writes plot and sheet, and prints the table."""
+    """Generates and measures what the folder lacks; then writes plot and sheet, and prints the table."""
     check_positive(arguments, "num_inference_steps", "batch", "captions")
     prompts = read_prompts(arguments)
     keep_compiled_programs()
@@ -122,24 +147,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
-    """Paints and measures what the results lack of a grid."""
+    """Generates the images and adds the rows that the results lack."""
     count = len(job.prompts.texts)
     lpips, fid = OptionalMetric(Lpips), OptionalMetric(Fid)
-    real = results.link_real(job.prompts.pictures) if job.prompts.pictures else None
+    real = results.link_real(job.prompts.images) if job.prompts.images else None
     missing = [list(results.missing(setting, count, job.batch)) for setting in grid]
-    with tqdm(total=sum(map(len, itertools.chain(*missing))), unit="picture", disable=None) as progress:
+    with tqdm(total=sum(map(len, itertools.chain(*missing))), unit="image", disable=None) as progress:
         for setting, batches in zip(grid, missing, strict=True):
             progress.set_description(f"{label(setting) or 'one device'} on {setting['devices']}")
             if batches:
-                paint(setting, job, batches, results, progress)
+                generate_images(setting, job, batches, results, progress)
             old = None if batches else results.row(setting)
             if old is None or lacks(old, {"lpips": lpips, "fid": fid}):
-                told = cost(setting, job) if old is None else old
-                results.add(setting, {**told, **measure(results, setting, lpips, fid, real)})
+                known = cost(setting, job) if old is None else old
+                results.add(setting, {**known, **measure(results, setting, lpips, fid, real)})
 
 
 def read_prompts(arguments: argparse.Namespace) -> Prompts:
-    """The prompts that the flags ask for."""
+    """The prompts that the flags choose."""
     if arguments.coco:
         return coco_prompts(arguments.coco, arguments.captions or 5000)
     if arguments.prompts:
@@ -148,7 +173,7 @@ def read_prompts(arguments: argparse.Namespace) -> Prompts:
 
 
 def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
-    """What all settings share, read before anything is loaded."""
+    """What all settings share; reads configurations but no weights."""
     recipe, (folder, variant) = find_model(arguments)
     name = "embedded" if recipe.plain and not arguments.model else str(folder.absolute())
     configs = read_configs(folder, arguments.scheduler)
@@ -164,7 +189,7 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
 
 
 def common(job: Job) -> dict[str, Any]:
-    """What a folder of results was made with, for all its rows."""
+    """What all rows of a folder of results were made with."""
     return {
         "model": job.name,
         **job.loading,
@@ -175,7 +200,7 @@ def common(job: Job) -> dict[str, Any]:
 
 
 def check(setting: Setting, job: Job) -> int:
-    """How many patches share a picture; raises DistriError for a setting that cannot be, before anything is painted."""
+    """Number of patches of an image; raises DistriError, before anything is generated, for an invalid setting."""
     config = DistriConfig(**setting)
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
     mesh = plan_mesh(config, config.devices, branches=job.configs.unet.branches).abstract()
@@ -183,7 +208,7 @@ def check(setting: Setting, job: Job) -> int:
 
 
 def cost(setting: Setting, job: Job) -> dict[str, Any]:
-    """What a setting exchanges for one picture, and whether it is lossless: exact but for rounding."""
+    """Bytes that a setting exchanges for one image, and whether it is lossless: equal up to float rounding."""
     config, vae_scale = DistriConfig(**setting), job.configs.vae.scale
     planned = traffic(
         config,
@@ -194,56 +219,56 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
         guided=job.call["guidance_scale"] > 1,
         dtype=job.loading["dtype"],
     )
-    cut_apart = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
+    independent = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
     steps = len(job.configs.scheduler.schedule(job.call["num_inference_steps"])[0].timestep)
     displaced = bool(planned.stale) and not all(config.synchronous(steps))
     return {
-        "exactness": "lossy" if cut_apart or displaced else "lossless",
+        "exactness": "lossy" if independent or displaced else "lossless",
         "received_bytes": sum(planned.received.values()),
         "stale_bytes": sum(planned.stale.values()),
     }
 
 
-def paint(setting: Setting, job: Job, batches: Sequence[range], results: Results, progress: tqdm) -> None:
-    """Paints batches of prompts in one setting; the last batch repeats its prompts, so that one program does for all."""
+def generate_images(setting: Setting, job: Job, batches: Sequence[range], results: Results, progress: tqdm) -> None:
+    """Generates batches of images in one setting; the last batch repeats its prompts, so all use one program."""
     pipe = load_pipeline(job.model, DistriConfig(**setting), **job.loading)
-    pipe.set_progress_bar_config(disable=True)  # `progress` counts the pictures of all settings
+    pipe.set_progress_bar_config(disable=True)  # `progress` counts the images of all settings
     for indices in batches:
         texts = [job.prompts.texts[index] for index in indices]
         padded = (texts * job.batch)[: job.batch]
         seeds = [indices.start + offset for offset in range(job.batch)]
-        pictures = pipe(padded, **job.call, seed=seeds, output_type="np", chunk_size=None).images
-        for index, picture in zip(indices, to_pil(pictures), strict=False):
-            results.save(setting, index, picture)
+        images = pipe(padded, **job.call, seed=seeds, output_type="np", chunk_size=None).images
+        for index, image in zip(indices, to_pil(images), strict=False):
+            results.save(setting, index, image)
         progress.update(len(indices))
     del pipe
-    gc.collect()  # the next setting's weights must not come on top of these
+    gc.collect()  # frees these weights before the next setting's are loaded
 
 
 def measure(
     results: Results, setting: Setting, lpips: OptionalMetric, fid: OptionalMetric, real: Path | None
 ) -> dict[str, Any]:
-    """The figures of a setting's pictures."""
-    pictures, reference = results.pictures(setting), results.reference
-    psnr, ssim = compare(pictures, reference)
+    """The figures of a setting's images."""
+    images, reference = results.images(setting), results.reference
+    psnr, ssim = compare(images, reference)
     return {
         "psnr": psnr,
         "ssim": ssim,
-        "lpips": lpips(pictures, reference),
-        "fid": fid(pictures, reference),
-        "fid_real": fid(pictures, real) if real else "",
+        "lpips": lpips(images, reference),
+        "fid": fid(images, reference),
+        "fid_real": fid(images, real) if real else "",
     }
 
 
 def lacks(row: Mapping[str, str], metrics: Mapping[str, OptionalMetric]) -> bool:
-    """Whether a row was written without a metric that is available now."""
+    """Whether a row lacks a metric that is available now."""
     return any(metric.available and row[column] == NOT_AVAILABLE for column, metric in metrics.items())
 
 
 def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
     """Writes plot and sheet, and prints the table."""
     with written_whole(results.folder / "sheet.png") as beside:
-        figures.contact_sheet(results, min(SHOWN, prompts)).save(beside, format="PNG")
+        figures.contact_sheet(results, min(SHEET_PROMPTS, prompts)).save(beside, format="PNG")
     title = f"{prompts} prompts, {arguments.num_inference_steps} steps of {arguments.scheduler}"
     written = ["sheet.png"]
     try:
@@ -252,6 +277,6 @@ def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
         written.insert(0, "plot.png")
     except ImportError as error:
         print(f"plot.png: {NOT_AVAILABLE} ({error}); install the extra `eval`", file=sys.stderr)
-    print(f"{title}, guidance {arguments.guidance_scale:g}; PSNR, SSIM, LPIPS and FID against one device's pictures\n")
+    print(f"{title}, guidance {arguments.guidance_scale:g}; PSNR, SSIM, LPIPS and FID against one device's images\n")
     print(figures.table(results.rows))
-    print(f"\nwrote {results.table} and, beside it, {', '.join(written)} and the pictures")
+    print(f"\nwrote {results.table} and, beside it, {', '.join(written)} and the images")

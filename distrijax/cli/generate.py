@@ -1,9 +1,9 @@
-"""Paints a picture of a prompt, by displaced patch parallelism on as many devices as you name.
+"""Generates an image from a prompt with displaced patch parallelism on the given number of devices.
 
     distrijax generate --devices 8 --prompt "a small green star in the center, on a dotted pink background"
 
-A machine without accelerators works on virtual CPU devices. The PNG carries the prompt, the seed and all settings in its text.
-Compiled programs are kept in the user's cache folder, so that the second run is quick.
+A machine without accelerators uses virtual CPU devices. The PNG's text chunks hold the prompt, the seed and all settings.
+Compiled programs are kept in the user's cache folder, so the second run starts quickly.
 """
 
 from __future__ import annotations
@@ -60,7 +60,14 @@ PROMPT = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; raises SystemExit with a code other than 0, after one line on stderr, for wrong input."""
+    """Runs the command line.
+
+    Args:
+        argv: Flags; those of the process unless given.
+
+    Raises:
+        SystemExit: For wrong input, with a code other than 0 and one line on stderr.
+    """
     arguments = parse(argv)
     with ending_together(), plain_errors():
         if not arguments.plan:
@@ -69,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; where they have no default, the checkpoint or the machine decides."""
+    """Parses the flags; the checkpoint or the machine decides where a flag has no default."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--devices", type=int, help="how many devices share the picture (default: all that JAX shows)")
-    add("--prompt", default=PROMPT, help="what to paint (default: %(default)s)")
-    add("--negative-prompt", help="what not to paint")
+    add("--devices", type=int, help="number of devices (default: all that JAX finds)")
+    add("--prompt", default=PROMPT, help="what the image shows (default: %(default)s)")
+    add("--negative-prompt", help="what the image should not show")
     add(
         "--image-size",
         type=int,
@@ -83,19 +90,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="pixels; H alone is a square (default: the model's)",
     )
     add("--num-inference-steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    add("--guidance-scale", type=float, default=5.0, help="how closely to follow the prompt (default: %(default)s)")
+    add(
+        "--guidance-scale",
+        type=float,
+        default=5.0,
+        help="how closely the image follows the prompt (default: %(default)s)",
+    )
     add("--scheduler", choices=tuple(SCHEDULERS), help="(default: the checkpoint's)")
-    parser.add_values("--scheduler-option", "instead of the checkpoint's, such as timestep_spacing=trailing")
+    parser.add_values(
+        "--scheduler-option", "an option that replaces the checkpoint's, such as timestep_spacing=trailing"
+    )
     add("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     add_config_flags(parser)
-    add(
-        "--batch", type=int, default=1, help="pictures of the prompt: NAME-0.png, NAME-1.png ... (default: %(default)s)"
-    )
+    add("--batch", type=int, default=1, help="number of images: NAME-0.png, NAME-1.png ... (default: %(default)s)")
     add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
-    parser.add_values("--compiler-option", "of XLA, instead of this project's choice")
+    parser.add_values("--compiler-option", "an XLA option that replaces this project's")
     add_flags(parser)
-    add("--plan", action="store_true", help="tell what devices would keep and exchange, load no weights, and stop")
+    add(
+        "--plan",
+        action="store_true",
+        help="print what each device would keep and exchange, without loading weights, and exit",
+    )
     add("--output", type=Path, default=Path("distrijax.png"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     arguments.image_size = parser.size(arguments.image_size)
@@ -107,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Loads, paints and writes; tells the plan, and how long each took."""
+    """Loads the model, generates and writes the images; prints the plan and the time of each stage."""
     config = config_of(arguments, devices=arguments.devices)
     if arguments.plan:
         print_plan(arguments, config)
@@ -143,9 +159,9 @@ def generate(arguments: argparse.Namespace) -> None:
         compile_for={**call, "num_images_per_prompt": arguments.batch},
     )
     loaded = time.perf_counter()
-    print(f"load     {loaded - start:.1f} s, programs compile meanwhile", flush=True)
-    pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar where stderr is not a terminal
-    pictures = pipe(**call, num_images_per_prompt=arguments.batch).images
+    print(f"load     {loaded - start:.1f} s, while programs compile", flush=True)
+    pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar unless stderr is a terminal
+    images = pipe(**call, num_images_per_prompt=arguments.batch).images
     waited = pipe.programs.waited
     running = time.perf_counter() - loaded - waited
     print(f"compile  {waited:.1f} s more for {pipe.programs.count} programs")
@@ -165,19 +181,19 @@ def generate(arguments: argparse.Namespace) -> None:
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
         "software": software(),
     }
-    for index, (picture, output) in enumerate(zip(pictures, outputs, strict=is_main_process())):
-        write(picture, output, {**settings, "image": f"{index} of {arguments.batch}"})
+    for index, (image, output) in enumerate(zip(images, outputs, strict=is_main_process())):
+        write(image, output, {**settings, "image": f"{index} of {arguments.batch}"})
         print(f"wrote    {output}")
 
 
 def configurations(arguments: argparse.Namespace, folder: Path) -> tuple[Configs, tuple[int, int]]:
-    """Those of a folder, and the size of the picture."""
+    """The configurations of a folder, and height and width of the image in pixels."""
     configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
     return configs, arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
 
 
 def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
-    """What a run would exchange, from the configurations alone; the devices need not be there."""
+    """Prints what a run would exchange, from the configurations alone; the devices need not exist."""
     configs, size = configurations(arguments, find_configurations(arguments))
     found = find_devices(None)
     devices = config.devices or found
@@ -201,33 +217,39 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
 def plan_layout(
     arguments: argparse.Namespace, config: DistriConfig, configs: Configs, size: tuple[int, int], mesh: MeshPlan
 ) -> Layout:
-    """How the picture lies on the devices; raises DistriError where it cannot be shared out."""
+    """How the image is sharded over the devices; raises DistriError for sizes that cannot be divided."""
     check_images(arguments.batch, mesh.data)
     guided = arguments.guidance_scale > 1
     return image_layout(config, mesh.abstract(), configs.unet, configs.vae, size, guided=guided)
 
 
 def call_mesh(mesh: MeshPlan, layout: Layout) -> MeshPlan:
-    """The axes as the call uses them: without guidance `cfg` cuts the rows, as `patch` does."""
+    """The axes as the call uses them: without guidance, rows are sharded over `cfg` as over `patch`."""
     return MeshPlan(mesh.data, 1, layout.patches) if CFG in layout.rows else mesh
 
 
 def describe_image(layout: Layout, batch: int, scale: int) -> str:
-    """The picture, the part of it that one device works on, and the padding; scale: pixels for a row of the latent."""
+    """Describes the image's size, one device's part of it, and the padding.
+
+    Args:
+        layout: How the image is sharded.
+        batch: Number of images.
+        scale: Pixels for each row of the latent.
+    """
     sides = {name: (layout.latent[axis], layout.padded_shape[axis]) for axis, name in enumerate(("rows", "columns"))}
     scheme = layout.split_scheme if layout.parallelism is Parallelism.NAIVE_PATCH else SplitScheme.ROW
     cut = {SplitScheme.ROW: ["rows"], SplitScheme.COLUMN: ["columns"]}.get(scheme, list(sides))
     bands = [(name, sides[name][1] // layout.patches) for name in cut]
     each = " and, in turn, ".join(f"{band * scale} {name} of pixels, {band} of the latent" for name, band in bands)
     added = {name: (whole - own, whole) for name, (own, whole) in sides.items() if whole > own}
-    told = " and ".join(f"{more * scale} of {whole * scale} {name}" for name, (more, whole) in added.items())
-    picture = "x".join(str(own * scale) for own, _ in sides.values())
+    padding = " and ".join(f"{more * scale} of {whole * scale} {name}" for name, (more, whole) in added.items())
+    size = "x".join(str(own * scale) for own, _ in sides.values())
     several = f", {batch} of them" if batch > 1 else ""
-    return f"{picture}{several}; each device has {each}{f'; {told} are padding' if told else ''}"
+    return f"{size}{several}; each device has {each}{f'; {padding} are padding' if padding else ''}"
 
 
 def output_files(output: Path, batch: int) -> list[Path]:
-    """One file for each picture; raises DistriError, before anything is loaded, where they could not be written."""
+    """One file for each image; raises DistriError, before anything is loaded, for files that cannot be written."""
     if output.suffix.lower() != ".png":
         raise DistriError(f"--output is {output}; give a name that ends in .png")
     names = [output.name] if batch == 1 else [f"{output.stem}-{index}{output.suffix}" for index in range(batch)]
@@ -238,18 +260,18 @@ def output_files(output: Path, batch: int) -> list[Path]:
 
 
 def software() -> str:
-    """This package and its version, where it is installed."""
+    """Name and version of this package; the name alone where it is not installed."""
     try:
         return f"distrijax {version('distrijax')}"
     except PackageNotFoundError:
         return "distrijax"
 
 
-def write(picture: Image, output: Path, settings: dict[str, Any]) -> None:
-    """A PNG with its settings as text, written whole or not at all."""
+def write(image: Image, output: Path, settings: dict[str, Any]) -> None:
+    """Writes a PNG with its settings as text chunks, atomically."""
     text = PngInfo()
     for name, value in settings.items():
         if value is not None:
             text.add_text(name, str(value))
     with written_whole(output) as beside:
-        picture.save(beside, format="PNG", pnginfo=text)
+        image.save(beside, format="PNG", pnginfo=text)

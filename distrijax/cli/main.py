@@ -1,4 +1,4 @@
-"""The command `distrijax`: a subcommand's name, and then its flags."""
+"""The command `distrijax SUBCOMMAND [flags]`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import sys
 from distrijax.cli.start import run
 
 COMMANDS = {
-    "generate": ("distrijax.cli.generate", "generate an image of a prompt"),
-    "evaluate": ("distrijax.cli.evaluate", "measure how faithful each setting is to one device"),
-    "convert": ("distrijax.convert.__main__", "convert a checkpoint, or tell what a file holds"),
+    "generate": ("distrijax.cli.generate", "generate an image from a prompt"),
+    "evaluate": ("distrijax.cli.evaluate", "measure how close each setting is to one device"),
+    "convert": ("distrijax.convert.__main__", "convert a checkpoint, or show what a file contains"),
     "plan": ("distrijax.plan.__main__", "compile a step for GPUs or TPUs without having any, and project its time"),
 }
-"""By name: the module whose `main` it runs, and what it does."""
+"""Subcommands by name: the module whose `main` runs, and a line of help."""
 
 
 def main() -> None:
-    """Runs the subcommand that the command line names; raises SystemExit for a name that is none."""
+    """Runs the subcommand that the command line names; raises SystemExit for an unknown one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(_help())
         return
     if name not in COMMANDS:
-        sys.exit(f"error: {name!r} is no subcommand of distrijax; use one of: {', '.join(COMMANDS)}")
+        sys.exit(f"error: {name!r} is not a subcommand of distrijax; use one of: {', '.join(COMMANDS)}")
     sys.argv = [f"distrijax {name}", *sys.argv[2:]]
     run(COMMANDS[name][0])
 
 
 def _help() -> str:
-    lines = (f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())
+    lines = (f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())
     return (
-        "usage: distrijax COMMAND [flags]\n\n"
+        "usage: distrijax SUBCOMMAND [flags]\n\n"
         + "\n".join(lines)
-        + "\n\ndistrijax COMMAND --help shows a command's flags."
+        + "\n\ndistrijax SUBCOMMAND --help shows the flags of a subcommand."
     )

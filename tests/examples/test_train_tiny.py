@@ -25,7 +25,7 @@ def train(folder, *flags: str, **steps: int) -> None:
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tiny, "PICTURES", {"unet-128": [(128, 128, 32)], "unet-256": [(128, 192, 32)]})
+        patch.setattr(train_tiny, "TRAINING_IMAGES", {"unet-128": [(128, 128, 32)], "unet-256": [(128, 192, 32)]})
         train(folder)
         yield folder
 

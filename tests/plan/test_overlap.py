@@ -1,6 +1,6 @@
 """What hides what: the reading of HLO in closed form, and the displaced step compiled for GPUs and TPUs that are not here.
 
-The former need the extra `traffic`, the latter libtpu, which the extra `tpu` brings.
+The former need the extra `plan`, the latter libtpu, which the extra `tpu` brings.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The parts of examples/evaluate.py: grid, prompts, results, metrics, figures."""
+"""The parts of `distrijax evaluate`: prompts, grid of settings, metrics, results and figures."""

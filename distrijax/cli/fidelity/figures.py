@@ -1,4 +1,4 @@
-"""What examples/evaluate.py shows of its rows: a table in Markdown, a plot, and a sheet of pictures with their errors."""
+"""Figures of `distrijax evaluate`: a table in Markdown, a plot, and a contact sheet of images with their errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from distrijax.cli.fidelity.results import Results, Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GAIN = 4  # of the difference maps
+GAIN = 4  # factor of the difference maps
 THUMBNAIL = 128  # pixels of the longer side
 MARGIN, TEXT = 6, 34  # pixels of the sheet
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but the number of devices, by their label; axes that never differ are not told."""
+    """Groups of rows that differ only in the number of devices, by their label, which leaves out axes that never differ."""
     filled = [{key: value for key, value in row.items() if value != ""} for row in rows]
     axes = varying_axes(rows)
     result: dict[str, list[Row]] = {}
@@ -35,7 +35,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def varying_axes(rows: Sequence[Row]) -> list[Axis]:
-    """The axes that name a mode, and those of the others on which rows differ where they have a value at all."""
+    """The axes that name a mode, and the other axes on which rows have different values."""
     return [
         axis
         for axis in AXES
@@ -44,7 +44,7 @@ def varying_axes(rows: Sequence[Row]) -> list[Axis]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each mode, in its cells a figure for each number of devices."""
+    """A Markdown table: a line for each mode; each cell has a figure for each number of devices."""
     devices = sorted({int(row["devices"]) for row in rows} - {1})
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("", lambda row: row["exactness"]),
@@ -55,7 +55,7 @@ def table(rows: Sequence[Row]) -> str:
         ("received per step, MB", lambda row: _number(str(float(row["received_bytes"]) / 1e6), "z.3g")),
     ]
     if any(row["fid_real"] for row in rows):
-        columns.insert(5, ("FID, real pictures", lambda row: _number(row["fid_real"], "z.2f")))
+        columns.insert(5, ("FID, real images", lambda row: _number(row["fid_real"], "z.2f")))
     lines = [[f"on {' / '.join(map(str, devices))} devices", *(name for name, _ in columns)]]
     lines += [["---"] * len(lines[0])]
     for name, group in groups(rows).items():
@@ -75,9 +75,12 @@ def _number(text: str, form: str) -> str:
 
 
 def plot(rows: Sequence[Row], title: str) -> Figure:
-    """PSNR against the bytes that arrive in a step; a line for each mode, a point for each number of devices.
+    """Plots PSNR against the bytes received in a step: a line for each mode, a point for each number of devices.
 
-    What is lossless has no place on the scale, and stands on the upper edge. Raises ImportError without matplotlib.
+    Lossless modes are off the scale and are drawn on the upper edge.
+
+    Raises:
+        ImportError: Without matplotlib.
     """
     from matplotlib.figure import Figure
 
@@ -102,15 +105,13 @@ def plot(rows: Sequence[Row], title: str) -> Figure:
 
 
 def contact_sheet(results: Results, count: int) -> Image.Image:
-    """The first pictures of one device and, below, of each mode on the most devices, each with its error beside it."""
+    """The first images of one device and, below, of each mode on the most devices, each beside its difference."""
     most = str(max(int(row["devices"]) for row in results.rows))
-    chosen = [
-        (results.reference, f"one device; below on {most} devices, right of each picture {GAIN} x its difference")
-    ]
+    chosen = [(results.reference, f"one device; below on {most} devices, right of each image {GAIN} x its difference")]
     for name, group in groups(results.rows).items():
         row = group[-1]
         if row["devices"] == most:
-            chosen.append((results.pictures(row), f"{name}: {_number(row['psnr'], '.1f')} dB"))
+            chosen.append((results.images(row), f"{name}: {_number(row['psnr'], '.1f')} dB"))
     lines = [[_thumbnails(results.reference, folder, index) for index in range(count)] for folder, _ in chosen]
     width, height = lines[0][0][0].size
     sheet = Image.new("RGB", (MARGIN + count * 2 * (width + MARGIN), MARGIN + len(lines) * (height + TEXT)), "white")
@@ -118,19 +119,19 @@ def contact_sheet(results: Results, count: int) -> Image.Image:
     for row, ((_, words), line) in enumerate(zip(chosen, lines, strict=True)):
         top = MARGIN + row * (height + TEXT)
         pen.text((MARGIN, top + 4), words, "black", font)
-        for column, (picture, difference) in enumerate(line):
+        for column, (image, difference) in enumerate(line):
             left = MARGIN + column * 2 * (width + MARGIN)
-            sheet.paste(picture, (left, top + TEXT - MARGIN))
+            sheet.paste(image, (left, top + TEXT - MARGIN))
             if row > 0:
                 sheet.paste(difference, (left + width + MARGIN, top + TEXT - MARGIN))
     return sheet
 
 
 def _thumbnails(reference: Path, folder: Path, index: int) -> tuple[Image.Image, Image.Image]:
-    """A picture, and its difference from one device's; the difference is taken before both are made small."""
-    theirs, ours = (np.asarray(Image.open(place / f"{index:05}.png"), np.int16) for place in (reference, folder))
-    difference = Image.fromarray(np.uint8(np.clip(np.abs(ours - theirs) * GAIN, 0, 255)))
-    pictures = Image.fromarray(np.uint8(ours)), difference
-    for picture in pictures:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return pictures
+    """Thumbnails of an image and of its difference from one device's; the difference is taken at full size."""
+    expected, actual = (np.asarray(Image.open(place / f"{index:05}.png"), np.int16) for place in (reference, folder))
+    difference = Image.fromarray(np.uint8(np.clip(np.abs(actual - expected) * GAIN, 0, 255)))
+    images = Image.fromarray(np.uint8(actual)), difference
+    for image in images:
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return images

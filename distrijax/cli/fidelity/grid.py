@@ -1,7 +1,7 @@
-"""The grid of settings that examples/evaluate.py compares: a line for each axis, and no setting twice.
+"""The grid of settings that `distrijax evaluate` compares.
 
-A setting is a dictionary of DistriConfig's keyword arguments, without those that have no say beside the others: naive_patch
-and tensor know no `sync_mode`, and one device knows nothing but `devices`.
+A setting is a dictionary of DistriConfig's keyword arguments, without those that have no effect in it: `sync_mode` has none
+with naive_patch and tensor, and one device is described by `devices` alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from distrijax import Compression, Parallelism, SplitScheme, SyncMode
 Setting = dict[str, Any]
 
 ONE_DEVICE: Setting = {"devices": 1}
-"""What every other setting is compared with."""
-
+"""The reference of every other setting."""
 
 NONE = "none"
-"""None or an empty tuple, in words."""
+"""The text of None and of an empty tuple."""
 
 
 def _patches(setting: Setting) -> bool:
@@ -47,11 +46,16 @@ def compression(given: str) -> Compression | None:
 
 
 class Axis(NamedTuple):
-    """A field of DistriConfig, and the flag and the column of that name.
+    """A field of DistriConfig, with the flag and the column of that name.
 
-    values: tried unless the flag says otherwise. has_say: whether the field means anything beside the others of a setting.
-    words: a value in the label of a setting; "" where it goes without saying. read: a value from the command line; None
-    where its type does that. bare: what the flag means by itself; empty where it needs a value.
+    Attributes:
+        field: Name of the field.
+        values: Default values of the flag.
+        help: Help of the flag.
+        applies: Whether the field has an effect in a setting.
+        words: Text of a value in the label of a setting; "" leaves it out.
+        read: Parses a value from the command line; None uses the type of the values.
+        bare: Value of the flag without an argument; empty where it needs one.
     """
 
     field: str
@@ -85,13 +89,13 @@ AXES = (
     Axis(
         "compress",
         (None,),
-        "what keys and values travel as: none as they are, int8 (the flag by itself) or int4",
+        "compression of keys and values: none, int8 (the flag by itself) or int4",
         _displaced,
         words=lambda value: "" if value == NONE else value,
         read=compression,
         bare=(Compression.INT8,),
     ),
-    Axis("split_scheme", tuple(SplitScheme), "cuts of naive_patch", _naive),
+    Axis("split_scheme", tuple(SplitScheme), "how naive_patch splits the image", _naive),
     Axis("warmup_steps", (4,), "exact steps after the first", _displaced, "warm-up {}".format),
     Axis(
         "sync_steps",
@@ -104,16 +108,16 @@ AXES = (
     Axis(
         "split_batch",
         (False,),
-        "half of the devices for each branch of the guidance",
+        "run each guidance branch on half of the devices (CFG split)",
         words=lambda value: "CFG split" if value == "True" else "no CFG split",
     ),
-    Axis("devices", (2, 4, 8), "how many devices share a picture"),
+    Axis("devices", (2, 4, 8), "numbers of devices"),
 )
-"""In the order of a table: what comes last varies first."""
+"""In the order of the table's columns; the last axis varies fastest."""
 
 
 def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
-    """One device, then every different setting of the chosen values; what is not chosen takes an axis's own."""
+    """One device, then every distinct setting of the chosen values; other axes have their default values."""
     axes = [chosen.get(axis.field, axis.values) or axis.bare for axis in AXES]
     grid = [ONE_DEVICE]
     for values in itertools.product(*axes):
@@ -125,14 +129,14 @@ def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 
 def text(value: Any) -> str:
-    """A value or a figure as the table has it."""
+    """A value or a figure as text in the table."""
     if value is None or isinstance(value, tuple):
         return " ".join(map(str, value or ())) or NONE
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def label(setting: Mapping[str, Any], axes: Sequence[Axis] = AXES) -> str:
-    """A setting in words, of those axes: "naive_patch row, warm-up 4"."""
+    """A setting in words, from the given axes: "naive_patch row, warm-up 4"."""
     words = [
         axis.words(text(setting[axis.field])) for axis in axes if axis.field != "devices" and axis.field in setting
     ]
@@ -140,6 +144,6 @@ def label(setting: Mapping[str, Any], axes: Sequence[Axis] = AXES) -> str:
 
 
 def folder_name(setting: Mapping[str, Any]) -> str:
-    """A folder's name for a setting, or for a row of the table that has it: every field that is not empty, and its value."""
+    """Folder name of a setting, or of its row in the table: every field that is not empty, with its value."""
     values = {axis.field: text(setting.get(axis.field, "")) for axis in AXES}
     return ",".join(f"{field}={value}" for field, value in values.items() if value)

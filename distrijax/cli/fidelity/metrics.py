@@ -1,6 +1,6 @@
-"""How near pictures are to others: PSNR and SSIM of our own, LPIPS by torchmetrics and FID by clean-fid as in the paper.
+"""Distances between images: this module's PSNR and SSIM, torchmetrics' LPIPS, and clean-fid's FID as in the paper.
 
-All are of 8-bit pictures, as the paper's are. The last two need networks that their packages download (extra `eval`).
+All are computed from 8-bit images, as in the paper. LPIPS and FID need networks that their packages download (extra `eval`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from PIL import Image
 
 NOT_AVAILABLE = "not available"
 
-GROUP = 64  # pictures; the batch of the paper's script
-AT_ONCE = 8  # pictures in memory
+GROUP = 64  # images; the batch of the paper's script
+AT_ONCE = 8  # images in memory
 
 WINDOW, DEVIATION = 11, 1.5  # of SSIM's Gaussian, in pixels
 
 
 def psnr(squared_errors: Sequence[float], peak: float = 255.0) -> float:
-    """Peak signal-to-noise ratio in dB, from each picture's mean squared error; infinite where there is none.
+    """Peak signal-to-noise ratio in dB; infinite without an error.
 
-    As in the paper's script: of the mean squared error over each 64 pictures in order, and of those figures the mean. Unlike
-    there, the peak is not measured but given, and groups without an error are not left out.
+    As in the paper's script, this is the mean over groups of 64 images in order, each with the PSNR of its mean squared
+    error. Unlike there, the peak is given rather than measured, and groups without an error are not left out.
+
+    Args:
+        squared_errors: Mean squared error of each image.
+        peak: The largest possible value of a pixel.
     """
     groups = [squared_errors[start : start + GROUP] for start in range(0, len(squared_errors), GROUP)]
     with np.errstate(divide="ignore"):
@@ -36,21 +40,21 @@ def psnr(squared_errors: Sequence[float], peak: float = 255.0) -> float:
     return float(np.average(values, weights=[len(group) for group in groups]))
 
 
-def squared_errors(pictures: UInt8[np.ndarray, "b h w c"], reference: UInt8[np.ndarray, "b h w c"]) -> list[float]:
-    """Each picture's mean squared error."""
-    return np.square(pictures.astype(np.float64) - reference).mean((1, 2, 3)).tolist()
+def squared_errors(images: UInt8[np.ndarray, "b h w c"], reference: UInt8[np.ndarray, "b h w c"]) -> list[float]:
+    """Mean squared error of each image."""
+    return np.square(images.astype(np.float64) - reference).mean((1, 2, 3)).tolist()
 
 
 @jax.jit
-def ssim(pictures: Float[Array, "b h w c"], reference: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Each picture's structural similarity, of values in 0 to 1: Wang et al. 2004, and, like torchmetrics, mirrored edges."""
+def ssim(images: Float[Array, "b h w c"], reference: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+    """Structural similarity of each image, for values in 0 to 1: Wang et al. 2004, with mirrored edges as in torchmetrics."""
     offsets = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-np.square(offsets / DEVIATION) / 2)
     weights = np.float32(weights / weights.sum())
 
     margin = WINDOW // 2
     margins = ((0, 0), (margin, margin), (margin, margin), (0, 0))
-    pictures, reference = (jnp.pad(x, margins, "reflect") for x in (pictures, reference))
+    images, reference = (jnp.pad(x, margins, "reflect") for x in (images, reference))
 
     def blur(x: jax.Array) -> jax.Array:
         for axis in (1, 2):
@@ -58,9 +62,9 @@ def ssim(pictures: Float[Array, "b h w c"], reference: Float[Array, "b h w c"]) 
             x = sum(jax.lax.slice_in_dim(x, i, i + size, axis=axis) * weight for i, weight in enumerate(weights))
         return x
 
-    mean, other = blur(pictures), blur(reference)
-    variance, other_variance = (blur(x * x) - m * m for x, m in ((pictures, mean), (reference, other)))
-    covariance = blur(pictures * reference) - mean * other
+    mean, other = blur(images), blur(reference)
+    variance, other_variance = (blur(x * x) - m * m for x, m in ((images, mean), (reference, other)))
+    covariance = blur(images * reference) - mean * other
     small, smaller = 0.01**2, 0.03**2
     structure = (2 * covariance + smaller) / (variance + other_variance + smaller)
     return jnp.mean((2 * mean * other + small) / (mean**2 + other**2 + small) * structure, (1, 2, 3))
@@ -82,14 +86,14 @@ class Lpips:
         values = []
         with torch.inference_mode():
             for pair in image_pairs(folder, reference):
-                ours, theirs = (torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in pair)
-                values += [float(self._network(ours, theirs))] * len(ours)
+                images, others = (torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in pair)
+                values += [float(self._network(images, others))] * len(images)
         self._network.reset()
         return float(np.mean(values))
 
 
 class Fid:
-    """Fréchet distance between the Inception features of two folders of pictures, as clean-fid's `compute_fid` has it."""
+    """Fréchet distance between the Inception features of two folders of images, as clean-fid's `compute_fid`."""
 
     name = "FID"
 
@@ -105,18 +109,18 @@ class Fid:
         if reference not in self._reference:
             self._reference[reference] = self._features(reference)
         if len(self._reference[reference]) < 2:
-            raise ValueError("one picture has no spread; paint at least 2")
+            raise ValueError("one image has no covariance; generate at least 2")
         return float(self._fid.fid_from_feats(self._reference[reference], self._features(folder)))
 
     def _features(self, folder: Path) -> np.ndarray:
-        # no worker processes: they would be forks of one that runs JAX's threads
+        # no worker processes: they would be forks of a process that runs JAX's threads
         return self._fid.get_folder_features(
             str(folder), self._network, num_workers=0, batch_size=AT_ONCE, device=self._device, verbose=False
         )
 
 
 class OptionalMetric:
-    """A metric that may not be had: then it says why, in one line on stderr, and its figures say so too."""
+    """A metric whose packages or networks may be missing; then it prints why on stderr and returns `NOT_AVAILABLE`."""
 
     def __init__(self, metric: Callable[[], Any]):
         self.name = metric.name
@@ -135,14 +139,14 @@ class OptionalMetric:
     def _attempt(self, function: Callable, *arguments: Any, hint: str = "") -> Any:
         try:
             return function(*arguments)
-        except Exception as error:  # whatever packages, downloads and the network's own code may raise
+        except Exception as error:  # packages, downloads and the network's own code raise anything
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             print(f"{self.name}: {NOT_AVAILABLE} ({reason}){hint}", file=sys.stderr)
             return NOT_AVAILABLE
 
 
 def image_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pictures [b, h, w, 3] of one folder and those of the same names in another, a few at a time."""
+    """Yields images `[b, h, w, 3]` of one folder and those of the same names in another, a few at a time."""
     names = sorted(path.name for path in folder.glob("*.png"))
     for start in range(0, len(names), AT_ONCE):
         yield tuple(
@@ -152,9 +156,9 @@ def image_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.
 
 
 def compare(folder: Path, reference: Path) -> tuple[float, float]:
-    """PSNR in dB and SSIM of one folder's pictures against those of the same names in another."""
+    """PSNR in dB and SSIM of one folder's images against those of the same names in another."""
     errors, similarities = [], []
-    for pictures, others in image_pairs(folder, reference):
-        errors += squared_errors(pictures, others)
-        similarities += ssim(*(np.float32(part) / np.float32(255) for part in (pictures, others))).tolist()
+    for images, others in image_pairs(folder, reference):
+        errors += squared_errors(images, others)
+        similarities += ssim(*(np.float32(part) / np.float32(255) for part in (images, others))).tolist()
     return psnr(errors), float(np.mean(similarities))

@@ -1,4 +1,4 @@
-"""Prompts for examples/evaluate.py: held-out captions of the embedded model's scenes, a file of lines, or COCO 2014."""
+"""Prompts of `distrijax evaluate`: held-out captions of the embedded model's scenes, lines of a file, or COCO 2014."""
 
 from __future__ import annotations
 
@@ -14,23 +14,30 @@ KARPATHY, OFFICIAL = "dataset_coco.json", "captions_val2014.json"
 
 
 class Prompts(NamedTuple):
-    """Prompts in the order of their seeds, and the real pictures they caption, where there are some."""
+    """Prompts and their real images.
+
+    Attributes:
+        texts: Prompts in the order of their seeds.
+        images: Real images that the prompts caption; None where there are none.
+    """
 
     texts: list[str]
-    pictures: list[Path] | None = None
+    images: list[Path] | None = None
 
 
 def scene_prompts(count: int) -> Prompts:
-    """The first `count` captions of the scenes that the embedded model's training never saw."""
+    """The first `count` captions of the scenes held out of the embedded model's training."""
     return Prompts([held_out_example(0, index, 64, 64)[1] for index in range(count)])
 
 
 def file_prompts(path: Path, count: int | None) -> Prompts:
-    """The first `count` lines of a file, or all of them; empty lines do not count. Raises DistriError for too few."""
+    """The first `count` lines of a file, or all of them, without empty ones; raises DistriError for too few."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DistriError(f"--prompts {path} cannot be read ({error}); give a text file, a prompt a line") from None
+        raise DistriError(
+            f"--prompts {path} cannot be read ({error}); give a text file with a prompt on each line"
+        ) from None
     texts = list(filter(None, lines))
     if not texts or len(texts) < (count or 0):
         raise DistriError(f"--prompts {path} has {len(texts)} prompts; give at least {count or 1}, or lower --captions")
@@ -38,12 +45,14 @@ def file_prompts(path: Path, count: int | None) -> Prompts:
 
 
 def coco_prompts(folder: Path, count: int) -> Prompts:
-    """One caption for each of the first `count` validation pictures of COCO 2014: of picture i, caption i modulo their number.
+    """One caption for each of the first `count` validation images of COCO 2014: of image i, caption i modulo their number.
 
-    That is what the paper's script takes, of the 5,000 pictures that Karpathy's split (dataset_coco.json) calls "val", in its
-    order. Without that file they are the first of the official captions_val2014.json, which are other pictures. Both are
-    looked for in FOLDER/annotations and in FOLDER; the real pictures in FOLDER/val2014.
-    Raises DistriError for a folder without them, with too few, or with files that are something else.
+    The paper's script chooses so among the 5,000 images that Karpathy's split (dataset_coco.json) calls "val", in its order.
+    Without that file, the images are the first of the official captions_val2014.json, which are different ones. Both files
+    may be in FOLDER/annotations or in FOLDER; the real images are in FOLDER/val2014.
+
+    Raises:
+        DistriError: For a folder without the files, with too few captions, or with files of another format.
     """
     found = [path for name in (KARPATHY, OFFICIAL) for path in (folder / "annotations" / name, folder / name)]
     path = next((path for path in found if path.is_file()), None)
@@ -57,28 +66,28 @@ def coco_prompts(folder: Path, count: int) -> Prompts:
         entries = list(_karpathy(content) if path.name == KARPATHY else _official(content))
         texts = [captions[index % len(captions)].strip() for index, (_, captions) in enumerate(entries[:count])]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise DistriError(f"{path} is not COCO's file of captions ({error!r}); download it again") from None
+        raise DistriError(f"{path} is not a COCO captions file ({error!r}); download it again") from None
     if len(texts) < count:
-        raise DistriError(f"{path} has captions of {len(texts)} pictures; lower --captions to that")
-    pictures = folder / "val2014"
-    if not pictures.is_dir():
+        raise DistriError(f"{path} has captions of {len(texts)} images; lower --captions to that")
+    images = folder / "val2014"
+    if not images.is_dir():
         return Prompts(texts)
-    files = [pictures / name for name, _ in entries[:count]]
+    files = [images / name for name, _ in entries[:count]]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise DistriError(f"{len(missing)} pictures are not there, {missing[0]} the first; unpack all of val2014")
+        raise DistriError(f"{len(missing)} images are missing, {missing[0]} the first; unpack all of val2014")
     return Prompts(texts, files)
 
 
 def _karpathy(content: Any) -> Iterator[tuple[str, list[str]]]:
-    """File and captions of each picture that is in the split "val"."""
+    """File and captions of each image in the split "val"."""
     for image in content["images"]:
         if image["split"] == "val":
             yield image["filename"], [sentence["raw"] for sentence in image["sentences"]]
 
 
 def _official(content: Any) -> Iterator[tuple[str, list[str]]]:
-    """File and captions of each picture, the captions by their ids."""
+    """File and captions of each image, ordered by the captions' ids."""
     captions: dict[int, list[str]] = {}
     for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])

@@ -1,11 +1,11 @@
-"""The folder that examples/evaluate.py fills: pictures, a table of figures, and what both were made with.
+"""The output folder of `distrijax evaluate`: images, a table of figures, and what both were made with.
 
-    settings.json        what all rows have in common; a folder is not gone on with when that differs
+    settings.json        what all rows have in common; a run with other values is refused
     fidelity.csv         a row for each setting
-    pictures/SETTING/    00000.png, 00001.png ...: picture i is of prompt i, with seed i
-    pictures/real/       links to the real pictures, where there are some
+    pictures/SETTING/    00000.png, 00001.png ...: image i is of prompt i, with seed i
+    pictures/real/       links to the real images, where there are some
 
-Everything in it appears whole or not at all, so an interrupted run goes on where it stopped.
+All files are written atomically, so an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from distrijax.cli.fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name, 
 from distrijax.cli.options import written_whole
 
 FIGURES = ("exactness", "psnr", "ssim", "lpips", "fid", "fid_real", "received_bytes", "stale_bytes")
-"""Columns beside the axes: lossless or lossy; dB; SSIM; LPIPS; FID against one device's pictures, and against the real ones;
-bytes that the device which receives most gets in a step for one picture; bytes that each keeps for the next step."""
+"""Columns besides the axes: lossless or lossy; PSNR in dB; SSIM; LPIPS; FID against one device's images, and against real ones;
+bytes that the device which receives most receives in a step for one image; bytes that each device keeps for the next step."""
 
 COLUMNS = (*(axis.field for axis in AXES), *FIGURES)
 
@@ -32,7 +32,15 @@ Row = dict[str, str]
 
 
 class Results:
-    """A folder of results. Raises DistriError where it was made with something else in common than `common`."""
+    """A folder of results.
+
+    Args:
+        folder: Where the results are, or will be.
+        common: What all rows have in common.
+
+    Raises:
+        DistriError: For a folder whose rows have other values in common.
+    """
 
     def __init__(self, folder: Path, common: Mapping[str, Any]):
         self.folder = folder
@@ -41,12 +49,14 @@ class Results:
         if about.exists():
             self._check(_read_json(about), common)
         elif self.table.exists():
-            raise DistriError(f"{self.table} does not say what it was made with; choose another --output")
+            raise DistriError(f"{self.table} has no settings.json beside it; choose another --output")
         self.rows = self._read()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DistriError(f"--output {folder} cannot be made ({error.strerror}); choose another folder") from None
+            raise DistriError(
+                f"--output {folder} cannot be created ({error.strerror}); choose another folder"
+            ) from None
         with written_whole(about) as beside:
             beside.write_text(json.dumps(common, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -55,7 +65,7 @@ class Results:
         return next((row for row in self.rows if _of(row) == _of(setting)), None)
 
     def add(self, setting: Setting, figures: Mapping[str, Any]) -> None:
-        """Adds the row of a setting to the table, in place of one that it had."""
+        """Adds the row of a setting to the table, or replaces it."""
         row = {column: text({**setting, **figures}.get(column, "")) for column in COLUMNS}
         old = self.row(setting)
         if old is None:
@@ -67,26 +77,26 @@ class Results:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def pictures(self, setting: Mapping[str, Any]) -> Path:
-        """The folder of a setting's pictures."""
+    def images(self, setting: Mapping[str, Any]) -> Path:
+        """The folder of a setting's images."""
         return self.folder / "pictures" / folder_name(setting)
 
     def missing(self, setting: Setting, count: int, batch: int) -> Iterator[range]:
-        """Batches of which a picture is not there; always cut in the same places, so that the pictures come out the same."""
+        """Batches with a missing image; batches always begin at the same indices, so images do not depend on interruptions."""
         for start in range(0, count, batch):
             indices = range(start, min(start + batch, count))
-            if not all(self._picture(setting, index).exists() for index in indices):
+            if not all(self._image(setting, index).exists() for index in indices):
                 yield indices
 
-    def save(self, setting: Setting, index: int, picture: Image.Image) -> None:
-        """Writes one picture of a setting."""
-        path = self._picture(setting, index)
+    def save(self, setting: Setting, index: int, image: Image.Image) -> None:
+        """Writes one image of a setting."""
+        path = self._image(setting, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as beside:
-            picture.save(beside, format="PNG")
+            image.save(beside, format="PNG")
 
     def link_real(self, files: Sequence[Path]) -> Path:
-        """A folder with nothing but links to the real pictures."""
+        """Creates a folder of links to the real images."""
         folder = self.folder / "pictures" / "real"
         folder.mkdir(parents=True, exist_ok=True)
         for index, file in enumerate(files):
@@ -96,18 +106,18 @@ class Results:
 
     @property
     def reference(self) -> Path:
-        """The folder of one device's pictures."""
-        return self.pictures(ONE_DEVICE)
+        """The folder of one device's images."""
+        return self.images(ONE_DEVICE)
 
-    def _picture(self, setting: Setting, index: int) -> Path:
-        return self.pictures(setting) / f"{index:05}.png"
+    def _image(self, setting: Setting, index: int) -> Path:
+        return self.images(setting) / f"{index:05}.png"
 
     def _check(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         for name in new:
             if old.get(name) != new[name]:
-                told = "" if isinstance(new[name], list) else f" ({old.get(name)}, now {new[name]})"
+                values = "" if isinstance(new[name], list) else f" ({old.get(name)}, now {new[name]})"
                 raise DistriError(
-                    f"--output {self.folder} was made with other {name}{told}; choose another folder, or go on as before"
+                    f"--output {self.folder} was made with other {name}{values}; choose another folder, or the same settings"
                 )
 
     def _read(self) -> list[Row]:
@@ -121,7 +131,7 @@ class Results:
 
 
 def _of(setting: Mapping[str, Any]) -> list[str]:
-    """What identifies a setting, the same for a row of the table."""
+    """What identifies a setting, and the row that belongs to it."""
     return [text(setting.get(axis.field, "")) for axis in AXES]
 
 

@@ -1,11 +1,11 @@
-"""Scenes of coloured shapes: drawn, captioned, and looked for again in a picture's pixels.
+"""Scenes of coloured shapes: drawn, captioned, and found again in an image's pixels.
 
-    sample_scene -> Scene -> draw     [h, w, 3]   what the embedded default model is trained on
+    sample_scene -> Scene -> draw     [h, w, 3]   the training data of the embedded default model
                           -> caption  "a large red circle at the top left, on a striped yellow background"
-    found(picture, scene)             is each named shape's colour where the caption says it is?
+    found(image, scene)               whether each named shape's colour is where the caption says
 
-Everything follows from `(seed, index)`: a data set of any length needs no files. One scene in ten is held out of
-training. Shapes are signed distance functions: edges are smooth at any size, and a picture takes about a millisecond.
+`(seed, index)` determines an example, so a data set of any length needs no files. One scene in ten is held out of training.
+Shapes are signed distance functions: edges are smooth at any size, and drawing an image takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "orange": ((254, 218, 184), (244, 186, 138)),
 }
 
-SIZES: dict[str, float] = {"small": 0.09, "medium": 0.12, "large": 0.15}  # radius / shorter side of the picture
+SIZES: dict[str, float] = {"small": 0.09, "medium": 0.12, "large": 0.15}  # radius / shorter side of the image
 
 PLACES: dict[str, tuple[float, float]] = {  # centre as fractions of the height and of the width
     "at the top left": (0.2, 0.2),
@@ -55,17 +55,22 @@ PLACES: dict[str, tuple[float, float]] = {  # centre as fractions of the height 
     "at the bottom right": (0.8, 0.8),
 }
 
-PLACE_RADIUS = 0.15  # of the disc that counts as being at a place / shorter side: half the way to the next place
+PLACE_RADIUS = 0.15  # radius of a place / shorter side of the image: half the distance to the next place
 
 TEXTURES = ("plain", "striped", "checkered", "dotted", "gradient")
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A star-shaped polygon in units of the shape's radius: `points` tips at distance `tip`, valleys at `valley`.
+    """A star-shaped polygon in units of the shape's radius; a regular polygon has its valleys in the middle of its sides.
 
-    A regular polygon is one whose valleys are the middles of its sides. `turn` rotates the first tip away from straight
-    up, `width` stretches it sideways and `drop` moves it down, to balance a triangle around its place.
+    Attributes:
+        points: Number of tips.
+        tip: Distance of the tips from the centre.
+        valley: Distance of the valleys from the centre.
+        turn: Rotation of the first tip away from straight up, in radians.
+        width: Horizontal scale.
+        drop: Downward shift, which centres a triangle on its place.
     """
 
     points: int
@@ -80,7 +85,7 @@ class Outline:
         return self.points * self.tip * self.valley * float(np.sin(np.pi / self.points)) * self.width
 
     def distance(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Signed distance to the outline, negative inside; exact near the sides, where smooth edges need it."""
+        """Signed distance to the outline, negative inside; exact near the sides, as smooth edges need."""
         x, y = x / np.float32(self.width), y - np.float32(self.drop)
         half = np.pi / self.points
         # Folding the plane into the wedge between a tip and a valley leaves one straight side to measure.
@@ -103,7 +108,7 @@ OUTLINES: dict[str, Outline | None] = {  # None is the circle
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: names out of `OUTLINES`, `COLOURS`, `SIZES` and `PLACES`."""
+    """One shape; its attributes are keys of `OUTLINES`, `COLOURS`, `SIZES` and `PLACES`."""
 
     kind: str
     colour: str
@@ -112,14 +117,14 @@ class Shape:
 
     @property
     def area(self) -> float:
-        """Its area, in units of the picture's shorter side squared."""
+        """Area in units of the image's shorter side squared."""
         outline = OUTLINES[self.kind]
         return SIZES[self.size] ** 2 * (np.pi if outline is None else outline.area)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three shapes of different colours in different places, on a background of yet another colour."""
+    """One to three shapes of different colours in different places, on a background of another colour."""
 
     shapes: tuple[Shape, ...]
     background: str
@@ -127,13 +132,13 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether training must never see this combination of colours, kinds and places: one combination in ten."""
+        """Whether training leaves out this combination of colours, kinds and places: one combination in ten."""
         key = ";".join(sorted(f"{s.colour},{s.kind},{s.place}" for s in self.shapes))
         return zlib.crc32(key.encode()) % 10 == 0
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene, held out of training or not."""
+    """Samples a scene, held out of training or not."""
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     places = rng.choice(list(PLACES), count, replace=False)
     colours = rng.choice(list(COLOURS), count, replace=False)
@@ -145,7 +150,7 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene in words. Shapes come in any order; one caption in ten leaves the background out."""
+    """Describes the scene, with shapes in random order; one caption in ten leaves the background out."""
     phrases = [_shape_phrase(scene.shapes[i], rng) for i in rng.permutation(len(scene.shapes))]
     words = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
     return words if rng.random() < 0.1 else f"{words}, on {_background_phrase(scene, rng)}"
@@ -176,24 +181,32 @@ def all_captions_vocabulary() -> list[str]:
 
 
 def draw(scene: Scene, height: int, width: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-    """The scene as an sRGB picture, with slightly varied positions, sizes and shades.
+    """Draws the scene as an sRGB image, with slightly varied positions, sizes and shades.
 
-    `height` and `width` are multiples of 8 from 64 to 512 (else ValueError); the 3x3 grid of places stretches with the
-    picture, shapes do not.
+    The 3x3 grid of places stretches with the image; shapes do not.
+
+    Args:
+        scene: The scene.
+        height: Pixels, a multiple of 8 from 64 to 512.
+        width: Pixels, likewise.
+        rng: Source of the variation.
+
+    Raises:
+        ValueError: For another height or width.
     """
     if any(side % 8 or not 64 <= side <= 512 for side in (height, width)):
-        raise ValueError(f"a picture of {height}x{width} was asked for; sides must be multiples of 8 from 64 to 512")
+        raise ValueError(f"the image size is {height}x{width}; height and width must be multiples of 8 from 64 to 512")
     light, dark = (np.float32(tone) for tone in BACKGROUNDS[scene.background])
     pattern = _pattern(scene.texture, height, width)[..., None]
-    picture = (light + (dark - light) * pattern) * _vignette(height, width) * np.float32(rng.uniform(0.96, 1.03))
+    image = (light + (dark - light) * pattern) * _vignette(height, width) * np.float32(rng.uniform(0.96, 1.03))
     for shape in scene.shapes:
-        _draw_shape(picture, shape, rng)
-    return np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8)
+        _draw_shape(image, shape, rng)
+    return np.clip(image + np.float32(0.5), 0, 255).astype(np.uint8)
 
 
-def _draw_shape(picture: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
-    """Paints one shape with its soft shadow over `picture`, touching only the square around it."""
-    height, width = picture.shape[:2]
+def _draw_shape(image: np.ndarray, shape: Shape, rng: np.random.Generator) -> None:
+    """Draws one shape with its soft shadow into `image`, changing only the square around it."""
+    height, width = image.shape[:2]
     side = min(height, width)
     radius = side * SIZES[shape.size] * rng.uniform(0.93, 1.07)
     centre_y, centre_x = np.array(PLACES[shape.place]) * (height, width) + rng.uniform(-0.015, 0.015, 2) * side
@@ -203,14 +216,14 @@ def _draw_shape(picture: np.ndarray, shape: Shape, rng: np.random.Generator) -> 
     y = ((np.arange(rows.start, rows.stop) + 0.5 - centre_y) / radius).astype(np.float32)[:, None]
     x = ((np.arange(columns.start, columns.stop) + 0.5 - centre_x) / radius).astype(np.float32)[None, :]
 
-    window = picture[rows, columns]
+    window = image[rows, columns]
     shadow = np.clip(0.5 - _distance(shape.kind, y - np.float32(0.1), x - np.float32(0.06)) / np.float32(0.3), 0, 1)
     window *= (1 - np.float32(0.28) * shadow)[..., None]
     highlight = np.exp(-((x + np.float32(0.4)) ** 2 + (y + np.float32(0.45)) ** 2))  # light comes from the top left
     shade = (np.float32(0.9) + np.float32(0.16) * highlight) * np.float32(rng.uniform(0.96, 1.04))
-    painted = np.float32(COLOURS[shape.colour]) * shade[..., None]
+    colour = np.float32(COLOURS[shape.colour]) * shade[..., None]
     coverage = np.clip(0.5 - _distance(shape.kind, y, x) * np.float32(radius), 0, 1)[..., None]
-    window += (painted - window) * coverage
+    window += (colour - window) * coverage
 
 
 def _distance(kind: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -219,7 +232,7 @@ def _distance(kind: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres measured from the middle of the picture, in units of its shorter side."""
+    """Pixel centres measured from the middle of the image, in units of its shorter side."""
     side = min(height, width)
     y = (np.arange(height) + 0.5 - height / 2) / side
     x = (np.arange(width) + 0.5 - width / 2) / side
@@ -228,7 +241,7 @@ def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=64)
 def _pattern(texture: str, height: int, width: int) -> Float[np.ndarray, "h w"]:
-    """How much of the background's second tone each pixel has, 0 to 1. Depends on the size alone, so it is kept."""
+    """Share of the background's second tone in each pixel, 0 to 1; depends on the size alone, hence the cache."""
     y, x = _grid(height, width)
     sharpness = min(height, width)
     if texture == "plain":
@@ -249,7 +262,7 @@ def _pattern(texture: str, height: int, width: int) -> Float[np.ndarray, "h w"]:
 
 
 def _triangle_wave(phase: np.ndarray) -> np.ndarray:
-    """Zigzag of period 1 and slope 1, so that its zeros can be smoothed like the edges of a shape."""
+    """Triangle wave of period 1 and slope 1, whose zeros can be smoothed like the edges of a shape."""
     return 0.25 - np.abs(np.mod(phase, 1) - 0.5)
 
 
@@ -262,12 +275,12 @@ def _vignette(height: int, width: int) -> Float[np.ndarray, "h w 1"]:
 
 
 def example(seed: int, index: int, height: int, width: int) -> tuple[UInt8[np.ndarray, "h w 3"], str, Scene]:
-    """Training picture number `index`, its caption and its scene; the last two are the same at every size."""
+    """Training image number `index`, its caption and its scene; caption and scene are the same at every size."""
     return _example(seed, index, height, width, held_out=False)
 
 
 def held_out_example(seed: int, index: int, height: int, width: int) -> tuple[UInt8[np.ndarray, "h w 3"], str, Scene]:
-    """Like `example`, for the scenes that training never sees."""
+    """Like `example`, for the scenes held out of training."""
     return _example(seed, index, height, width, held_out=True)
 
 
@@ -282,16 +295,19 @@ def _example(
     return draw(scene, height, width, rng), words, scene
 
 
-def found(picture: np.ndarray, scene: Scene) -> list[bool]:
-    """For each shape of the scene, in order: does the picture have the shape's colour in the shape's place?
+def found(image: np.ndarray, scene: Scene) -> list[bool]:
+    """For each shape of the scene, in order: whether the image has the shape's colour in the shape's place.
 
-    `picture` is [h, w, 3], uint8 or float in 0..1. Every pixel is given to the nearest of the colours that shapes and
-    backgrounds are painted with. Looking at the disc around a shape's place, a colour counts where it is at least three
-    times as dense as in the empty part of the picture: whatever is not, is background, be it of the shape's own colour.
-    The shape is found when its colour is the most frequent of those that count and covers at least 35 % of what the
-    shape itself would cover. Kind and size of the shape and the picture's background are not judged.
+    Every pixel is assigned to the nearest of the colours of shapes and backgrounds. In the disc around a shape's place, a
+    colour counts where it is at least three times as dense as in the empty part of the image; anything else is background,
+    even of the shape's own colour. The shape is found when its colour is the most frequent of those that count and covers
+    at least 35 % of the shape's area. The shape's kind and size and the image's background are not judged.
+
+    Args:
+        image: `[h, w, 3]`, uint8, or float from 0 to 1.
+        scene: What the image should show.
     """
-    labels = _nearest_colour(picture)
+    labels = _nearest_colour(image)
     discs = [_disc(shape.place, *labels.shape) for shape in scene.shapes]
     elsewhere = _density(labels[~np.any(discs, axis=0)])
     results = []
@@ -304,7 +320,7 @@ def found(picture: np.ndarray, scene: Scene) -> list[bool]:
     return results
 
 
-# White and black are painted alike as shapes and as backgrounds, so these two have no soft tones of their own.
+# White and black look alike as shapes and as backgrounds, so these two have no soft tones of their own.
 _SOFT_TONES = [tone for name, tones in BACKGROUNDS.items() if name not in ("white", "black") for tone in tones]
 _SOFT = -1
 
@@ -317,15 +333,15 @@ def _disc(place: str, height: int, width: int) -> Bool[np.ndarray, "h w"]:
 
 
 def _density(labels: np.ndarray) -> np.ndarray:
-    """The share of the labels that each of COLOURS has."""
+    """Share of the labels that each of COLOURS has."""
     return np.bincount(labels[labels != _SOFT], minlength=len(COLOURS)) / len(labels)
 
 
-def _nearest_colour(picture: np.ndarray) -> Int[np.ndarray, "h w"]:
+def _nearest_colour(image: np.ndarray) -> Int[np.ndarray, "h w"]:
     """Index into COLOURS of each pixel, or `_SOFT` where a tone of a background is nearer."""
-    if picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"a picture must be [height, width, 3], and this one is {list(picture.shape)}")
-    values = picture / 255 if picture.dtype == np.uint8 else np.clip(np.nan_to_num(picture.astype(np.float64)), 0, 1)
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image has shape {list(image.shape)}; give [height, width, 3]")
+    values = image / 255 if image.dtype == np.uint8 else np.clip(np.nan_to_num(image.astype(np.float64)), 0, 1)
     palette = _perceptual(np.array([*COLOURS.values(), *_SOFT_TONES]) / 255)
     pixels = _perceptual(values)
     # |pixel - colour|^2 without |pixel|^2, which is the same for every colour.
