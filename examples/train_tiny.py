@@ -35,7 +35,7 @@ from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
 from distrijax.cli.fidelity.scenes import all_captions_vocabulary, example
-from distrijax.cli.options import check_positive, written_whole
+from distrijax.cli.options import Parser, check_positive, written_whole
 from distrijax.errors import DistriError
 from distrijax.json_config import read_json
 from distrijax.models.attention import Attention
@@ -434,7 +434,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; raises SystemExit for wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, its checkpoints and caches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

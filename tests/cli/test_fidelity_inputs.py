@@ -40,7 +40,7 @@ def test_coco_captions_are_those_of_the_papers_script(tmp_path):
     assert official.texts == ["70 0", "60 1", "50 0"]
     karpathy = prompts.coco_prompts(coco(tmp_path / "karpathy", karpathy=True), 2)
     assert karpathy.texts == ["K 70 0", "K 60 1"]
-    assert [path.name[-6:] for path in karpathy.pictures] == ["70.jpg", "60.jpg"]
+    assert [path.name[-6:] for path in karpathy.images] == ["70.jpg", "60.jpg"]
 
 
 BAD_COCO = {
