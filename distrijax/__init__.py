@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from distrijax.pipelines.sdxl import DistriSDXLPipeline
     from distrijax.schedulers import SCHEDULERS, load_scheduler, with_class
 
+__version__ = "0.1.0"
+
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
 """The embedded model: a small SDXL-shaped pipeline, trained by examples/train_tiny.py on scenes of coloured shapes."""
 

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from distrijax import (
     MeshPlan,
     Parallelism,
     SplitScheme,
+    __version__,
     load_pipeline,
     plan_mesh,
 )
@@ -179,7 +179,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "mesh": call_mesh(plan, layout),
         **settings_of(config),
         "sync_steps": " ".join(map(str, config.sync_steps)) or None,
-        "software": software(),
+        "software": f"distrijax {__version__}",
     }
     for index, (image, output) in enumerate(zip(images, outputs, strict=is_main_process())):
         write(image, output, {**settings, "image": f"{index} of {arguments.batch}"})
@@ -257,14 +257,6 @@ def output_files(output: Path, batch: int) -> list[Path]:
     for path in outputs:
         check_file(path, "--output")
     return outputs
-
-
-def software() -> str:
-    """Name and version of this package; the name alone where it is not installed."""
-    try:
-        return f"distrijax {version('distrijax')}"
-    except PackageNotFoundError:
-        return "distrijax"
 
 
 def write(image: Image, output: Path, settings: dict[str, Any]) -> None:
