@@ -18,8 +18,8 @@ from distrijax import DistriConfig, plan_mesh
 from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.programs import compiled, options_for, trace
 from distrijax.pipelines.loading import read_configs
-from distrijax.plan.overlap import Program, array_bytes
-from distrijax.plan.traffic import Traffic, step_of, traffic
+from distrijax.plan.overlap import HloProgram, array_bytes
+from distrijax.plan.traffic import Traffic, main_step, traffic
 from distrijax.schedulers import load_scheduler
 
 PERMUTE = "collective-permute"
@@ -99,7 +99,7 @@ def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_chec
     config = DistriConfig(**{"devices": 4, "warmup_steps": 0} | settings)
     unet, scheduler = read_configs(shallow_checkpoint).unet, load_scheduler(DDIM)
     shape = {"latent": (16, 16), "dtype": jnp.float32}
-    step = step_of(
+    step = main_step(
         config, unet, scheduler, plan_mesh(config, config.devices), devices=jax.devices()[: config.devices], **shape
     )
     lowered = trace(step.function, step.loop, *step.placed(), donate=step.donate).lower()
@@ -113,7 +113,7 @@ def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_chec
 
 def received_by_hlo(text: str) -> int:
     """Bytes that the busiest device receives in the collectives of a compiled program, a ring's for all-reduce."""
-    program = Program(text)
+    program = HloProgram(text)
     total = sum(each.received for each in program.transfers if each.kind != PERMUTE)
     permuted = collections.Counter()
     for instruction in program.step:
