@@ -1,1 +1,1 @@
-"""Devices: the mesh, how an image lies on it, what devices exchange, and the programs that run there."""
+"""Devices: the mesh, the layout of an image on it, what devices exchange, and compiled programs."""

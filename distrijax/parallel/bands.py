@@ -1,4 +1,4 @@
-"""Bands of rows: how the rows of an image are divided among devices, and where padding fills them."""
+"""Bands of rows: how the rows of an image are divided among devices, and how many of them are padding."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """How the rows of an image are shared out: every patch has `rows_per_device` of them, and those beyond the image's are padding.
+    """How the rows of an image are divided into bands of equal height, one for each patch.
 
-    rows: of the whole image. Patches take their rows from the top, so all padding lies at the bottom, and the last patches
-    may have nothing else. A model halves or doubles the rows from level to level: those of a band exactly, those of the
-    image rounded up.
+    Patches take the image's rows from the top, so all padding is at the bottom, and the last patches may consist of padding
+    only. A model halves or doubles the rows from level to level: those of a band exactly, those of the image rounded up.
+
+    Attributes:
+        rows: Rows of the whole image.
+        rows_per_device: Rows of each band, padding included.
     """
 
     rows: int
@@ -19,10 +22,16 @@ class Bands:
 
     @classmethod
     def among(cls, rows: int, patches: int, *, levels: int = 1) -> Bands:
-        """Bands as equal as a model of so many levels allows; a single patch has the image's own rows at every level."""
+        """The smallest bands that hold `rows`.
+
+        Args:
+            rows: Rows of the whole image.
+            patches: How many bands. A single one has the image's own rows, without padding.
+            levels: Resolutions of the model, each of half the size of the one before; a band has whole rows at all of them.
+        """
         unit = 2 ** (levels - 1)
         return cls(rows, rows if patches == 1 else -(-rows // (patches * unit)) * unit)
 
     def image_rows(self, band: int) -> int:
-        """The rows of the whole image at the level where every patch has `band`."""
+        """How many rows the whole image has at the level where each band has `band` rows."""
         return -(-self.rows * band // self.rows_per_device)

@@ -1,4 +1,4 @@
-"""Displaced exchanges: the strategies that follow the warm-up, one class for each sync mode."""
+"""Displaced exchanges: the strategies of the steps after the warm-up, one class for each sync mode."""
 
 from __future__ import annotations
 
@@ -15,29 +15,43 @@ from jaxtyping import Array, Float
 from distrijax.config import Compression, DistriConfig, SyncMode
 from distrijax.parallel.bands import Bands
 from distrijax.parallel.collectives import Axis, all_patches, gather_kv, with_neighbours
-from distrijax.parallel.compression import decode
-from distrijax.parallel.exchange import ENDS, HALO, KV, MEAN, MOMENTS, Exchange, Publishing, Stale, Synchronous
+from distrijax.parallel.compression import dequantize
+from distrijax.parallel.exchange import CHANNEL_RANGE, EMA, HALO, KV, MOMENTS, Exchange, Publishing, Stale, Synchronous
 from distrijax.parallel.mesh import PATCH
 from distrijax.parallel.moments import pool_moments, split_moments
 
 EMA_DECAY = 2 / 3
-"""The part of the running mean that stays from step to step."""
+"""The weight of the past in the exponential moving averages that extrapolation uses."""
 
 
 class Displaced(Synchronous):
-    """DistriFusion's corrected_async_gn: others' values of the previous step, own values fresh.
+    """corrected_async_gn, DistriFusion's default: the other patches' values of the previous step, the own ones of this step.
 
-    stale: what `finish()` returned at the previous step, on this device. step_ratio: the distance to the next step over that from
-    the previous one, for extrapolation: what is published is then the fresh value and, times that ratio, the way it has gone
-    from its running mean, which is smoother than the last step alone. No collective here needs this step's
-    activations, so all of them can travel while the device computes. The one exception is the UNet's input, which is asked
-    for through `exact`: one fresh row of the latent from each neighbour (the original has the whole latent everywhere).
+    No collective here needs this step's activations, so all of them can overlap with compute. The one exception is the UNet's
+    first layer, which asks through `exact`: it needs one row of this step's latent from each neighbour (in the original every
+    device has the whole latent).
 
-    GroupNorm: the whole image's stale moments plus the change of the own patch, mean = mean_j m^_j + a (m_i - m^_i) and the
-    same for E[x^2], where a, the `correction`, is 1: the other patches are taken to have changed as this one did. Where the
-    resulting variance is negative the own variance is used (arXiv 2402.19481, section 4.2). Two deviations from the
-    original's code, both towards exactness: moments are float32, and the variance is the population's (torch's GroupNorm)
-    instead of being scaled by n/(n-1) with the local element count.
+    GroupNorm corrects the whole image's stale moments by the own patch's change since the previous step:
+
+        mean = stale mean + a (own mean - own stale mean), and the same for E[x^2]
+
+    The factor `a`, the `correction`, is 1: the other patches are assumed to have changed as this one did. If the resulting
+    variance is negative, the own variance is used. Two deviations from the original's code, both towards exactness: moments
+    are float32, and the variance is the population's (as in torch's GroupNorm) instead of being scaled by n / (n - 1) with
+    the local element count.
+
+    With extrapolation a patch publishes a prediction: its value plus `step_ratio` times the change of its exponential moving
+    average at this step, which is smoother than the change of the value itself.
+
+    Args:
+        stale: What `finish()` returned at the previous step, on this device.
+        axis: The mesh axis, or axes, along which the rows are sharded.
+        bands: How the rows are divided, if they do not fill the bands; None if they do.
+        publishing: What the next step will read; None publishes all that this strategy reads.
+        step_ratio: The distance in time to the next step over the distance from the previous one, for extrapolation.
+
+    References:
+        DistriFusion, arXiv 2402.19481, section 4.2.
     """
 
     KEEPS: ClassVar[frozenset[str]] = frozenset({HALO, KV, MOMENTS})
@@ -53,7 +67,7 @@ class Displaced(Synchronous):
         super().__init__(axis, bands, publishing or Publishing(self.KEEPS))
         self.stale, self.step_ratio = stale, step_ratio
         self._moments: dict[str, Float[Array, "n b g 2"]] | None = None
-        self._last_kv: Float[Array, "b h w c2"] | None = None  # of the layer before
+        self._last_kv: Float[Array, "b h w c2"] | None = None  # of the attention before this one
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
@@ -63,20 +77,20 @@ class Displaced(Synchronous):
     def kv(self, name, kv):
         before, self._last_kv = self._last_kv, kv
         own, compression = self._local_kv(kv), self.publishing.compress
-        stale = tuple(self._read(each) for each in ((name, name + ENDS) if compression else (name,)))
-        restore = partial(decode, compression=compression) if compression else lambda tokens: tokens
+        stale = tuple(self._read(each) for each in ((name, name + CHANNEL_RANGE) if compression else (name,)))
+        restore = partial(dequantize, compression=compression) if compression else lambda kv: kv
         self._check(name, jax.eval_shape(restore, *stale), own)
-        padded = self._in_image(kv) is not None  # else attention does not depend on the order
+        padded = self._in_image(kv) is not None  # without padding the order of keys does not matter
         own, *everyone = gather_kv(own, stale, restore, self.axis, in_order=padded, after=before)
         self._publish(KV, name, own)
         keys, values = (self._image_kv(each, kv) for each in everyone)
         return keys, values
 
     def moments(self, name, x, size):
-        own = self._publish(MOMENTS, name, self._own(x, size))
+        own = self._publish(MOMENTS, name, self._band_moments(x, size))
         stale = self._previous(name)
         (own_mean, own_variance), (old_mean, old_variance) = split_moments(own), split_moments(stale)
-        stale_mean, stale_variance = split_moments(pool_moments(self._stale_moments(name), self._shares(x)))
+        stale_mean, stale_variance = split_moments(pool_moments(self._stale_moments(name), self._band_shares(x)))
         change, a = own_mean - old_mean, self.correction(x)
         # E[x^2] - mean^2 of the corrected moments with the squares multiplied out, so that nothing large cancels
         shift = 2 * (old_mean - stale_mean) + (1 - a) * change
@@ -84,19 +98,19 @@ class Displaced(Synchronous):
         return jnp.stack([stale_mean + a * change, jnp.where(variance < 0, own_variance, variance)], -1)
 
     def exact(self) -> Exchange:
-        return _Apart(self.axis, self.bands)
+        return _SeparatePermutes(self.axis, self.bands)
 
     def correction(self, x: Float[Array, "b h w c"]) -> Array | float:
-        """How much of the own patch's change goes into the whole image's moments."""
+        """The factor with which the own patch's change enters the whole image's moments."""
         return 1.0
 
     def _extrapolate(self, kind, name, value):
-        mean = self._read(name + MEAN)
-        step = (1 - EMA_DECAY) * (value - mean)
+        average = self._read(name + EMA)
+        step = (1 - EMA_DECAY) * (value - average)
         predicted = value + jnp.asarray(self.step_ratio, value.dtype) * step
         if kind == MOMENTS:
             predicted = jnp.stack([predicted[..., 0], jnp.maximum(predicted[..., 1], 0)], -1)
-        return predicted, mean + step
+        return predicted, average + step
 
     def finish(self) -> Stale:
         unused = sorted(self.stale.keys() - self.fresh.keys())
@@ -115,14 +129,14 @@ class Displaced(Synchronous):
         return stale
 
     def _stale_moments(self, name: str) -> Float[Array, "n b g 2"]:
-        """All patches' stale moments of a layer; those of all layers travel together, for each is next to nothing."""
+        """All patches' stale moments of a layer. One all-gather brings those of all layers, because each is only a few bytes."""
         if self._moments is None:
             parts = {each: leaf for each, leaf in self.stale.items() if _is_moments(each, leaf)}
-            ends = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
+            splits = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
             own = jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()])
-            together = all_patches(own, self.axis)
-            gathered = zip(parts.items(), jnp.split(together, ends, axis=1), strict=True)
-            self._moments = {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in gathered}
+            gathered = all_patches(own, self.axis)
+            pieces = zip(parts.items(), jnp.split(gathered, splits, axis=1), strict=True)
+            self._moments = {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in pieces}
         return self._moments[name]
 
     @staticmethod
@@ -134,24 +148,24 @@ class Displaced(Synchronous):
             )
 
 
-class _Apart(Synchronous):
-    """The synchronous answers beside a displaced step's: nothing fresh waits for what is stale."""
+class _SeparatePermutes(Synchronous):
+    """Exact answers within a displaced step, whose permutes do not wait for those of stale values."""
 
-    APART = True
+    SEPARATE_PERMUTES = True
 
 
 class StaleGN(Displaced):
-    """stale_gn: the moments are the others' previous ones beside the own fresh ones, a correction by the own share."""
+    """stale_gn: moments of the others' stale values and the own fresh ones, so the correction is the own share of the image."""
 
     def correction(self, x):
-        return jnp.asarray(self._shares(x))[lax.axis_index(self.axis)]
+        return jnp.asarray(self._band_shares(x))[lax.axis_index(self.axis)]
 
 
 class DampedAsyncGN(Displaced):
     """damped_async_gn: half of the correction.
 
-    Where a patch changes otherwise than the rest, the whole correction overshoots, and a variance near zero makes GroupNorm
-    blow up; a half does not (figures in docs/staleness.md).
+    If a patch changes differently from the others, the full correction overshoots, and GroupNorm diverges where the variance
+    comes near zero. Half of it does not (figures in docs/staleness.md).
     """
 
     def correction(self, x):
@@ -159,32 +173,32 @@ class DampedAsyncGN(Displaced):
 
 
 class SyncGN(Displaced):
-    """sync_gn: a blocking exchange of the moments at every step; halo and tokens are displaced."""
+    """sync_gn: moments are exchanged at every step, blocking; halo rows, keys and values are displaced."""
 
     KEEPS = frozenset({HALO, KV})
     moments = Synchronous.moments
 
 
 class AsyncTokens(SyncGN):
-    """async_tokens: blocking exchanges of what is small, moments and boundary rows; only tokens are displaced."""
+    """async_tokens: moments and halo rows, which are small, are exchanged blocking; only keys and values are displaced."""
 
     KEEPS = frozenset({KV})
     halo = Synchronous.halo
 
 
 class SeparateGN(Displaced):
-    """separate_gn: every patch is normalised by itself; halo and tokens are displaced."""
+    """separate_gn: each patch is normalised by its own moments; halo rows, keys and values are displaced."""
 
     KEEPS = frozenset({HALO, KV})
 
     def moments(self, name, x, size):
-        return self._publish(MOMENTS, name, self._own(x, size))
+        return self._publish(MOMENTS, name, self._band_moments(x, size))
 
 
 class NoSync(SeparateGN):
-    """no_sync: what the others published at the last step of the warm-up, for ever; own moments.
+    """no_sync: the other patches' values stay those of the last warm-up step; moments are the own ones.
 
-    The original's numbers, not its traffic: the same values are sent again at every step.
+    The numbers are the original's, the traffic is not: the same values are sent again at every step.
     """
 
     def finish(self) -> Stale:
@@ -201,14 +215,17 @@ STRATEGIES: dict[SyncMode, type[Displaced]] = {
     SyncMode.SEPARATE_GN: SeparateGN,
     SyncMode.NO_SYNC: NoSync,
 }
-"""What follows the warm-up in each mode; full_sync has nothing to follow it."""
+"""The strategy after the warm-up for each sync mode. full_sync has none: all its steps are synchronous."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
     """What a displaced step exchanges, and so what the step before it publishes.
 
-    extrapolate: predictions of the next step's values instead of this step's. compress: how tokens travel, if not as they are.
+    Attributes:
+        kind: The class of its exchange.
+        extrapolate: Whether predictions of the next step's values are published instead of this step's values.
+        compress: How keys and values are compressed, if at all.
     """
 
     kind: type[Displaced]
@@ -218,20 +235,24 @@ class Strategy:
     def __call__(
         self, stale: Stale, axis: Axis = PATCH, bands: Bands | None = None, step_ratio: Float[Array, ""] | float = 1.0
     ) -> Displaced:
+        """The exchange of one step; arguments as those of `Displaced`."""
         return self.kind(stale, axis, bands, self.publishing, step_ratio)
 
     @property
     def publishing(self) -> Publishing:
+        """What every step publishes for a step of this strategy."""
         return Publishing(self.kind.KEEPS, self.extrapolate, self.compress)
 
 
 def strategy_of(config: DistriConfig, patches: int) -> Strategy | None:
-    """What follows the warm-up; None where every step is synchronous, as with one patch, which has nobody to wait for."""
+    """The strategy after the warm-up; None if all steps are synchronous, as they are with a single patch."""
     if config.sync_mode not in STRATEGIES or patches == 1:
         return None
     return Strategy(STRATEGIES[config.sync_mode], config.extrapolate, config.compress)
 
 
 def _is_moments(name: str, leaf: Array) -> bool:
-    """Whether a stale value is moments, and no running mean of them; others have another shape or dtype (`Stale`)."""
-    return leaf.ndim == 3 and leaf.shape[-1] == 2 and leaf.dtype == jnp.float32 and not name.endswith((MEAN, ENDS))
+    """Whether a stale value is moments, and not their moving average; other kinds have another shape or dtype (`Stale`)."""
+    return (
+        leaf.ndim == 3 and leaf.shape[-1] == 2 and leaf.dtype == jnp.float32 and not name.endswith((EMA, CHANNEL_RANGE))
+    )

@@ -1,25 +1,44 @@
-"""What the devices tell each other: the only file with collectives.
+"""What a layer may ask about the rest of the image: the exchange protocol, and the strategies that answer exactly.
 
-The image is cut into bands of rows ("patches"), one for each device along the `patch` axis. Three kinds of layers need
-something from other bands, and ask an exchange object for it:
+The rows of an image are divided into bands of equal height ("patches"), one for each device along the `patch` axis. Every
+device runs the whole model on its own patch `x`. Three kinds of layers need something of the other patches, and ask an
+exchange object for it (`name` is the layer's path in the model):
 
-      patch i-1  | ........... |          halo(name, x)          rows above and below, for 3x3 convolutions
-                 | last row  ──┼──┐       kv(name, kv)           keys and values of the whole image, for self-attention
-      patch i    | ┌─────────┐ |◄─┘       moments(name, x, size) mean and variance of the whole image, for GroupNorm
-                 | │ x       │ |
-                 | └─────────┘ |◄─┐
-      patch i+1  | first row ──┼──┘       WholeImage     one device: nothing to ask for, zero padding at the edges
-                 | ........... |          Synchronous    blocking and exact; what it publishes starts the stale state
-                                          Displaced      what the others published at the previous step, own part fresh;
-                                                         and its variants (`KINDS`)
-                                          PartOfChannels no bands: every device has the whole image and a part of the
-                                                         channels (tensor parallelism)
+                  +------------+
+    patch i - 1   |    ...     |
+                  | last rows  |--+
+                  +------------+  |   halo(name, x, above, below)   x between its neighbours' rows, for a 3x3 convolution
+    patch i       |            |<-+
+                  |     x      |      kv(name, kv)                  keys and values of all patches, for self-attention
+                  |            |<-+
+                  +------------+  |   moments(name, x, size)        mean and variance over all patches, for GroupNorm
+    patch i + 1   | first rows |--+
+                  |    ...     |
+                  +------------+
 
-An exchange lives inside one traced call of a model. `finish()` returns what was published: a `Stale`, the next step's
-stale state. A new strategy is a new class here, and no line of a model changes.
+Each strategy is a class that answers these questions. Layers know neither mesh axes nor strategies:
 
-Bands are equally high. Where the image's rows do not fill them (`Bands`), the last rows are padding: zeros to a convolution,
-no keys to an attention, not counted in moments. What a layer computes there is never read.
+    WholeImage      The device has all rows, so nothing is exchanged: there are zeros beyond the image's border.
+    Synchronous     The other patches' values are those of this step. Exact, but the layer waits for them.
+    Displaced       The other patches' values are those of the previous step, so their transfer overlaps with compute; the own
+                    values are those of this step. It and its variants, one for each sync mode, are in `displaced.py`.
+    TensorParallel  The device has all rows, but a part of the channels. Layers whose channels are divided ask three more
+                    questions, `ChannelParallel`: channels, whole_sum and context.
+
+An exchange serves one call of a model. While it answers, it keeps what this patch publishes for the next step:
+
+    exchange = Synchronous()                  a synchronous step needs no stale state ...
+    unet(sample, ..., exchange)
+    stale = exchange.finish()                 ... and creates it: what this patch published, by layer (`Stale`)
+
+    exchange = Displaced(stale)               a displaced step reads the state of the step before ...
+    unet(sample, ..., exchange)
+    stale = exchange.finish()                 ... and replaces it
+
+The collectives that carry the answers are in `collectives.py`. A new strategy is a new class; no line of a model changes.
+
+If the image's rows do not fill the bands (`Bands`), the last rows are padding. They are zeros to a convolution, they are no
+keys to an attention, and moments do not count them. What a layer computes there is never read.
 """
 
 from __future__ import annotations
@@ -47,27 +66,31 @@ from distrijax.parallel.collectives import (
     split_kv,
     with_neighbours,
 )
-from distrijax.parallel.compression import encode
+from distrijax.parallel.compression import quantize
 from distrijax.parallel.mesh import PATCH
 from distrijax.parallel.moments import local_moments, pool_moments
 
 Stale = dict[str, Array]
-"""What one patch published at a step, keyed by the path of the layer (local shards, batch first):
+"""What one patch published at a step, by the name of the layer. Leaves are local shards, in the model's dtype if not noted:
 
-halo     [b, rows, w, c]           its last rows, for the patch below, under the path and `LAST`, and its first ones, for the
-                                   patch above, under the path and `FIRST`, in the model's dtype; those that are asked for
-tokens   [b, rows * w, 2 * c]      projected keys and values side by side, in the model's dtype; or, compressed, bytes, and
-                                   [b, 2, 2 * c] each channel's ends, in the model's dtype, under the path and `ENDS`
-moments  [b, groups, 2]            mean and variance for each group, float32
+kind      key                        value
+HALO      name + LAST                last rows, for the patch below           [b, rows, w, c]
+          name + FIRST               first rows, for the patch above          [b, rows, w, c]
+KV        name                       keys and values, side by side            [b, h * w, 2 * c]
+          or, if compressed:
+          name                       their quantization steps, in bytes       [b, h * w, packed], uint8
+          name + CHANNEL_RANGE       each channel's minimum and maximum       [b, 2, 2 * c]
+MOMENTS   name                       mean and variance of each group          [b, groups, 2], float32
 
-A strategy keeps those kinds that its next step reads from before. With extrapolation each of these is a prediction, and the
-running mean that it was made from lies beside it, in the same shape, under the path and `MEAN`.
+A strategy keeps the kinds that its next step reads. Rows that no neighbour asks for are not kept. With extrapolation each of
+these values is a prediction, and the exponential moving average that it was made from is kept too, under the key + `EMA`, in
+the shape of the uncompressed value.
 """
 
 HALO, KV, MOMENTS = "halo", "kv", "moments"
 
-ENDS, MEAN = ".ends", ".mean"
-"""What the names of the ends of compressed tokens' channels and of running means end in."""
+CHANNEL_RANGE, EMA = ".channel_range", ".ema"
+"""Suffixes of the keys of compressed channels' minima and maxima, and of exponential moving averages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,40 +109,58 @@ class Publishing:
 
 
 class ChannelParallel(Protocol):
-    """What layers ask where devices hold parts of a layer's channels.
+    """What layers ask if each device has a part of a layer's weights, and so of its channels.
 
-    channels: this device's `count` of the channels of `x`. whole_sum: the sum of all devices' partial results. context: keys
-    or values of the prompt with all `channels`, of this device's part of them.
+    Tensor parallelism divides many layers so. The projections of the prompt's keys and values are divided in every
+    strategy, because they are computed once per call.
     """
 
-    def channels(self, x: Float[Array, "... c"], count: int) -> Float[Array, "... {count}"]: ...
+    def channels(self, x: Float[Array, "... c"], count: int) -> Float[Array, "... {count}"]:
+        """Returns this device's `count` channels of `x`, or `x` if it has no others."""
 
-    def whole_sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]: ...
+    def whole_sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the sum of all devices' partial results `x`."""
 
-    def context(self, part: Float[Array, "... c"], channels: int) -> Float[Array, "... C"]: ...
+    def context(self, part: Float[Array, "... c"], channels: int) -> Float[Array, "... C"]:
+        """Returns the prompt's keys, or values, that this device's cross-attention reads.
+
+        Args:
+            part: The channels that this device computed.
+            channels: How many there are on all devices together.
+        """
 
 
 class Exchange(ChannelParallel, Protocol):
-    """What layers ask about the rest of the image, and `exact`, with which a model asks for values that must not be stale.
+    """What layers ask about the rest of the image. The name of a layer is its path; each may ask once in a call."""
 
-    halo: `x` with so many rows of its neighbours above and below. kv: takes the keys and values of a patch side by side, and
-    returns those of the whole image, [b, T, c] each. moments: mean and variance over the whole image of groups of `size`
-    channels. finish: what was published, at the end of the call.
-    """
+    def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]:
+        """Returns `x` between rows of its neighbours, zeros at the image's border.
 
-    def halo(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> Float[Array, "b H w c"]: ...
+        Args:
+            name: The layer's path in the model.
+            x: This patch.
+            above: How many rows of the patch above.
+            below: How many rows of the patch below.
+        """
 
-    def kv(self, name: str, kv: Float[Array, "b h w c2"]) -> KeysValues: ...
+    def kv(self, name: str, kv: Float[Array, "b h w c2"]) -> KeysValues:
+        """Returns keys and values of the whole image, `[b, T, c]` each, from this patch's, which are side by side."""
 
-    def moments(self, name: str, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]: ...
+    def moments(self, name: str, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]:
+        """Returns mean and variance over the whole image of each group of `size` channels, in float32."""
 
-    def exact(self) -> Exchange: ...
+    def exact(self) -> Exchange:
+        """Returns an exchange that answers exactly, for a layer whose values must not be stale: the UNet's first."""
 
-    def finish(self) -> Stale: ...
+    def finish(self) -> Stale:
+        """Returns what this patch published. To be called once, after the model."""
 
 
 class WholeImage:
-    """The exchange of a device that holds the whole image, or takes its band for one: zero padding, nothing published."""
+    """The exchange of a device that has the whole image.
+
+    In naive_patch mode every patch is treated as an image of its own, so it is the exchange of a patch there.
+    """
 
     def halo(self, name, x, above, below):
         return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
@@ -147,16 +188,20 @@ class WholeImage:
 
 
 class TensorParallel(WholeImage):
-    """Tensor parallelism (arXiv 1909.08053): every device has the whole image and its part of the inner channels.
+    """Tensor parallelism: every device has the whole image and a part of the inner channels.
 
-    axis: the mesh axis along which `distrijax.weights.sharding` has cut the weights.
+    Args:
+        axis: The mesh axis along which `distrijax.weights.sharding` divides the weights.
+
+    References:
+        Megatron-LM, arXiv 1909.08053.
     """
 
     def __init__(self, axis: Axis = PATCH):
         self.axis = axis
 
     def channels(self, x, count):
-        if x.shape[-1] == count:  # a layer before this one was cut alike
+        if x.shape[-1] == count:  # the layer before this one computed this device's channels only
             return x
         whole = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lax.axis_size(self.axis) * count - x.shape[-1])])
         return lax.dynamic_slice_in_dim(whole, lax.axis_index(self.axis) * count, count, axis=-1)
@@ -166,31 +211,37 @@ class TensorParallel(WholeImage):
 
 
 class Synchronous(WholeImage):
-    """Blocking exchange of fresh values: exact for any number of patches.
+    """Blocking exchange of this step's values: exact for any number of patches.
 
-    axis: the mesh axis, or axes, along which the rows are cut. bands: where the image's rows do not fill the bands; None
-    where they do. publishing: what the step that follows will read; None publishes everything.
+    Args:
+        axis: The mesh axis, or axes, along which the rows are sharded.
+        bands: How the rows are divided, if they do not fill the bands; None if they do.
+        publishing: What the next step will read; None publishes everything.
     """
 
-    APART: ClassVar[bool] = False  # whether its permutes have a list of pairs of their own (`with_neighbours`)
+    SEPARATE_PERMUTES: ClassVar[bool] = (
+        False  # whether XLA must not combine its permutes with others (`with_neighbours`)
+    )
 
     def __init__(self, axis: Axis = PATCH, bands: Bands | None = None, publishing: Publishing | None = None):
         self.axis, self.bands = axis, bands
         self.publishing = publishing or Publishing()
         self.fresh: Stale = {}
-        self.asked: set[str] = set()
+        self._used_names: set[str] = set()
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
-        return with_neighbours(x, self._publish_edges(name, x, above, below), self.axis, apart=self.APART)
+        return with_neighbours(
+            x, self._publish_edges(name, x, above, below), self.axis, separate=self.SEPARATE_PERMUTES
+        )
 
     def kv(self, name, kv):
         own = self._publish(KV, name, self._local_kv(kv))
         return split_kv(self._image_kv(gather_rows(own, self.axis), kv))
 
     def moments(self, name, x, size):
-        own = self._publish(MOMENTS, name, self._own(x, size))
-        return pool_moments(gather(own, self.axis), self._shares(x))
+        own = self._publish(MOMENTS, name, self._band_moments(x, size))
+        return pool_moments(gather(own, self.axis), self._band_shares(x))
 
     def context(self, part, channels):
         return gather_channels(part)[..., :channels]
@@ -202,63 +253,67 @@ class Synchronous(WholeImage):
         return self.fresh
 
     def _publish(self, kind: str, name: str, value: Array) -> Array:
-        """Keeps what the next step will read of `value`, and returns `value`."""
-        if name in self.asked:
+        """Returns `value`, and keeps what the next step will read of it."""
+        if name in self._used_names:
             raise KeyError(f"the layer name {name!r} was used twice in one call; every exchanging layer needs its own")
-        self.asked.add(name)
+        self._used_names.add(name)
         if kind in self.publishing.kinds:
             published = value
             if self.publishing.extrapolate:
-                published, self.fresh[name + MEAN] = self._extrapolate(kind, name, value)
+                published, self.fresh[name + EMA] = self._extrapolate(kind, name, value)
             if self.publishing.compress and kind == KV:
-                published, self.fresh[name + ENDS] = encode(published, self.publishing.compress)
+                published, self.fresh[name + CHANNEL_RANGE] = quantize(published, self.publishing.compress)
             self.fresh[name] = published
         return value
 
     def _publish_edges(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> dict[str, Array]:
-        """The rows that the neighbours ask for: the last ones for the patch below, the first ones for the one above."""
+        """Publishes and returns the rows that the neighbours need: `LAST` for the patch below, `FIRST` for the one above."""
         edges = {LAST: x[:, x.shape[1] - above :], FIRST: x[:, :below]}
         return {end: self._publish(HALO, name + end, rows) for end, rows in edges.items() if rows.shape[1]}
 
     def _extrapolate(self, kind: str, name: str, value: Array) -> tuple[Array, Array]:
-        """A prediction of the next step's value, and the running mean to go on from: here both begin."""
+        """A prediction of the next step's value, and the exponential moving average to continue from. Both begin as the value."""
         return value, value
 
     def _rows(self, x: Float[Array, "b h w c"]) -> tuple[int, int]:
-        """The rows of all bands together and those of the image, at the level of `x`."""
+        """How many rows all bands have together, and how many the image has, at the level of `x`."""
         rows = lax.axis_size(self.axis) * x.shape[1]
         return rows, rows if self.bands is None else self.bands.image_rows(x.shape[1])
 
     def _in_image(self, x: Float[Array, "b h w c"]) -> Bool[Array, "h"] | None:
-        """Which of this band's rows are the image's; None where there is no padding in any band."""
+        """Which rows of this band belong to the image; None if no band has padding."""
         rows, image = self._rows(x)
         return None if rows == image else first_row(x.shape[1], self.axis) + jnp.arange(x.shape[1]) < image
 
     def _without_padding(
-        self, x: Float[Array, "b h w c"], instead: Float[Array, "b 1 1 c"] | None = None
+        self, x: Float[Array, "b h w c"], filler: Float[Array, "b 1 1 c"] | None = None
     ) -> Float[Array, "b h w c"]:
-        """`x` with zeros for its padding, or with one pixel of each image."""
+        """`x` with its padding replaced by zeros, or by the pixel `filler` of each image."""
         inside = self._in_image(x)
         if inside is None:
             return x
-        return jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype) if instead is None else instead)
+        return jnp.where(inside[None, :, None, None], x, jnp.zeros((), x.dtype) if filler is None else filler)
 
     def _local_kv(self, kv: Float[Array, "b h w c2"]) -> Float[Array, "b t c2"]:
-        """This patch's tokens. Where they are compressed, padding repeats the first, and adds nothing to a channel's range."""
+        """This patch's keys and values, flat.
+
+        If they are compressed, padding repeats the first pixel and so does not widen a channel's range.
+        """
         return flatten_pixels(self._without_padding(kv, kv[:, :1, :1]) if self.publishing.compress else kv)
 
     def _image_kv(self, everyone: Float[Array, "b t c"], kv: Float[Array, "b h w c2"]) -> Float[Array, "b T c"]:
+        """The image's keys or values: all patches' without those of the padding, which come last."""
         return everyone[:, : self._rows(kv)[1] * kv.shape[2]]
 
-    def _own(self, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]:
+    def _band_moments(self, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]:
         return local_moments(x, size, self._in_image(x))
 
-    def _shares(self, x: Float[Array, "b h w c"]) -> Float[np.ndarray, "n"]:
-        """The part of the image that each patch has."""
+    def _band_shares(self, x: Float[Array, "b h w c"]) -> Float[np.ndarray, "n"]:
+        """The share of the image's rows that each patch has."""
         patches, (_, image) = lax.axis_size(self.axis), self._rows(x)
         return np.clip(image - x.shape[1] * np.arange(patches), 0, x.shape[1]).astype(np.float32) / image
 
 
 def flatten_pixels(x: Float[Array, "b ... c"]) -> Float[Array, "b t c"]:
-    """Pixels as tokens, in raster order."""
+    """Merges the spatial axes, in raster order."""
     return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""How an image lies on a mesh: bands of rows, their padding, and the sizes that are possible."""
+"""The layout of an image on a mesh: which axes shard what, padding, and the sizes that are possible."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from distrijax.validate import positive
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a call lies on the mesh. With guidance `cfg` holds its branches; without, it cuts the rows further.
+    """How the latents of a call are sharded over the mesh.
 
-    latent: rows and columns of the whole image's latent. levels: of the UNet, each of half the size. split_scheme: of
-    naive_patch. Tensor parallelism cuts weights, for the `patch` axis alone, and leaves the latents whole.
+    With guidance, the `cfg` axis holds its branches; without, `cfg` shards the rows further. Tensor parallelism shards
+    weights along the `patch` axis instead, and the latents are replicated.
+
+    Attributes:
+        mesh: The mesh; an abstract one, without devices, is enough for tracing.
+        guided: Whether there are two guidance branches.
+        latent: Rows and columns of the whole image's latent.
+        levels: Resolutions of the UNet, each of half the size of the one before.
+        parallelism: How the UNet is divided.
+        split_scheme: The direction of naive_patch's bands.
     """
 
-    mesh: Mesh | AbstractMesh  # without devices where a program is only traced
+    mesh: Mesh | AbstractMesh
     guided: bool
     latent: tuple[int, int]
     levels: int = 1
@@ -33,22 +41,24 @@ class Layout:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The axes along which the rows are cut."""
+        """The mesh axes that shard the rows."""
         if self.parallelism is Parallelism.TENSOR:
             return ()
         return (PATCH,) if self.guided else (PATCH, CFG)
 
     @property
     def patches(self) -> int:
+        """How many bands the rows are divided into."""
         return math.prod(self.mesh.shape[axis] for axis in self.rows)
 
     @property
     def bands(self) -> Bands:
+        """How the rows are divided."""
         return Bands.among(self.latent[0], self.patches, levels=self.levels)
 
     @property
     def padded_shape(self) -> tuple[int, int]:
-        """Rows and columns of the latents with their padding; naive_patch paints that, too, and its bands may be of columns."""
+        """Rows and columns of the latents, padding included. Columns are padded too if naive_patch divides them into bands."""
         columns = self.latent[1]
         if self.parallelism is Parallelism.NAIVE_PATCH and self.split_scheme is not SplitScheme.ROW:
             columns = self.patches * Bands.among(columns, self.patches, levels=self.levels).rows_per_device
@@ -56,31 +66,38 @@ class Layout:
 
     @property
     def latents(self) -> P:
-        """Images, rows."""
+        """The sharding of latents: images, rows."""
         return P(DATA, self.rows)
 
     @property
     def branches(self) -> P:
-        """Guidance branches, images."""
+        """The sharding of what differs by branch: guidance branches, images."""
         return P(CFG if self.guided else None, DATA)
 
     @property
     def stale(self) -> P:
-        """Every leaf: images of all branches, then the axis that concatenates the patches."""
+        """The sharding of every leaf of the stale state: images of all branches, then the axis of the patches."""
         return P((DATA, CFG) if self.guided else DATA, self.rows)
 
     def sharding(self, spec: P) -> NamedSharding:
+        """A specification on this mesh."""
         return NamedSharding(self.mesh, spec)
 
     def exact(self) -> Exchange:
-        """An exchange of fresh values."""
+        """A new exchange that answers exactly."""
         return TensorParallel() if self.parallelism is Parallelism.TENSOR else Synchronous(self.rows, self.bands)
 
 
 def check_sizes(*, height: int, width: int, vae_scale: int) -> None:
-    """Raises DistriError, naming the nearest sizes that do, unless pixels make whole rows and columns of the latent.
+    """Checks that an image has whole rows and columns of the latent.
 
-    vae_scale: pixels for each of them.
+    Args:
+        height: Rows of the image, in pixels.
+        width: Columns of the image, in pixels.
+        vae_scale: Pixels per row, or column, of the latent.
+
+    Raises:
+        DistriError: A size is no multiple of `vae_scale`; the message names the nearest ones that are.
     """
     for name, size in (("height", height), ("width", width)):
         positive(size, name)
@@ -91,6 +108,6 @@ def check_sizes(*, height: int, width: int, vae_scale: int) -> None:
 
 
 def check_images(images: int, data: int) -> None:
-    """Raises DistriError unless so many images divide among the `data` axis."""
+    """Raises DistriError unless the number of images is a multiple of the `data` axis' size."""
     if images % data:
-        raise DistriError(f"{images} images do not divide among data={data}; make a multiple of {data}")
+        raise DistriError(f"{images} images cannot be divided among data={data}; generate a multiple of {data}")

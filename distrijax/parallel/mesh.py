@@ -1,4 +1,4 @@
-"""The mesh: its axes, and the planner that picks their sizes. Axis names are spelled here only."""
+"""The device mesh: its axes, and the planner that chooses their sizes. Only this file spells the names of the axes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ CFG = "cfg"  # the unconditional and the conditional branch of one image (size 1
 PATCH = "patch"  # bands of rows of one image
 
 EVERY_AXIS = (DATA, PATCH, CFG)
-"""In the order in which they number the devices."""
+"""In the order of the mesh's dimensions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlan:
-    """Sizes of the three mesh axes; their product is the number of devices."""
+    """Sizes of the three mesh axes; their product is the number of devices.
+
+    Attributes:
+        data: For different images.
+        cfg: For guidance branches; 1 or 2.
+        patch: For bands of rows.
+    """
 
     data: int
     cfg: int
@@ -37,24 +43,25 @@ class MeshPlan:
 
     @property
     def devices(self) -> int:
+        """How many devices the mesh has."""
         return self.data * self.cfg * self.patch
 
     def build(self, devices: Sequence[jax.Device]) -> Mesh:
-        """A mesh over `devices`: each branch on its own half, a branch's neighbouring patches on neighbouring devices.
+        """The mesh over `devices`: each guidance branch on its own half, neighbouring patches on neighbouring devices.
 
-        `patch` comes before `cfg` among the axes, because rows may be cut along both, and a permute numbers the devices
-        along several axes in the mesh's order, whatever order it is told.
-        Raises DistriError for more devices or fewer.
+        `patch` comes before `cfg` in the mesh, because rows may be sharded along both, and a permute along several axes
+        numbers the devices in the mesh's order, whatever order its argument has.
+
+        Raises:
+            DistriError: There are more devices than the mesh has, or fewer.
         """
         if len(devices) != self.devices:
-            raise DistriError(
-                f"{self} needs {self.devices} devices and {len(devices)} are given; give as many as it needs"
-            )
+            raise DistriError(f"{self} needs {self.devices} devices and {len(devices)} are given; give exactly as many")
         halves = np.array(devices).reshape(self.data, self.cfg, self.patch)
         return Mesh(halves.transpose(0, 2, 1), EVERY_AXIS, axis_types=(AxisType.Auto,) * 3)
 
     def abstract(self) -> AbstractMesh:
-        """The mesh without devices, for tracing."""
+        """The same mesh without devices, for tracing."""
         return AbstractMesh((self.data, self.patch, self.cfg), EVERY_AXIS, axis_types=(AxisType.Auto,) * 3)
 
     def __str__(self) -> str:
@@ -62,27 +69,32 @@ class MeshPlan:
 
 
 def plan_mesh(config: DistriConfig, devices: int, *, branches: int = 2) -> MeshPlan:
-    """Sizes of the axes for so many devices: what the user set, else the CFG split first, then patches.
+    """Chooses the sizes of the mesh axes: those that the config sets, then the CFG split, then patches.
 
-    branches: of guidance, for this model (`UNetConfig.branches`).
-    Raises DistriError where the product of the sizes is not the number of devices, where `config.devices` is another number,
-    and for a split of a single branch.
+    Args:
+        config: What the user set.
+        devices: How many devices to use.
+        branches: Guidance branches of the model (`UNetConfig.branches`).
+
+    Raises:
+        DistriError: The product of the sizes is not `devices`, `config.devices` is another number, or a single branch is to
+            be split.
     """
     devices = positive(devices, "devices")
     if config.devices not in (None, devices):
         raise DistriError(
-            f"devices is {devices} and the config's is {config.devices}; give the same number, or leave the config's out"
+            f"devices is {devices} and the config's is {config.devices}; use the same number, or remove the config's"
         )
     if config.cfg == 2 and branches == 1:
         raise DistriError(
-            "cfg is 2 and this UNet, which is told the guidance scale, has a single branch to run; use 1 or leave cfg out"
+            "cfg is 2 and this UNet, which is conditioned on the guidance scale, has a single branch; use 1 or remove cfg"
         )
     given = {axis: size for axis in (DATA, CFG) if (size := getattr(config, axis))}
     least = math.prod(given.values())
     if config.patch is None and devices % least:
         named = " x ".join(f"{axis}={size}" for axis, size in given.items())
         raise DistriError(
-            f"{named} needs a multiple of {least} devices and devices is {devices}; use such a number, or a smaller size"
+            f"{named} needs a multiple of {least} devices and devices is {devices}; use such a number or smaller axes"
         )
     data = config.data or 1
     per_image = devices // data
@@ -100,11 +112,17 @@ def plan_mesh(config: DistriConfig, devices: int, *, branches: int = 2) -> MeshP
 
 
 def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
-    """So many of all processes' devices, process by process and equally many of each.
+    """Picks equally many devices of each process, in the order of the processes.
 
-    `MeshPlan.build` then lets the first axis that is cut cross from host to host, where links are slow: pictures (`data`)
-    exchange nothing, the branches of guidance (`cfg`) a sum in each step, neighbouring bands (`patch`) the most.
-    Raises DistriError where they cannot be had equally.
+    `MeshPlan.build` then places the first axis larger than 1 across hosts, whose links are slow: images (`data`) exchange
+    nothing, guidance branches (`cfg`) one sum per step, neighbouring patches (`patch`) the most.
+
+    Args:
+        devices: The devices of all processes.
+        count: How many to pick.
+
+    Raises:
+        DistriError: The processes cannot provide equally many.
     """
     processes: dict[int, list[jax.Device]] = {}
     for device in sorted(devices, key=lambda device: device.process_index):
@@ -116,7 +134,7 @@ def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
     fewest = min(map(len, own))
     if rest or each > fewest:
         raise DistriError(
-            f"devices is {count} and {len(own)} processes share them equally; "
-            f"give a multiple of {len(own)} up to {len(own) * fewest}, or all {len(devices)}"
+            f"devices is {count} and must be divided equally among {len(own)} processes; "
+            f"use a multiple of {len(own)} up to {len(own) * fewest}, or all {len(devices)}"
         )
     return list(itertools.chain(*(some[:each] for some in own)))

@@ -1,4 +1,4 @@
-"""Mean and variance for GroupNorm: of a band of rows, and of the whole image from those of its bands."""
+"""Mean and variance for GroupNorm: of one patch, and of the whole image from those of its patches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from jaxtyping import Array, Bool, Float
 
 
 def split_moments(moments: Array) -> tuple[Array, Array]:
+    """Mean and variance, of `[..., 2]`."""
     return moments[..., 0], moments[..., 1]
 
 
 def local_moments(
     x: Float[Array, "b h w c"], size: int, inside: Bool[Array, "h"] | None = None
 ) -> Float[Array, "b g 2"]:
-    """Mean and variance of groups of `size` channels over a band's rows, or those of them that are `inside` the image.
+    """Mean and variance of each group of channels in a patch, in float32.
 
-    From each channel's sum, and that of the squares of its distances from its first pixel: both can be taken in one pass, and
-    nothing large cancels. Pixels first and channels last, along contiguous memory.
+    Computed from each channel's sum and its sum of squared distances from the first pixel. Both need one pass, and no large
+    numbers cancel. Pixels are summed first and channels last, along contiguous memory.
+
+    Args:
+        x: The patch, `[b, h, w, c]`.
+        size: Channels per group.
+        inside: Which rows belong to the image, `[h]`; the others are not counted. None counts all.
+
+    Returns:
+        Mean and variance, `[b, c / size, 2]`.
     """
     x = x.astype(jnp.float32)
     first, pixels, counted = x[:, 0, 0], float(x.shape[1] * x.shape[2]), None
@@ -27,7 +36,7 @@ def local_moments(
     sums = (jnp.sum(each, (1, 2), where=counted) for each in (x, jnp.square(x - first[:, None, None])))
     mean, mean_square = (each / pixels for each in sums)
 
-    # of the group's channels in the same way, from the mean of the first of them
+    # the group's channels in the same way, relative to the mean of the first
     means = mean.reshape(x.shape[0], -1, size)
     variances = (mean_square - jnp.square(mean - first)).reshape(means.shape)
     far = means - means[..., :1]
@@ -36,7 +45,15 @@ def local_moments(
 
 
 def pool_moments(moments: Float[Array, "n b g 2"], shares: Float[np.ndarray, "n"]) -> Float[Array, "b g 2"]:
-    """The whole image's mean and variance from those of patches and their shares in it (law of total variance)."""
+    """Mean and variance of the whole image (law of total variance).
+
+    Args:
+        moments: Mean and variance of each patch, `[n, b, g, 2]`.
+        shares: The share of the image that each patch has, `[n]`; they sum to 1.
+
+    Returns:
+        Mean and variance, `[b, g, 2]`.
+    """
     means, variances = split_moments(moments)
     shares = shares[:, None, None]
     mean = jnp.sum(shares * means, 0)

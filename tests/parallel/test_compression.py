@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distrijax import Compression
-from distrijax.parallel.compression import decode, encode
+from distrijax.parallel.compression import dequantize, quantize
 
 EVERY = pytest.mark.parametrize(("compression", "levels"), [("int8", 256), ("int4", 16)])
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["flo
 
 def there_and_back(x, compression: str) -> np.ndarray:
     kind = Compression(compression)
-    return np.asarray(decode(*encode(jnp.asarray(x), kind), kind))
+    return np.asarray(dequantize(*quantize(jnp.asarray(x), kind), kind))
 
 
 @EVERY
@@ -42,7 +42,7 @@ def test_values_on_the_levels_are_exact_and_so_is_a_channel_of_one_value(compres
 
 def test_four_bits_are_keys_in_the_low_and_values_in_the_high_half_of_a_byte():
     x = np.random.default_rng(2).permuted(np.arange(16)[:, None].repeat(6, 1), axis=0)
-    numbers, ends = encode(jnp.asarray(x[None], jnp.bfloat16), Compression.INT4)
+    numbers, ends = quantize(jnp.asarray(x[None], jnp.bfloat16), Compression.INT4)
     assert (numbers.dtype, ends.dtype) == (jnp.uint8, jnp.bfloat16)
     np.testing.assert_array_equal(numbers[0], x[:, :3] + 16 * x[:, 3:])
     np.testing.assert_array_equal(ends[0].astype(jnp.float32), [[0] * 6, [15] * 6])

@@ -25,7 +25,7 @@ from distrijax.parallel.displaced import (
     Strategy,
     SyncGN,
 )
-from distrijax.parallel.exchange import ENDS, MEAN, MOMENTS, Synchronous, TensorParallel, WholeImage
+from distrijax.parallel.exchange import CHANNEL_RANGE, EMA, MOMENTS, Synchronous, TensorParallel, WholeImage
 from distrijax.parallel.mesh import CFG, PATCH, MeshPlan
 
 AXES = pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
     kind = STRATEGIES[mode]
 
     def again(exchange, x):
-        *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, Strategy(kind)), x)
+        *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, Strategy(kind).publishing), x)
         return ask_everything(kind(stale, PATCH, exchange.bands), x)[:3]
 
     x, cut, results = on_uneven_bands(rows, n, levels, again)
@@ -151,7 +151,7 @@ def test_padding_is_no_part_of_the_range_of_compressed_tokens(rows, n, levels):
     strategy = Strategy(Displaced, compress=Compression.INT8)
 
     def again(exchange, x):
-        *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, strategy), x)
+        *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, strategy.publishing), x)
         return ask_everything(strategy(stale, PATCH, exchange.bands), x)[:3]
 
     x, _, (_, tokens, _) = on_uneven_bands(rows, n, levels, again)
@@ -315,7 +315,7 @@ def test_compressed_tokens_are_the_others_previous_ones_rounded_to_levels(
     def local(previous, present):
         *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), previous)
         assert (stale["tokens"].shape, stale["tokens"].dtype) == ((2, 12, packed), jnp.uint8)
-        assert (stale["tokens" + ENDS].shape, stale["tokens" + ENDS].dtype) == ((2, 2, 4), dtype)
+        assert (stale["tokens" + CHANNEL_RANGE].shape, stale["tokens" + CHANNEL_RANGE].dtype) == ((2, 2, 4), dtype)
         _, tokens, _, fresh = ask_everything(strategy(stale), present)
         assert fresh.keys() == stale.keys()
         return (tokens.astype(jnp.float32),)
@@ -430,10 +430,10 @@ def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_th
 
     def local(first, second, third):
         *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), first)
-        assert stale.keys() == {name + suffix for name in (*ROWS_SENT, "tokens", MOMENTS) for suffix in ("", MEAN)}
+        assert stale.keys() == {name + suffix for name in (*ROWS_SENT, "tokens", MOMENTS) for suffix in ("", EMA)}
         *_, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(pace)), second)
         halo, tokens, _, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(1.0)), third)
-        return halo, tokens, stale["tokens" + MEAN], stale["moments"][:, None, :, 1]
+        return halo, tokens, stale["tokens" + EMA], stale["moments"][:, None, :, 1]
 
     halo, tokens, mean, variance = on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, third, out=4)
     sent = PRESENT + pace / 3 * (PRESENT - PREVIOUS)
