@@ -37,7 +37,7 @@ from distrijax.pipelines.loading import Components, abstract_components, find_fo
 from distrijax.pipelines.progress import Progress
 from distrijax.pipelines.prompt import Embeddings, PromptEncoder, Prompts
 from distrijax.sampling import denoise
-from distrijax.sampling.decode import Decoder, decode
+from distrijax.sampling.decode import DecodeSpec, decode
 from distrijax.sampling.denoise import CallInputs, LoopSpec, StepInputs, image_layout, loop_of
 from distrijax.sampling.noise import draw_latents, image_keys
 from distrijax.sampling.shapes import PROMPT_TOKENS, latents_of, prompt_of, step_programs
@@ -397,8 +397,8 @@ class Pipeline:
         pictures = np.clip(pictures / 2 + 0.5, 0, 1)
         return PipelineOutput(pictures if output_type == "np" else to_pil(pictures))
 
-    def _decoder(self, layout: Layout) -> Decoder:
-        return Decoder(layout, self._vae.form, self._vae.dtype)
+    def _decoder(self, layout: Layout) -> DecodeSpec:
+        return DecodeSpec(layout, self._vae.form, self._vae.dtype)
 
 
 def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]:

@@ -39,7 +39,7 @@ from distrijax.plan.overlap import HloProgram, Instruction, Transfer, array_byte
 from distrijax.plan.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
 from distrijax.plan.traffic import main_step
 from distrijax.sampling import denoise
-from distrijax.sampling.decode import Decoder, decode
+from distrijax.sampling.decode import DecodeSpec, decode
 from distrijax.sampling.shapes import StepProgram
 from distrijax.schedulers import Scheduler
 from distrijax.weights.sharding import Model, ModelLayout, placed
@@ -190,7 +190,9 @@ def compile_decoder(
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.padded_shape, vae.latent_channels), jnp.float32)
     latents = placed(mesh, layout.latents, latents)
-    executable, _ = _compiled(decode, Decoder(layout, form, dtype), (model.params, latents), (), config, {}, platform)
+    executable, _ = _compiled(
+        decode, DecodeSpec(layout, form, dtype), (model.params, latents), (), config, {}, platform
+    )
     analysis = executable.memory_analysis()
     return {
         "weights": _on_device(model.params),

@@ -1,1 +1,1 @@
-"""Noise to images: the denoising loop and decoding."""
+"""From noise to images: the denoising loop and the VAE decoder."""

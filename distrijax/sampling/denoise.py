@@ -1,12 +1,12 @@
-"""The denoising loop: noise, guidance, warm-up, scan, and the one shard_map around them.
+"""The denoising loop: warm-up, displaced steps, guidance and scheduler, inside one shard_map.
 
-    warm-up     step ... step -> latents, stale     every exchange fresh; the last of these steps keeps what it published
-    displaced   step ... step -> latents            every exchange of the previous step's values
-    stateless   step ... step -> latents            steps that keep nothing: full_sync, tensor and naive_patch
+    warm_up             step ... step -> state, stale    synchronous steps; the last one keeps what it published
+    displaced           step ... step -> state, stale    each step reads what the step before it published
+    synchronous_steps   step ... step -> state           nothing is kept: full_sync, tensor and naive_patch
 
-The first two run as one compiled program (`whole`), or in chunks with the host between them (`warm_up`, `displaced`): the
-same functions, so the same numbers. `Layout` says which mesh axes cut the rows and which the guidance branches, and
-`loop_of` which steps a configuration asks for.
+`warm_up` and `displaced` run as one compiled program (`whole`), or in chunks with the host between them. Both run the same
+functions, so the numbers are the same. `Layout` says which mesh axes shard the rows and which the guidance branches; `loop_of`
+says which steps a configuration has.
 """
 
 from __future__ import annotations
@@ -39,24 +39,40 @@ from distrijax.schedulers import Scheduler
 from distrijax.weights.sharding import ModelLayout
 
 ALL_BRANCHES = P(None, DATA)
-"""Guidance branches, images: what describes the prompt to all devices of an image."""
+"""The sharding of what describes the prompts: all guidance branches on all devices of an image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-    """What the compiled programs of a call depend on besides shapes; a static argument of jit."""
+    """What the compiled programs of a call depend on besides shapes; a static argument of jit.
+
+    Attributes:
+        layout: The layout of the latents.
+        unet: The layout of the UNet's parameters, which are the `params` of the programs.
+        scheduler: The scheduler.
+        dtype: The dtype in which the UNet computes.
+        strategy: The strategy after the warm-up; None if all steps are synchronous.
+    """
 
     layout: Layout
-    unet: ModelLayout  # whose parameters are the `params` of the programs
+    unet: ModelLayout
     scheduler: Scheduler
     dtype: Any
-    strategy: Strategy | None  # what follows the warm-up; None where all steps are stateless
+    strategy: Strategy | None
 
 
 def layout_of(
     config: DistriConfig, mesh: Mesh | AbstractMesh, unet: UNetConfig, *, guided: bool, latent: tuple[int, int]
 ) -> Layout:
-    """How a call of this configuration lies on the mesh. guided: whether the guidance scale is above 1."""
+    """The layout of a call.
+
+    Args:
+        config: What the user set.
+        mesh: The mesh.
+        unet: The UNet's configuration.
+        guided: Whether the guidance scale is above 1.
+        latent: Rows and columns of the image's latent.
+    """
     guided, levels = guided and unet.branches == 2, len(unet.block_out_channels)
     return Layout(mesh, guided, latent, levels, config.parallelism, config.split_scheme)
 
@@ -70,9 +86,18 @@ def image_layout(
     *,
     guided: bool,
 ) -> Layout:
-    """How an image of `size` pixels lies on a mesh; raises DistriError for sizes that are no whole rows of the latent.
+    """The layout of a call, from the size of its images.
 
-    guided: whether the guidance scale is above 1.
+    Args:
+        config: What the user set.
+        mesh: The mesh.
+        unet: The UNet's configuration.
+        vae: The VAE's configuration.
+        size: Height and width in pixels.
+        guided: Whether the guidance scale is above 1.
+
+    Raises:
+        DistriError: The image does not have whole rows and columns of the latent.
     """
     check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
     latent = size[0] // vae.scale, size[1] // vae.scale
@@ -87,9 +112,15 @@ def loop_of(
     dtype: Any,
     steps: int | None = None,
 ) -> LoopSpec:
-    """The loop of a call of this configuration: the one place that chooses which steps it has.
+    """The loop of a call: the one place that chooses which kinds of steps it has.
 
-    steps: how many; None is enough of them for some to be displaced. Where none is, nothing is kept for the next.
+    Args:
+        config: What the user set.
+        layout: The layout of the latents.
+        unet: The layout of the UNet's parameters.
+        scheduler: The scheduler.
+        dtype: The dtype in which the UNet computes.
+        steps: How many steps; if all are synchronous, nothing is kept for a next one. None assumes that some are displaced.
     """
     displaced = layout.parallelism is Parallelism.PATCH and (steps is None or not all(config.synchronous(steps)))
     strategy = strategy_of(config, layout.patches) if displaced else None
@@ -97,12 +128,13 @@ def loop_of(
 
 
 class CallInputs(NamedTuple):
-    """What is constant over the steps of a call and may change from call to call.
+    """What is constant over the steps of a call.
 
-    conditioning: leaves [branches, images, ...]; the unconditional branch first.
-    weights: [branches, 2]; guidance as a weighted sum of the branches, and the text branch alone.
-    rescale: guidance_rescale, or None to leave it out.
-    keys: [images], from which all noise of an image is drawn.
+    Attributes:
+        conditioning: The prompts; leaves `[branches, images, ...]`, the unconditional branch first.
+        weights: `[branches, 2]`: the weights of the branches in the guided prediction, and in the text prediction alone.
+        rescale: `guidance_rescale`, or None for none.
+        keys: The random key of each image, `[images]`.
     """
 
     conditioning: Conditioning
@@ -114,8 +146,10 @@ class CallInputs(NamedTuple):
 class StepInputs(NamedTuple):
     """The constants of all steps, or of one.
 
-    scheduler: its own. number: of the step, from 1, and so of its noise. step_ratio: how far the next timestep is, over how far
-    the previous one was.
+    Attributes:
+        scheduler: The scheduler's constants.
+        number: The number of the step, from 1, which is also the number of its noise.
+        step_ratio: The distance to the next timestep over the distance from the previous one.
     """
 
     scheduler: Any
@@ -124,7 +158,7 @@ class StepInputs(NamedTuple):
 
     @classmethod
     def of(cls, scheduler: Any) -> StepInputs:
-        """All steps of a schedule, on the host. The ratio is 1 where a timestep repeats itself, and at both ends."""
+        """The constants of all steps of a schedule, on the host. The ratio is 1 at both ends, and where a timestep is repeated."""
         strides = np.diff(np.asarray(scheduler.timestep, np.float64))
         ratio = np.ones(len(strides) + 1, np.float32)
         moving = (strides[1:] != 0) & (strides[:-1] != 0)
@@ -133,7 +167,11 @@ class StepInputs(NamedTuple):
 
 
 def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
-    """`CallInputs.weights`: uncond + scale * (text - uncond), as weights of the two branches (arXiv 2207.12598)."""
+    """`CallInputs.weights` of classifier-free guidance, uncond + scale * (text - uncond).
+
+    References:
+        arXiv 2207.12598.
+    """
     return [[1.0 - scale, 0.0], [scale, 1.0]] if guided else [[1.0, 1.0]]
 
 
@@ -145,15 +183,23 @@ def condition(
     time_ids: Float[Array, "branches images i"] | None,
     guidance_scale: Float[Array, "branches images"] | None,
 ) -> Conditioning:
-    """`UNet.condition` for all branches and images, each on the devices that will use it. static: the UNet is its second.
+    """Runs `UNet.condition` for all branches and images, and leaves each on the devices that will use it.
 
-    The devices of an image make it together: each its part of the channels of keys and values, of all branches.
+    The devices of an image share the work: each computes a part of the channels of keys and values, for all branches.
+
+    Args:
+        static: The layout of the call, and of the UNet's parameters.
+        params: The UNet's parameters.
+        encoder_hidden_states: Prompt embeddings, `[branches, images, tokens, e]`.
+        text_embeds: Pooled prompt embeddings, `[branches, images, p]`; SDXL's.
+        time_ids: Micro-conditioning in pixels, `[branches, images, i]`; SDXL's.
+        guidance_scale: `[branches, images]`, for models that are conditioned on it.
     """
     layout, unet = static
 
     def local(params, arguments):
         lead = arguments[0].shape[:2]
-        result = unet.module(params).condition(*_merged(arguments), exchange=layout.exact())
+        result = unet.module(params).condition(*_merge_lead_axes(arguments), exchange=layout.exact())
         result = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
         return jax.tree.map(local_branches, result) if layout.guided else result
 
@@ -163,65 +209,66 @@ def condition(
 
 
 def warm_up(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> tuple[Any, Stale]:
-    """Synchronous steps; the last one keeps what it published."""
+    """Runs synchronous steps, and returns the state and what the last step published."""
 
     def local(params, inputs, state, xs):
         return _warm_up(loop, params, inputs, state, xs)
 
-    return _on_mesh(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
+    return _shard_map(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
 
 
 def synchronous_steps(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> Any:
-    """Steps that keep nothing for the next one."""
+    """Runs steps that keep nothing for the next one, and returns the state."""
 
     def local(params, inputs, state, xs):
-        return _scan_synchronous(loop, params, inputs, state, _constants(loop, params, inputs, xs))
+        return _scan_synchronous(loop, params, inputs, state, _step_constants(loop, params, inputs, xs))
 
-    return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
+    return _shard_map(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
 
 
 def displaced(
     loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, stale: Stale, xs: StepInputs
 ) -> tuple[Any, Stale]:
-    """Displaced steps from the stale state of the step before."""
+    """Runs displaced steps, the first from the stale state `stale`; returns the state and the new stale state."""
 
     def local(params, inputs, state, stale, xs):
         return _scan_displaced(loop, params, inputs, state, stale, xs)
 
     specs = (loop.layout.latents, loop.layout.stale)
-    return _on_mesh(loop, local, stale=True, out=specs)(params, inputs, state, stale, xs)
+    return _shard_map(loop, local, stale=True, out=specs)(params, inputs, state, stale, xs)
 
 
 def whole(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, warm_xs: StepInputs, xs: StepInputs) -> Any:
-    """Warm-up and displaced steps in one program."""
+    """Runs warm-up and displaced steps in one program, and returns the state."""
 
     def local(params, inputs, state, all_xs):
         state, stale = _warm_up(loop, params, inputs, state, all_xs[0])
         return _scan_displaced(loop, params, inputs, state, stale, all_xs[1])[0]
 
-    return _on_mesh(loop, local, out=loop.layout.latents)(params, inputs, state, (warm_xs, xs))
+    return _shard_map(loop, local, out=loop.layout.latents)(params, inputs, state, (warm_xs, xs))
 
 
 def specs_of(loop: LoopSpec, *, stale: bool) -> tuple:
-    """How the arguments of a program after `loop` lie on the mesh. stale: whether it takes a stale state."""
+    """The shardings of a program's arguments after `loop`. `stale`: whether it takes a stale state."""
     layout = loop.layout
     inputs = CallInputs(_conditioning_specs(layout), P(CFG) if layout.guided else P(), P(), P(DATA))
     return (loop.unet.specs, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
 
 
 def _conditioning_specs(layout: Layout) -> Conditioning:
-    """As `Layout.branches`; of keys and values every device has those of its heads."""
+    """As `Layout.branches`; with tensor parallelism, keys and values are sharded by heads."""
     heads = PATCH if layout.parallelism is Parallelism.TENSOR else None
     return Conditioning(P(*layout.branches, None, heads), layout.branches, layout.branches)
 
 
-def _on_mesh(loop: LoopSpec, local, *, out: Any, stale: bool = False):
+def _shard_map(loop: LoopSpec, local, *, out: Any, stale: bool = False):
+    """Maps `local` over the mesh. `stale`: whether it takes a stale state."""
     return jax.shard_map(local, mesh=loop.layout.mesh, in_specs=specs_of(loop, stale=stale), out_specs=out)
 
 
 def _warm_up(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> tuple[Any, Stale]:
-    """All but the last step keep nothing; so the last one creates the stale state, and no empty one is ever needed."""
-    constants = _constants(loop, params, inputs, xs)
+    """`warm_up` on one device. Only the last step publishes, so no empty stale state is ever needed."""
+    constants = _step_constants(loop, params, inputs, xs)
     state = _scan_synchronous(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], constants))
     exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy.publishing)
     predict = partial(loop.unet.module(params).predict, exchange=exchange)
@@ -247,7 +294,7 @@ def _scan_synchronous(
 def _predict_independent_patches(
     layout: Layout, unet: UNet, number: Array, sample: Array, times: Times, context: dict[str, KeysValues]
 ) -> Array:
-    """naive_patch: the UNet on every band as if it were a picture of its own. number: of the step, from 1."""
+    """naive_patch: the UNet on every band as if it were an image of its own. `number`: of the step, from 1."""
 
     def on_rows(sample):
         return unet.predict(sample, times, context, WholeImage())
@@ -273,12 +320,15 @@ def _scan_displaced(
         predict = partial(loop.unet.module(params).predict, exchange=exchange)
         return (_step(loop, predict, inputs, state, x, times), exchange.finish()), None
 
-    return _scan(body, (state, stale), _constants(loop, params, inputs, xs))
+    return _scan(body, (state, stale), _step_constants(loop, params, inputs, xs))
 
 
-def _constants(loop: LoopSpec, params: Params, inputs: CallInputs, xs: StepInputs) -> tuple[StepInputs, Times]:
-    """`xs` and `UNet.times` of all steps of a program, [steps, branches * images, c] each: its kernels are read once for all."""
-    times, conditioning = loop.unet.module(params).times, _merged(inputs.conditioning)
+def _step_constants(loop: LoopSpec, params: Params, inputs: CallInputs, xs: StepInputs) -> tuple[StepInputs, Times]:
+    """`xs`, and `UNet.times` of all steps, `[steps, branches * images, c]` each.
+
+    Computed for all steps of a program together, so that its weights are read once.
+    """
+    times, conditioning = loop.unet.module(params).times, _merge_lead_axes(inputs.conditioning)
     samples = inputs.weights.shape[0] * inputs.keys.shape[0]
 
     def of_step(timestep: Float[Array, ""]) -> Times:
@@ -287,13 +337,13 @@ def _constants(loop: LoopSpec, params: Params, inputs: CallInputs, xs: StepInput
     return xs, jax.vmap(of_step)(xs.scheduler.timestep)
 
 
-def _merged(branches_and_images: Any) -> Any:
-    """The first two axes of every leaf as one."""
+def _merge_lead_axes(branches_and_images: Any) -> Any:
+    """Merges the first two axes of every leaf, branches and images."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), branches_and_images)
 
 
 def _scan(body, carry, xs):
-    """lax.scan without results; a scan of no steps compiles no body."""
+    """`lax.scan` without outputs. Without steps the body is not compiled."""
     return lax.scan(body, carry, xs)[0] if jax.tree.leaves(xs)[0].shape[0] else carry
 
 
@@ -307,7 +357,16 @@ def _step(
 ) -> Any:
     """One denoising step of one patch.
 
-    predict: the UNet on this patch, of sample, times and context. x, times: the constants of this step.
+    Args:
+        loop: The loop.
+        predict: The UNet on this patch, called with sample, times and context.
+        inputs: The inputs of the call.
+        state: The scheduler's state.
+        x: The constants of this step.
+        times: `UNet.times` of this step.
+
+    Returns:
+        The scheduler's next state.
     """
     step, number = x.scheduler, x.number
     images, *shape = state.latents.shape
@@ -315,7 +374,7 @@ def _step(
     sample = loop.scheduler.scale_input(state.latents, step).astype(loop.dtype)
     if loop.layout.guided:
         sample = vary_over_cfg(sample)
-    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), times, _merged(inputs.conditioning.context))
+    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), times, _merge_lead_axes(inputs.conditioning.context))
     output = output.astype(jnp.float32).reshape(branches, images, *output.shape[1:])
     noise = None
     if loop.scheduler.needs_noise:
@@ -324,7 +383,11 @@ def _step(
 
 
 def _guide(layout: Layout, inputs: CallInputs, output: Float[Array, "k b h w c"]) -> Float[Array, "b h w c"]:
-    """Classifier-free guidance; with `rescale`, the text prediction's contrast is restored (arXiv 2305.08891, 3.4)."""
+    """Classifier-free guidance of the branches' predictions; with `rescale`, the text prediction's contrast is restored.
+
+    References:
+        arXiv 2305.08891, section 3.4.
+    """
     columns = inputs.weights if inputs.rescale is not None else inputs.weights[:, :1]
     sums = jnp.einsum("kn,kbhwc->nbhwc", columns, output, precision=lax.Precision.HIGHEST)
     if layout.guided:

@@ -1,4 +1,4 @@
-"""Noise of images: random keys, and normal numbers row by row, which are the same on any mesh."""
+"""Noise of images: random keys, and normal numbers drawn row by row, so that they are the same on any mesh."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from distrijax.parallel.mesh import DATA
 
 
 def image_keys(seeds: UInt32[Array, "b 3"]) -> Key[Array, "b"]:
-    """Random keys from the low and the high half of a seed (`jax.random.key` alone reads the low one), and one of its streams.
+    """The random key of each image.
 
-    Threefry's whatever JAX is configured to use: of many keys at once, its other generators heed the first alone.
+    The generator is Threefry, whatever JAX is configured to use: for a batch of keys, JAX's other generators use the first only.
+
+    Args:
+        seeds: The low and the high half of each image's seed (`jax.random.key` alone reads the low one), and the number of an
+            independent stream of this seed, `[b, 3]`.
     """
 
     def image_key(low, high, stream):
@@ -28,9 +32,16 @@ def image_keys(seeds: UInt32[Array, "b 3"]) -> Key[Array, "b"]:
 def band_noise(
     keys: Key[Array, "b"], number: Array | int, first: Array | int, shape: tuple[int, int, int]
 ) -> Float[Array, "b h w c"]:
-    """Normal noise of some rows of images; each row has its own key, so the cut into bands changes no value.
+    """Standard normal noise of some rows of images. Each row has its own key, so values do not depend on the bands.
 
-    number: which noise of the image (0 is the starting one). first: global index of the first row. shape: [h, w, c].
+    Args:
+        keys: The random key of each image, `[b]`.
+        number: Which noise of the image: 0 is the starting noise, and each step has its own number.
+        first: The index in the image of the first row.
+        shape: Rows, columns and channels.
+
+    Returns:
+        Noise, `[b, h, w, c]`, float32.
     """
     rows, width, channels = shape
 
@@ -44,7 +55,7 @@ def band_noise(
 
 
 def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
-    """The starting noise of the whole canvas, drawn band by band on the devices."""
+    """The starting noise, `[b, h, w, channels]` with padding. Each device draws its own band."""
     rows, columns = layout.bands.rows_per_device, layout.padded_shape[1]
 
     def band(keys):
