@@ -1,4 +1,4 @@
-"""Schedulers: how the latents go from noise to image, one frozen dataclass each."""
+"""Schedulers, which take the latents from noise to image step by step: one frozen dataclass each."""
 
 from __future__ import annotations
 
@@ -41,22 +41,27 @@ SCHEDULERS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "pndm": (PNDM, {"skip_prk_steps": True}),
     "lcm": (LCM, {}),
 }
-"""Short names: the class, and the options that the name decides."""
+"""The class and the options that each short name stands for."""
 
-_METHOD = ("algorithm_type", "solver_type", "solver_order")
-"""Options that tell one solver's variants apart, and mean another thing, or nothing, in another class."""
+_SOLVER_OPTIONS = ("algorithm_type", "solver_type", "solver_order")
+"""Options that choose between the variants of one solver. In another class they have another meaning, or none."""
 
 
 def load_scheduler(
     config: Mapping[str, Any], name: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Scheduler:
-    """The scheduler that a scheduler_config.json describes, or another class with its options.
+    """Creates the scheduler that a scheduler_config.json describes, or another class with its options.
 
-    name: one of `SCHEDULERS`; None takes the class that the config names in `_class_name`. A change of class keeps the
-        options that both have, and takes the new class's default for those the config leaves out, as diffusers'
-        `from_config` does.
-    options: what a caller wants instead of the config's, such as timestep_spacing="trailing".
-    Raises DistriError for a class, an option or a value that is not supported.
+    As in diffusers' `from_config`, a change of class keeps the options that both classes have. Options that the config does
+    not set take the new class's default.
+
+    Args:
+        config: The content of a scheduler_config.json.
+        name: One of `SCHEDULERS`; None takes the class that the config names in `_class_name`.
+        options: Options that replace the config's, such as `timestep_spacing="trailing"`.
+
+    Raises:
+        DistriError: A class, an option or a value is not supported.
     """
     source = config.get("_class_name")
     if name is None:
@@ -66,25 +71,26 @@ def load_scheduler(
     else:
         raise DistriError(f"scheduler is {name!r}; use one of: {', '.join(SCHEDULERS)}")
     if source != kind.diffusers_name:
-        config = {key: value for key, value in config.items() if key not in _METHOD}
+        config = {key: value for key, value in config.items() if key not in _SOLVER_OPTIONS}
     options = options or {}
     for key in options:
-        if key not in kind.options() - kind.idle:
-            allowed = ", ".join(sorted(kind.options() - kind.idle))
-            raise DistriError(f"{key} is no option that {kind.diffusers_name} heeds; leave it out or use: {allowed}")
+        if key not in kind.options() - kind.ignored:
+            allowed = ", ".join(sorted(kind.options() - kind.ignored))
+            raise DistriError(f"{key} is not an option that {kind.diffusers_name} uses; remove it or use: {allowed}")
     return kind.from_config({**config, **decided, **options})
 
 
 def _class_named(diffusers_name: Any) -> type[Scheduler]:
+    """The class with that name in diffusers; raises DistriError if it is not supported."""
     classes = {kind.diffusers_name: kind for kind, _ in SCHEDULERS.values()}
     if diffusers_name not in classes:
         raise DistriError(
-            f"the scheduler class is {diffusers_name!r}; supported: {', '.join(classes)}; or put one of "
-            f"{', '.join(SCHEDULERS)} in its place"
+            f"the scheduler class is {diffusers_name!r}; supported: {', '.join(classes)}; or choose one of "
+            f"{', '.join(SCHEDULERS)} instead"
         )
     return classes[diffusers_name]
 
 
 def with_class(scheduler: Scheduler, name: str) -> Scheduler:
-    """The scheduler called `name`, one of `SCHEDULERS`, with the options of this one; raises like `load_scheduler`."""
+    """Returns the scheduler called `name`, one of `SCHEDULERS`, with the options of this one. Raises as `load_scheduler`."""
     return load_scheduler({**scheduler.to_config(), "_class_name": scheduler.diffusers_name}, name)

@@ -1,4 +1,4 @@
-"""What the schedulers share: reading scheduler_config.json, and the four questions that the denoising loop asks.
+"""What schedulers share: options read from scheduler_config.json, and the four methods that the denoising loop calls.
 
     steps, init_noise_sigma = scheduler.schedule(20)          on the host, numpy
     state = scheduler.init(noise, init_noise_sigma)
@@ -6,8 +6,8 @@
                       state = scheduler.update(state, model_output, step, noise)
     state.latents
 
-A scheduler is frozen and hashable, so it can be a static argument of `jax.jit`. Whatever differs from step to step is a
-number in `steps`; no method looks at an index, so one compiled body serves every step and every number of steps.
+A scheduler is frozen and hashable, so it can be a static argument of `jax.jit`. Whatever differs between steps is a number in
+`steps`. No method depends on the index of a step, so one compiled body serves all steps and all numbers of steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distrijax.json_config import ModelConfig, freeze
 from distrijax.schedulers import common
 from distrijax.validate import choose, flag, positive
 
-ELSEWHERE = frozenset(
+OTHER_CLASSES_OPTIONS = frozenset(
     "algorithm_type clip_sample clip_sample_range disable_corrector dynamic_thresholding_ratio euler_at_final "
     "final_sigmas_type flow_shift interpolation_type lambda_min_clipped lower_order_final original_inference_steps "
     "predict_x0 rescale_betas_zero_snr sample_max_value set_alpha_to_one shift_terminal sigma_max sigma_min "
@@ -35,34 +35,49 @@ ELSEWHERE = frozenset(
     "use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas "
     "variance_type".split()
 )
-"""Options that only some of diffusers' schedulers have. A config may carry those of other classes (SDXL's does) so that
-the class can be exchanged; in a class that does not have them they mean nothing, there as here."""
+"""Options that only some of diffusers' schedulers have. A config may contain those of other classes (SDXL's does), so that
+the class can be changed. In a class that does not have them they have no effect, in diffusers and here."""
 
 Steps = TypeVar("Steps", bound=tuple)
 
 Column = Float[Array | np.ndarray, "*steps"]
-"""One constant of all steps, float32 [steps]; or, in the slice that a step is given, a scalar."""
+"""A constant of each step, float32: `[steps]` in a schedule, a scalar in the slice that one step gets."""
 
 
 class State(NamedTuple):
-    """What goes from step to step: the latents, float32."""
+    """What one step hands to the next.
+
+    Attributes:
+        latents: The latents, `[b, h, w, c]`, float32.
+    """
 
     latents: Float[Array, "b h w c"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduler(ModelConfig, abc.ABC):
-    """The options that every scheduler has; names, defaults and meaning are diffusers'.
+    """A scheduler, with the options that all of them have. Names, defaults and meanings are those of diffusers.
 
-    trained_betas: the variances themselves, instead of `beta_schedule` from `beta_start` to `beta_end`.
-    steps_offset: added to the timesteps of `leading` spacing.
-    idle: those of them that say nothing in a class.
-    Raises DistriError for values that are not supported.
+    Attributes:
+        diffusers_name: The class in diffusers.
+        needs_noise: Whether every step takes fresh noise.
+        ignored: Options of this class that have no effect in a subclass.
+        num_train_timesteps: Training timesteps.
+        beta_start: The first of the variances added at the training timesteps.
+        beta_end: The last of them.
+        beta_schedule: How they grow.
+        trained_betas: The variances themselves, instead of the three options before.
+        prediction_type: What the model predicts.
+        timestep_spacing: Which training timesteps are visited.
+        steps_offset: What is added to the timesteps of `leading` spacing.
+
+    Raises:
+        DistriError: A value is not supported.
     """
 
     diffusers_name: ClassVar[str]
     needs_noise: ClassVar[bool] = False
-    idle: ClassVar[frozenset[str]] = frozenset()
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -87,23 +102,25 @@ class Scheduler(ModelConfig, abc.ABC):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Scheduler:
-        """Reads the content of a scheduler_config.json, whatever class it names.
+        """Creates the scheduler from the content of a scheduler_config.json, whatever class that names.
 
-        Keys with a leading underscore are bookkeeping; those of `ELSEWHERE` mean nothing in a class without them.
-        Raises DistriError for an unknown key, and for a value that would change the result and is not supported.
+        Keys with a leading underscore are ignored, and so are `OTHER_CLASSES_OPTIONS` that this class does not have.
+
+        Raises:
+            DistriError: A key is unknown, or a value would change the result and is not supported.
         """
         handled = cls.options()
-        meant = {key: value for key, value in config.items() if key in handled or key not in ELSEWHERE}
+        used = {key: value for key, value in config.items() if key in handled or key not in OTHER_CLASSES_OPTIONS}
         source = tuple((key, freeze(value)) for key, value in config.items() if not key.startswith("_"))
-        return dataclasses.replace(cls.from_dict(meant), _source=source)
+        return dataclasses.replace(cls.from_dict(used), _source=source)
 
     @classmethod
     def options(cls) -> set[str]:
-        """The names of all options that it knows, those with a single supported value included."""
+        """The names of all options of the class, including those with a single supported value."""
         return {field.name for field in dataclasses.fields(cls) if not field.name.startswith("_")} | cls.FIXED.keys()
 
     def to_config(self) -> dict[str, Any]:
-        """The config it was read from, options of other classes included, and every option not at its default."""
+        """The config that it was read from, including other classes' options, and every option that is not at its default."""
         config = dict(self._source)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -113,19 +130,26 @@ class Scheduler(ModelConfig, abc.ABC):
 
     @abc.abstractmethod
     def schedule(self, num_inference_steps: int) -> tuple[Steps, float]:
-        """The constants of every step, and the standard deviation of the noise to start from.
+        """Computes the constants of all steps.
 
-        Returns a NamedTuple of float32 numpy arrays, to be scanned, with an entry for each call of the model: as many as
-        steps, or more where the method needs them (PNDM). `timestep` is for the model.
-        Raises DistriError when the number of steps does not suit the scheduler.
+        Args:
+            num_inference_steps: How many steps.
+
+        Returns:
+            A NamedTuple of float32 numpy arrays to scan over, with an entry for each call of the model: as many as steps, or
+            more if the method needs them (PNDM). Its `timestep` is the model's argument. And the standard deviation of the
+            starting noise.
+
+        Raises:
+            DistriError: The scheduler cannot make so many steps.
         """
 
     def init(self, noise: Float[Array, "b h w c"], init_noise_sigma: float | np.floating | Float[Array, ""]) -> State:
-        """The state before the first step, from noise of standard deviation 1."""
+        """The state before the first step, from standard normal noise."""
         return State(jnp.asarray(noise, jnp.float32) * init_noise_sigma)
 
     def scale_input(self, latents: Float[Array, "b h w c"], step: Steps) -> Float[Array, "b h w c"]:
-        """The latents as the model wants to see them, float32."""
+        """The latents as the model takes them, float32."""
         return latents
 
     @abc.abstractmethod
@@ -136,31 +160,37 @@ class Scheduler(ModelConfig, abc.ABC):
         step: Steps,
         noise: Float[Array, "b h w c"] | None = None,
     ) -> State:
-        """One step: pointwise, so that it may run on any part of the latents; float32, whatever model_output is.
+        """Makes one step. It is pointwise, so that it can run on any part of the latents.
 
-        step: one slice of what `schedule` returned, scalars.
-        noise: fresh standard normal noise if `needs_noise`, otherwise None.
+        Args:
+            state: The state before the step.
+            model_output: The model's prediction, of any floating dtype.
+            step: The constants of this step: a slice of what `schedule` returned.
+            noise: Standard normal noise of this step if `needs_noise`, otherwise None.
+
+        Returns:
+            The state after the step, float32.
         """
 
-    def betas(self) -> common.Table:
-        """The variances added at every training timestep, float32."""
+    def betas(self) -> common.TrainTable:
+        """The variance added at each training timestep, float32."""
         if self.trained_betas is not None:
             return np.asarray(self.trained_betas, np.float32)
         return common.betas(self.beta_schedule, self.beta_start, self.beta_end, self.num_train_timesteps)
 
-    def cumulative_alphas(self) -> common.Table:
-        """alpha^2 at every training timestep, float32 (diffusers' `alphas_cumprod`)."""
+    def cumulative_alphas(self) -> common.TrainTable:
+        """alpha^2 at each training timestep, float32 (diffusers' `alphas_cumprod`)."""
         return common.cumulative_alphas(self.betas(), rescale_zero_snr=False)
 
-    def spaced_timesteps(self, num_inference_steps: int, *, omit_zero: bool = False) -> common.Levels:
-        """The timesteps to visit, descending; raises DistriError for a number of steps below 1 or above the trained."""
+    def spaced_timesteps(self, num_inference_steps: int, *, omit_zero: bool = False) -> common.PerStep:
+        """The timesteps to visit, descending. Raises DistriError if there are fewer than 1, or more than training timesteps."""
         positive(num_inference_steps, "num_inference_steps")
-        # without timestep 0 `leading` needs one more timestep than it takes steps
+        # without timestep 0, `leading` needs one timestep more than there are steps
         leading = self.timestep_spacing == common.Spacing.LEADING
         most = self.num_train_timesteps - (1 if omit_zero and leading else 0)
         if num_inference_steps > most:
             raise DistriError(
-                f"num_inference_steps is {num_inference_steps} and the model knows {self.num_train_timesteps} "
+                f"num_inference_steps is {num_inference_steps} and the model was trained on {self.num_train_timesteps} "
                 f"timesteps; with timestep_spacing {self.timestep_spacing.value!r} use at most {most}"
             )
         return common.spaced_timesteps(
@@ -168,7 +198,7 @@ class Scheduler(ModelConfig, abc.ABC):
         )
 
     def whole_timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """`spaced_timesteps` as whole numbers; raises DistriError also where they reach beyond the trained ones."""
+        """`spaced_timesteps` as whole numbers. Also raises DistriError if they reach beyond the training timesteps."""
         timesteps = np.round(self.spaced_timesteps(num_inference_steps)).astype(int)
         last = self.num_train_timesteps - 1
         if timesteps[0] > last:
@@ -179,9 +209,11 @@ class Scheduler(ModelConfig, abc.ABC):
         return timesteps
 
     def _choose(self, kind, name: str) -> None:
+        """Replaces an option's value by the member of `kind`."""
         object.__setattr__(self, name, choose(kind, getattr(self, name), name))
 
     def _flag(self, *names: str) -> None:
+        """Checks options that are true or false; null is false."""
         for name in names:
             value = getattr(self, name)
             object.__setattr__(self, name, value is not None and flag(value, name))
@@ -208,9 +240,13 @@ class Scheduler(ModelConfig, abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroSNRScheduler(Scheduler):
-    """A scheduler that can do without any image in the noise it starts from.
+    """A scheduler that can start from pure noise, with a signal-to-noise ratio of zero.
 
-    rescale_betas_zero_snr: make the last training timestep pure noise (algorithm 1 of arXiv 2305.08891).
+    Attributes:
+        rescale_betas_zero_snr: Whether the last training timestep is made pure noise.
+
+    References:
+        arXiv 2305.08891, algorithm 1.
     """
 
     rescale_betas_zero_snr: bool = False
@@ -219,11 +255,20 @@ class ZeroSNRScheduler(Scheduler):
         super().__post_init__()
         self._flag("rescale_betas_zero_snr")
 
-    def cumulative_alphas(self) -> common.Table:
+    def cumulative_alphas(self) -> common.TrainTable:
         return common.cumulative_alphas(self.betas(), rescale_zero_snr=self.rescale_betas_zero_snr)
 
     def check_image_left(self, first: int, cumulative_alphas: np.ndarray, instead: str) -> None:
-        """Raises DistriError where the image cannot be told from latents and noise at the first timestep. instead: what to use."""
+        """Checks that the first timestep determines an image, given latents and the predicted noise.
+
+        Args:
+            first: The first timestep.
+            cumulative_alphas: alpha^2 at each training timestep.
+            instead: What the error suggests to use.
+
+        Raises:
+            DistriError: The latents at the first timestep are pure noise, and the model predicts just that.
+        """
         if cumulative_alphas[first] == 0 and self.prediction_type == common.Prediction.EPSILON:
             raise DistriError(
                 f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
@@ -232,5 +277,5 @@ class ZeroSNRScheduler(Scheduler):
 
 
 def to_float32(steps: Steps) -> Steps:
-    """The constants of all steps as they are shipped to the device."""
+    """The constants of all steps in the dtype that goes to the device."""
     return jax.tree.map(lambda column: np.ascontiguousarray(column, np.float32), steps)

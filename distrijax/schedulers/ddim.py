@@ -1,4 +1,8 @@
-"""DDIM without added noise (arXiv 2010.02502, equation 12 with sigma = 0); agrees with diffusers' DDIMScheduler."""
+"""DDIM without added noise. Agrees with diffusers' DDIMScheduler.
+
+References:
+    arXiv 2010.02502, equation 12 with sigma = 0.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,11 @@ from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float3
 
 
 class DDIMSteps(NamedTuple):
-    """Image and noise, each a weighted sum of latents and model output; then how much the next level has of both."""
+    """The constants of DDIM's steps.
+
+    Image and noise are predicted as weighted sums of latents and model output. The next latents are
+    next_alpha * image + next_sigma * noise.
+    """
 
     timestep: Column
     image_from_latents: Column
@@ -28,8 +36,11 @@ class DDIMSteps(NamedTuple):
 class DDIM(ZeroSNRScheduler):
     """diffusers' DDIMScheduler with eta = 0.
 
-    clip_sample: clip the predicted image to plus or minus clip_sample_range (the predicted noise stays as it is).
-    set_alpha_to_one: end without noise, instead of at the level of training timestep 0.
+    Attributes:
+        clip_sample: Whether the predicted image is clipped to plus or minus `clip_sample_range`. The predicted noise is not
+            changed by it.
+        clip_sample_range: The largest absolute value after clipping.
+        set_alpha_to_one: Whether the last step ends without noise, instead of at the noise level of training timestep 0.
     """
 
     diffusers_name: ClassVar[str] = "DDIMScheduler"
@@ -49,7 +60,7 @@ class DDIM(ZeroSNRScheduler):
         timesteps = self.whole_timesteps(num_inference_steps)
         table = self.cumulative_alphas().astype(np.float64)
         self.check_image_left(timesteps[0], table, "timestep_spacing 'leading', another scheduler")
-        # as in diffusers the step down is always train // steps, even where the spacing's next timestep is another
+        # as in diffusers a step is always train // steps wide, even if the spacing's next timestep is another
         following = timesteps - self.num_train_timesteps // num_inference_steps
         final = 1.0 if self.set_alpha_to_one else table[0]
         next_squared = np.where(following < 0, final, table[np.maximum(following, 0)])

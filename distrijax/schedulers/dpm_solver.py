@@ -1,8 +1,11 @@
-"""DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); agrees with diffusers' DPMSolverMultistepScheduler.
+"""DPM-Solver++(2M). Agrees with diffusers' DPMSolverMultistepScheduler.
 
-The predicted image is extrapolated linearly in lambda = log(alpha / sigma) from this step's and the previous step's.
-A step is h = -log(ratio) wide in lambda, with `ratio` the next sigma / alpha over this one: exp(-h) is `ratio` itself,
-so a step to sigma = 0 needs no infinity.
+The predicted image is extrapolated linearly in lambda = log(alpha / sigma), from this step's and the previous step's. With `ratio`
+the next sigma / alpha divided by this one, a step is h = -log(ratio) wide in lambda. exp(-h) is `ratio` itself, so a step to
+sigma = 0 needs no infinity.
+
+References:
+    arXiv 2211.01095, algorithm 2.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ class SolverType(enum.StrEnum):
 
 
 class DPMSolverSteps(NamedTuple):
-    """How the image is predicted; then how much of the latents, of it and of the previous one the next latents have."""
+    """The constants of DPM-Solver++'s steps.
+
+    The image is a weighted sum of latents and model output. The next latents are
+    from_latents * latents + from_image * image + from_previous_image * previous image.
+    """
 
     timestep: Column
     image_from_latents: Column
@@ -39,7 +46,12 @@ class DPMSolverSteps(NamedTuple):
 
 
 class MultistepState(NamedTuple):
-    """The latents, and the image that the previous step predicted (zeros before the first); float32."""
+    """What one step hands to the next, `[b, h, w, c]`, float32.
+
+    Attributes:
+        latents: The latents.
+        previous_image: The image that the previous step predicted; zeros before the first step.
+    """
 
     latents: Float[Array, "b h w c"]
     previous_image: Float[Array, "b h w c"]
@@ -49,11 +61,13 @@ class MultistepState(NamedTuple):
 class DPMSolverPP2M(ZeroSNRScheduler):
     """diffusers' DPMSolverMultistepScheduler with algorithm_type dpmsolver++, of order 1 or 2.
 
-    solver_type: `midpoint` or `heun`.
-    lower_order_final, euler_at_final: make the last step one of first order, if there are fewer than 15 steps or in any
-        case, respectively. A step to sigma = 0 is always of first order.
-    use_karras_sigmas: space the noise levels as in arXiv 2206.00364, equation 5; timesteps are rounded.
-    final_sigmas_type: the noise level to end at.
+    Attributes:
+        solver_order: The order of the steps, 1 or 2.
+        solver_type: How the slope of the predicted image enters a step of second order.
+        lower_order_final: Whether the last step is of first order if there are fewer than 15 steps.
+        euler_at_final: Whether the last step is always of first order. A step to sigma = 0 always is.
+        use_karras_sigmas: Whether noise levels are spaced as in arXiv 2206.00364, equation 5; timesteps are rounded.
+        final_sigmas_type: The noise level after the last step.
     """
 
     diffusers_name: ClassVar[str] = "DPMSolverMultistepScheduler"
@@ -111,22 +125,22 @@ class DPMSolverPP2M(ZeroSNRScheduler):
         history = step.from_image * image + step.from_previous_image * state.previous_image
         return MultistepState(step.from_latents * latents + history, image)
 
-    def _levels(self, count: int) -> tuple[common.Levels, common.Boundaries]:
-        """The timesteps, whole numbers, and the sigmas (divided by alpha) before each step and after the last."""
+    def _levels(self, count: int) -> tuple[common.PerStep, common.Boundaries]:
+        """The timesteps, which are whole numbers, and the sigmas (divided by alpha) before each step and after the last."""
         table = common.sigma_table(self.cumulative_alphas())
         timesteps = np.round(self.spaced_timesteps(count, omit_zero=True))
         if self.use_karras_sigmas:
             sigmas = common.karras_sigmas(float(table[-1]), float(table[0]), count)
             timesteps = common.sigmas_to_timesteps(sigmas, table)
-            # diffusers keeps the fractions of the cosine schedule only to cut them off afterwards
+            # diffusers keeps the fractions of the cosine schedule, but truncates them later
             cosine = self.beta_schedule == common.BetaSchedule.SQUAREDCOS_CAP_V2
             timesteps = np.trunc(timesteps) if cosine else np.round(timesteps)
         else:
             sigmas = np.interp(timesteps, np.arange(len(table)), table)
         return timesteps, common.with_final(sigmas, self.final_sigmas_type, table)
 
-    def _slope_weights(self, ratio: common.Levels, next_alpha: common.Levels) -> common.Levels:
-        """The weight of (this image - previous image) in each step: 0 where the step is of first order."""
+    def _slope_weights(self, ratio: common.PerStep, next_alpha: common.PerStep) -> common.PerStep:
+        """The weight of (image - previous image) in each step; 0 in a step of first order."""
         second = np.full(len(ratio), self.solver_order == 2)
         if (
             self.final_sigmas_type == common.FinalSigma.ZERO
@@ -136,8 +150,8 @@ class DPMSolverPP2M(ZeroSNRScheduler):
             second[-1] = False
         h = -np.log(np.where(ratio > 0, ratio, 1.0))
         h_before = np.append(0.0, h[:-1])
-        # nothing comes before the first step; and two predictions at one noise level (linspace with nearly all training
-        # timesteps) do not give a slope
+        # the first step has no previous one, and two predictions at one noise level (linspace with nearly all training
+        # timesteps) do not define a slope
         second &= h_before > 0
         if self.solver_type == SolverType.MIDPOINT:
             weight = 0.5 * (1 - ratio) * h

@@ -1,7 +1,10 @@
-"""Euler's method on the probability flow (arXiv 2206.00364); agrees with diffusers' EulerDiscreteScheduler.
+"""Euler's method for the probability flow ODE. Agrees with diffusers' EulerDiscreteScheduler.
 
-The latents are kept as image + sigma * noise. A step leaves a part of the noise, `ratio`: the next latents are
-ratio * latents + (1 - ratio) * image. The predicted image is linear in latents and model output, so the step is, too.
+Latents are image + sigma * noise. A step keeps the share `ratio` of the noise: the next latents are
+ratio * latents + (1 - ratio) * image. The predicted image is linear in latents and model output, and so is the step.
+
+References:
+    arXiv 2206.00364.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float3
 
 
 class EulerSteps(NamedTuple):
-    """The next latents are from_latents * latents + from_output * model_output."""
+    """The constants of Euler's steps: the next latents are from_latents * latents + from_output * model_output."""
 
     timestep: Column
     input_scale: Column
@@ -28,25 +31,25 @@ class EulerSteps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmaScheduler(ZeroSNRScheduler):
-    """A scheduler whose latents are image + sigma * noise, visited at a descending series of sigmas."""
+    """A scheduler whose latents are image + sigma * noise, at descending sigmas."""
 
     def scale_input(self, latents: Float[Array, "b h w c"], step) -> Float[Array, "b h w c"]:
-        """Latents of variance about 1, whatever the noise level."""
+        """The latents scaled to a variance of about 1 at every noise level."""
         return latents * step.input_scale
 
-    def levels(self, num_inference_steps: int) -> tuple[common.Levels, common.Levels, common.Table]:
-        """Timesteps, the sigmas at them, and the table of sigmas of all training timesteps."""
+    def levels(self, num_inference_steps: int) -> tuple[common.PerStep, common.PerStep, common.TrainTable]:
+        """The timesteps, their sigmas, and the sigmas of all training timesteps."""
         table = common.sigma_table(self.cumulative_alphas())
         timesteps = self.spaced_timesteps(num_inference_steps)
         return timesteps, np.interp(timesteps, np.arange(len(table)), table), table
 
     def init_noise_sigma(self, sigmas: common.Boundaries) -> float:
-        """Standard deviation of the first latents; as in diffusers, only `leading` counts the image's own variance."""
+        """The standard deviation of the first latents. As in diffusers, only `leading` includes the variance of the image."""
         leading = self.timestep_spacing == common.Spacing.LEADING
         return float(np.sqrt(sigmas.max() ** 2 + leading))
 
-    def weights(self, sigma: common.Levels, ratio: common.Levels) -> dict[str, common.Levels]:
-        """What turns latents at `sigma` into those with `ratio` times the noise."""
+    def weights(self, sigma: common.PerStep, ratio: common.PerStep) -> dict[str, common.PerStep]:
+        """The constants of steps from `sigma` to `ratio * sigma`."""
         alpha = 1 / np.sqrt(sigma**2 + 1)
         on_latents, on_output = common.image_weights(self.prediction_type, alpha, sigma * alpha)
         return {
@@ -60,9 +63,11 @@ class SigmaScheduler(ZeroSNRScheduler):
 class Euler(SigmaScheduler):
     """diffusers' EulerDiscreteScheduler without churn.
 
-    use_karras_sigmas: space the noise levels as in arXiv 2206.00364, equation 5, from sigma_max to sigma_min (None: the
-        levels of the first and the last timestep).
-    final_sigmas_type: the noise level to end at.
+    Attributes:
+        use_karras_sigmas: Whether noise levels are spaced as in arXiv 2206.00364, equation 5, from sigma_max to sigma_min.
+        sigma_min: The smallest of these noise levels; None takes that of the last timestep.
+        sigma_max: The largest of these noise levels; None takes that of the first timestep.
+        final_sigmas_type: The noise level after the last step.
     """
 
     diffusers_name: ClassVar[str] = "EulerDiscreteScheduler"

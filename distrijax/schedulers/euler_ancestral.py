@@ -1,7 +1,7 @@
-"""Euler's method with a part of the noise drawn anew at each step (k-diffusion's ancestral sampling).
+"""Euler's method with fresh noise at each step (ancestral sampling, as in k-diffusion).
 
-Agrees with diffusers' EulerAncestralDiscreteScheduler: the step goes down to sigma_down, and fresh noise of sigma_up
-brings it back up to the next level, sigma_down^2 + sigma_up^2 = next^2.
+Agrees with diffusers' EulerAncestralDiscreteScheduler. A step goes down to sigma_down, and fresh noise of sigma_up brings the
+latents back to the next noise level: sigma_down^2 + sigma_up^2 = next^2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from distrijax.schedulers.euler import SigmaScheduler
 
 
 class EulerAncestralSteps(NamedTuple):
-    """The next latents are from_latents * latents + from_output * model_output + from_noise * fresh noise."""
+    """The constants of ancestral steps.
+
+    The next latents are from_latents * latents + from_output * model_output + from_noise * noise.
+    """
 
     timestep: Column
     input_scale: Column
@@ -29,7 +32,7 @@ class EulerAncestralSteps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EulerAncestral(SigmaScheduler):
-    """diffusers' EulerAncestralDiscreteScheduler; additionally it takes models that predict the image (`sample`)."""
+    """diffusers' EulerAncestralDiscreteScheduler. In addition it accepts models that predict the image (`sample`)."""
 
     diffusers_name: ClassVar[str] = "EulerAncestralDiscreteScheduler"
     needs_noise: ClassVar[bool] = True
@@ -38,8 +41,8 @@ class EulerAncestral(SigmaScheduler):
         timesteps, sigmas, table = self.levels(num_inference_steps)
         sigmas = common.with_final(sigmas, common.FinalSigma.ZERO, table)
         sigma, next_sigma = sigmas[:-1], sigmas[1:]
-        # sigma_up^2 = next^2 (1 - ratio^2), which leaves sigma_down = next * ratio. diffusers subtracts the squares in
-        # float32 instead, and where next is far below sigma (zero SNR) the difference loses digits.
+        # sigma_up^2 = next^2 (1 - ratio^2), and so sigma_down = next * ratio. diffusers subtracts the squares in float32
+        # instead, which loses digits if next is far below sigma (zero SNR).
         ratio = next_sigma / sigma
         steps = EulerAncestralSteps(
             timestep=timesteps, **self.weights(sigma, ratio**2), from_noise=next_sigma * np.sqrt(1 - ratio**2)

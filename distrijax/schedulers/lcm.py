@@ -1,6 +1,9 @@
-"""Consistency sampling of distilled models (arXiv 2310.04378, algorithm 3); agrees with diffusers' LCMScheduler.
+"""Sampling of latent consistency models. Agrees with diffusers' LCMScheduler.
 
-Each step goes all the way to an image, and back to the next timestep with fresh noise; the last step stays at the image.
+Each step predicts the final image, and adds fresh noise to return to the next timestep. The last step returns the image.
+
+References:
+    arXiv 2310.04378, algorithm 3.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float3
 from distrijax.validate import positive
 
 SIGMA_DATA = 0.5
-"""The spread of images for which the boundary conditions were made (arXiv 2303.01469, appendix C)."""
+"""The standard deviation of images in the boundary conditions (arXiv 2303.01469, appendix C)."""
 
 
 class LCMSteps(NamedTuple):
-    """How the image is predicted; then how much of latents and image the answer has; then, of it and of noise, the next latents."""
+    """The constants of LCM's steps.
+
+    The image is a weighted sum of latents and model output; the consistency model's result is
+    from_latents * latents + from_image * image; and the next latents are next_alpha * result + next_sigma * noise.
+    """
 
     timestep: Column
     image_from_latents: Column
@@ -34,16 +41,18 @@ class LCMSteps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LCM(ZeroSNRScheduler):
-    """diffusers' LCMScheduler. Its timesteps are those of the distillation: `timestep_spacing` and `steps_offset` say nothing.
+    """diffusers' LCMScheduler. Timesteps are those of the distillation; `timestep_spacing` and `steps_offset` have no effect.
 
-    original_inference_steps: how many evenly spaced timesteps the model was distilled on; a call takes some of them.
-    timestep_scaling: how soon, from timestep 0 on, the answer is the predicted image instead of the latents.
-    clip_sample: clip the predicted image to plus or minus clip_sample_range.
+    Attributes:
+        original_inference_steps: How many evenly spaced timesteps the model was distilled on. A call uses some of them.
+        timestep_scaling: How fast, from timestep 0 on, the result changes from the latents to the predicted image.
+        clip_sample: Whether the predicted image is clipped to plus or minus `clip_sample_range`.
+        clip_sample_range: The largest absolute value after clipping.
     """
 
     diffusers_name: ClassVar[str] = "LCMScheduler"
     needs_noise: ClassVar[bool] = True
-    idle: ClassVar[frozenset[str]] = frozenset({"timestep_spacing", "steps_offset"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"timestep_spacing", "steps_offset"})
     FIXED = {"thresholding": (False, None)}
 
     beta_start: float = 0.00085
@@ -63,7 +72,7 @@ class LCM(ZeroSNRScheduler):
         positive(self.original_inference_steps, "original_inference_steps")
         if self.original_inference_steps > self.num_train_timesteps:
             raise DistriError(
-                f"original_inference_steps is {self.original_inference_steps} and the model knows "
+                f"original_inference_steps is {self.original_inference_steps} and the model was trained on "
                 f"{self.num_train_timesteps} timesteps; use at most as many"
             )
 
@@ -91,17 +100,17 @@ class LCM(ZeroSNRScheduler):
         image = step.image_from_latents * latents + step.image_from_output * model_output.astype(jnp.float32)
         if self.clip_sample:
             image = jnp.clip(image, -self.clip_sample_range, self.clip_sample_range)
-        answer = step.from_latents * latents + step.from_image * image
-        return State(step.next_alpha * answer + step.next_sigma * noise.astype(jnp.float32))
+        result = step.from_latents * latents + step.from_image * image
+        return State(step.next_alpha * result + step.next_sigma * noise.astype(jnp.float32))
 
     def _timesteps(self, count: int) -> np.ndarray:
-        """So many of the distillation's timesteps, evenly spaced by their numbers; whole numbers, descending."""
+        """`count` of the distillation's timesteps, evenly spaced by index, descending."""
         positive(count, "num_inference_steps")
-        known = self.original_inference_steps
-        if count > known:
+        distillation_steps = self.original_inference_steps
+        if count > distillation_steps:
             raise DistriError(
-                f"num_inference_steps is {count} and the model was distilled on {known} timesteps "
-                f"(original_inference_steps); use at most {known}, and 1 to 8 as a rule"
+                f"num_inference_steps is {count} and the model was distilled on {distillation_steps} timesteps "
+                f"(original_inference_steps); use at most {distillation_steps}, and 1 to 8 as a rule"
             )
-        distilled = np.arange(known, 0, -1) * (self.num_train_timesteps // known) - 1
-        return distilled[np.floor(np.linspace(0, known, count, endpoint=False)).astype(int)]
+        distilled = np.arange(distillation_steps, 0, -1) * (self.num_train_timesteps // distillation_steps) - 1
+        return distilled[np.floor(np.linspace(0, distillation_steps, count, endpoint=False)).astype(int)]

@@ -1,8 +1,11 @@
-"""PLMS, the linear multistep form of PNDM (arXiv 2202.09778); agrees with diffusers' PNDMScheduler.
+"""PLMS, the linear multistep form of PNDM. Agrees with diffusers' PNDMScheduler.
 
-Each step is DDIM's, but with a mean of this call's model output and the last three: Adams and Bashforth's fourth-order
-weights, or fewer while the history is short. The first step is made twice, the second time from the same latents with the
-mean of the outputs at its two ends; so there is one call of the model more than there are steps.
+Each step is DDIM's, with a weighted mean of the model's last four outputs: the weights are those of the fourth-order
+Adams-Bashforth method, or of a lower order while the history is short. The first step is made twice, the second time from the
+same latents with the mean of the outputs at its two ends. So the model is called once more than there are steps.
+
+References:
+    arXiv 2202.09778.
 """
 
 from __future__ import annotations
@@ -19,20 +22,28 @@ from distrijax.errors import DistriError
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, Scheduler, to_float32
 
-BEGINNING = ((1, 0, 0, 0), (1 / 2, 1 / 2, 0, 0), (3 / 2, -1 / 2, 0, 0), (23 / 12, -16 / 12, 5 / 12, 0))
-"""Weights of the model output and of the three before it, in the first calls; the second does not enter the history."""
+FIRST_WEIGHTS = ((1, 0, 0, 0), (1 / 2, 1 / 2, 0, 0), (3 / 2, -1 / 2, 0, 0), (23 / 12, -16 / 12, 5 / 12, 0))
+"""Weights of the model's output and of the three before it, in the first calls. The second call does not enter the history."""
 
 ADAMS_BASHFORTH = (55 / 24, -59 / 24, 37 / 24, -9 / 24)
-"""The same in all other calls."""
+"""The weights in all other calls."""
 
-REPEATED = 1
-"""The call that makes the first step again."""
+REPEATED_CALL = 1
+"""The index of the call that makes the first step again."""
 
 
 class PNDMSteps(NamedTuple):
-    """How much the next latents have of the latents, of those of the call before, and of the model's last four outputs.
+    """The constants of PNDM's calls: the weights of what the next latents are a sum of.
 
-    moves: 1 where this output enters the history, 0 where it does not.
+    Attributes:
+        timestep: The model's argument.
+        from_latents: The weight of the latents.
+        from_start: The weight of the latents that the previous call started from.
+        from_output: The weight of this output of the model.
+        from_output_1: The weight of the output before it.
+        from_output_2: The weight of the second output before it.
+        from_output_3: The weight of the third output before it.
+        moves: 1 if this output enters the history, otherwise 0.
     """
 
     timestep: Column
@@ -46,7 +57,13 @@ class PNDMSteps(NamedTuple):
 
 
 class PNDMState(NamedTuple):
-    """The latents, those that the call before started from, and its last three outputs, newest first; float32."""
+    """What one call hands to the next, `[b, h, w, c]` each, float32.
+
+    Attributes:
+        latents: The latents.
+        start: The latents that the previous call started from.
+        outputs: The model's last three outputs, newest first.
+    """
 
     latents: Float[Array, "b h w c"]
     start: Float[Array, "b h w c"]
@@ -55,10 +72,11 @@ class PNDMState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PNDM(Scheduler):
-    """diffusers' PNDMScheduler without the Runge-Kutta steps, as Stable Diffusion 1.x has it.
+    """diffusers' PNDMScheduler without Runge-Kutta steps, as Stable Diffusion 1.x uses it.
 
-    skip_prk_steps: has to be true; false is diffusers' default.
-    set_alpha_to_one: end without noise, instead of at the level of training timestep 0.
+    Attributes:
+        skip_prk_steps: Must be true, although diffusers' default is false.
+        set_alpha_to_one: Whether the last step ends without noise, instead of at the noise level of training timestep 0.
     """
 
     diffusers_name: ClassVar[str] = "PNDMScheduler"
@@ -83,15 +101,15 @@ class PNDM(Scheduler):
     def schedule(self, num_inference_steps: int) -> tuple[PNDMSteps, float]:
         timesteps = self.whole_timesteps(num_inference_steps)
         stride = self.num_train_timesteps // num_inference_steps
-        visited = np.concatenate([timesteps[:2], timesteps[1:]])  # a single step has no second timestep to repeat
-        repeated = np.arange(len(visited)) == REPEATED
-        # as in diffusers a step is always train // steps wide, even where the spacing's is another
+        visited = np.concatenate([timesteps[:2], timesteps[1:]])  # a single step has no second timestep
+        repeated = np.arange(len(visited)) == REPEATED_CALL
+        # as in diffusers a step is always train // steps wide, even if the spacing's is another
         before = visited + stride * repeated
         after = before - stride
         table = self.cumulative_alphas().astype(np.float64)
         final = 1.0 if self.set_alpha_to_one else table[0]
         on_sample, on_output = self._transfer(table[before], np.where(after < 0, final, table[np.maximum(after, 0)]))
-        means = np.array([*BEGINNING, *[ADAMS_BASHFORTH] * len(visited)])[: len(visited)]
+        means = np.array([*FIRST_WEIGHTS, *[ADAMS_BASHFORTH] * len(visited)])[: len(visited)]
         steps = PNDMSteps(
             visited,
             np.where(repeated, 0, on_sample),
@@ -117,8 +135,8 @@ class PNDM(Scheduler):
         )
         return PNDMState(latents, state.latents, moved)
 
-    def _transfer(self, squares: common.Levels, next_squares: common.Levels) -> tuple[common.Levels, common.Levels]:
-        """(a, b) such that a * latents + b * model_output are the latents at the next alpha^2 (equation 11, DDIM's)."""
+    def _transfer(self, squares: common.PerStep, next_squares: common.PerStep) -> tuple[common.PerStep, common.PerStep]:
+        """(a, b) such that a * latents + b * model_output are the latents at the next alpha^2 (equation 11, which is DDIM's)."""
         alpha, sigma = np.sqrt(squares), np.sqrt(1 - squares)
         image = common.image_weights(self.prediction_type, alpha, sigma)
         noise = common.noise_weights(self.prediction_type, alpha, sigma)
