@@ -1,6 +1,6 @@
-"""distrijax: the lowest latency for one large Stable Diffusion image, on a mesh of accelerators, in JAX.
+"""distrijax: one large Stable Diffusion image on many accelerators, at the lowest latency, in JAX.
 
-What is named below is imported when it is first used, so that a command can do something before the seconds that JAX takes.
+Public names are imported at their first use, so that commands can act before JAX is imported, which takes seconds.
 """
 
 import importlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 DEFAULT_MODEL = Path(__file__).parent / "tiny"
-"""The embedded model: a small SDXL-shaped pipeline, trained by examples/train_tiny.py on scenes of coloured shapes."""
+"""The embedded model: a small pipeline of SDXL's form, trained on scenes of coloured shapes by examples/train_tiny.py."""
 
 _PLACES = {
     "SCHEDULERS": "schedulers",

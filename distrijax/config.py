@@ -1,4 +1,4 @@
-"""Frozen, validated configuration: how a run is spread over devices."""
+"""The configuration of a run: how one image is distributed over devices. Frozen and validated."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distrijax.validate import choose, flag, is_whole, positive, scalar
 
 
 class SyncMode(enum.StrEnum):
-    """What a patch knows of the others after the warm-up.
+    """What patches exchange after the warm-up (`distrijax.parallel.displaced` has a class for each).
 
-    Names as in DistriFusion's `mode`; damped_async_gn and async_tokens are ours.
+    Names are those of DistriFusion's `mode`, except for damped_async_gn and async_tokens, which DistriFusion does not have.
     """
 
     CORRECTED_ASYNC_GN = "corrected_async_gn"
@@ -36,7 +36,7 @@ class Parallelism(enum.StrEnum):
 
 
 class SplitScheme(enum.StrEnum):
-    """How naive_patch cuts the picture: into bands of rows, of columns, or one after the other from step to step."""
+    """How naive_patch divides the image: into bands of rows, of columns, or of either in alternate steps."""
 
     ROW = "row"
     COLUMN = "column"
@@ -44,7 +44,7 @@ class SplitScheme(enum.StrEnum):
 
 
 class Compression(enum.StrEnum):
-    """What keys and values travel as after the warm-up: 256 or 16 levels for each channel of a patch."""
+    """How keys and values are quantized for transfer after the warm-up: to 256 or 16 values for each channel of a patch."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -52,25 +52,30 @@ class Compression(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class DistriConfig:
-    """How one picture is spread over devices; names follow the original DistriFusion where it has them.
+    """How one image is distributed over devices. Names are those of the original DistriFusion where it has them.
 
-    devices: how many devices to use; None means all that JAX shows.
-    sync_mode: what the patches exchange after the warm-up (`SyncMode`).
-    warmup_steps: synchronous steps after the first, so `warmup_steps + 1` UNet calls are exact.
-    sync_steps: further synchronous steps, numbered from 0, or from the end: -1 is the last. Those that a call does not have
-        are passed over.
-    extrapolate: devices publish, after the warm-up, a prediction of their next step's values instead of this step's; the
-        same traffic, twice the stale state.
-    compress: what keys and values travel as after the warm-up (`Compression`): a half or a quarter of bfloat16's bytes,
-        lossy; None leaves them as they are.
-    shard_weights: each device keeps an equal share of all large weights, and gathers each layer's shortly before its use:
-        for devices of little memory and quick links.
-    split_batch: run the unconditional and the conditional branch on two halves of the mesh (CFG split).
-    parallelism: how the UNet is divided (`Parallelism`); only patch knows stale values, so `sync_mode`,
-        `warmup_steps` and `sync_steps` say nothing in naive_patch, which exchanges no activations, and in tensor, which
-        is exact.
-    split_scheme: how naive_patch cuts the picture (`SplitScheme`).
-    data, cfg, patch: sizes of the mesh axes; None lets the planner choose.
+    Attributes:
+        devices: How many devices to use; None uses all that JAX lists.
+        sync_mode: What patches exchange after the warm-up.
+        warmup_steps: Synchronous steps after the first one, so `warmup_steps + 1` UNet calls are exact.
+        sync_steps: Further synchronous steps, numbered from 0, or from the end: -1 is the last. Numbers beyond a call's steps
+            are ignored.
+        extrapolate: Whether devices publish a prediction of their next step's values instead of this step's, after the
+            warm-up. The traffic is the same, the stale state twice as large.
+        compress: How keys and values are compressed for transfer after the warm-up: to a half (int8) or a quarter (int4) of
+            bfloat16's bytes, lossy. None does not compress.
+        shard_weights: Whether each device holds an equal share of all large weights, and all-gathers each layer's shortly
+            before its use. For devices with little memory and fast links.
+        split_batch: Whether the unconditional and the conditional branch run on two halves of the mesh (CFG split).
+        parallelism: How the UNet is divided. Only `patch` has displaced steps: `sync_mode`, `warmup_steps` and `sync_steps` have
+            no effect with `naive_patch`, which exchanges no activations, and with `tensor`, which is exact.
+        split_scheme: How naive_patch divides the image.
+        data: Size of the mesh axis for different images; None lets the planner choose.
+        cfg: Size of the mesh axis for guidance branches, 1 or 2; None lets the planner choose.
+        patch: Size of the mesh axis for bands of rows; None lets the planner choose.
+
+    Raises:
+        DistriError: A value is not allowed, or has no effect together with the others.
     """
 
     devices: int | None = None
@@ -97,39 +102,42 @@ class DistriConfig:
             object.__setattr__(self, name, flag(getattr(self, name), name))
         object.__setattr__(self, "warmup_steps", positive(self.warmup_steps, "warmup_steps", least=0))
         object.__setattr__(self, "sync_steps", _step_numbers(self.sync_steps))
-        for name in self._idle_options():
-            mode = self.sync_mode if self.parallelism is Parallelism.PATCH else self.parallelism
-            raise DistriError(f"{name} is set and changes nothing in {mode}; leave it out or choose another mode")
+        for name in self._options_without_effect():
+            patched = self.parallelism is Parallelism.PATCH
+            mode = f"sync_mode={self.sync_mode}" if patched else f"parallelism={self.parallelism}"
+            raise DistriError(f"{name} is set and has no effect with {mode}; remove it or choose another mode")
         for name in ("devices", "data", "cfg", "patch"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, positive(getattr(self, name), name))
         if self.cfg not in (None, 1, 2):
-            raise DistriError(f"cfg is {self.cfg}; guidance has two branches, so use 1 or 2")
+            raise DistriError(f"cfg is {self.cfg}; guidance has two branches, use 1 or 2")
         if self.cfg == 2 and not self.split_batch:
             raise DistriError(
-                "cfg=2 splits the guidance branches and split_batch=False forbids it; drop one of the two"
+                "cfg=2 splits the guidance branches and split_batch=False forbids it; remove one of the two"
             )
 
-    def _idle_options(self) -> list[str]:
-        """The options that are set although no displaced step, or none that publishes anything new, will heed them."""
+    def _options_without_effect(self) -> list[str]:
+        """The options that are set although there is no displaced step, or none that publishes anything new."""
         displaced = self.parallelism is Parallelism.PATCH and self.sync_mode is not SyncMode.FULL_SYNC
-        heeded = {
+        effective = {
             "extrapolate": displaced and self.sync_mode is not SyncMode.NO_SYNC,
             "compress": displaced,
             "sync_steps": displaced,
         }
-        return [name for name, heed in heeded.items() if getattr(self, name) and not heed]
+        return [name for name, used in effective.items() if getattr(self, name) and not used]
 
     def synchronous(self, steps: int) -> list[bool]:
-        """Of each of a call's steps, whether it is synchronous."""
+        """Whether each of a call's `steps` steps is synchronous."""
         further = {number % steps for number in self.sync_steps if -steps <= number < steps}
         return [number <= self.warmup_steps or number in further for number in range(steps)]
 
 
 def _step_numbers(value: Any) -> tuple[int, ...]:
-    """Numbers of steps as a tuple; raises DistriError for what is none."""
+    """Numbers of steps as a tuple of int; raises DistriError for anything else."""
     value = scalar(value)
     steps = tuple(map(scalar, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not all(map(is_whole, steps)):
-        raise DistriError(f"sync_steps is {value!r}; give whole numbers, from 0 on or from -1 back, such as (20, -1)")
+        raise DistriError(
+            f"sync_steps is {value!r}; give whole numbers, counted from 0 or back from -1, such as (20, -1)"
+        )
     return tuple(map(int, steps))

@@ -1,4 +1,4 @@
-"""What a user is told: errors, and warnings, which one process gives for all."""
+"""Errors and warnings for users."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import jax
 
 
 class DistriError(ValueError):
-    """Bad input, told in one sentence: what was got, what is allowed, what to do."""
+    """Invalid input. The message is one sentence: what was got, what is allowed, what to do."""
 
 
 class DistriWarning(UserWarning):
-    """Something asked for could not be honoured in full; the picture is made all the same."""
+    """A request could not be met in full; the image is generated all the same."""
 
 
 def warn(sentence: str) -> None:
-    """Issues a DistriWarning that names the line of whoever called this package; of several processes, process 0 alone."""
+    """Issues a DistriWarning at the line that called this package. Of several processes, only process 0 warns."""
     if jax.distributed.is_initialized() and jax.process_index() != 0:
         return
     frame, level = sys._getframe(), 1

@@ -1,4 +1,4 @@
-"""DistriConfig on a command line: the flags that the scripts and `python -m distrijax.plan` share."""
+"""The fields of DistriConfig as flags, which all command lines share."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme
 
 
 def _one_of(kind: type[enum.Enum], help: str) -> dict[str, Any]:
+    """Settings of a flag that takes a member of an enumeration."""
     return {"choices": tuple(member.value for member in kind), "help": f"{help} (default: %(default)s)"}
 
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "warmup_steps": {"type": int, "help": "exact steps after the first (default: %(default)s)"},
-    "sync_steps": {"type": int, "nargs": "+", "metavar": "STEP", "help": "further exact steps; -1 is the last"},
-    "sync_mode": _one_of(SyncMode, "what devices exchange then"),
-    "extrapolate": {"action": "store_true", "help": "devices publish predictions of their next step's values"},
+    "warmup_steps": {"type": int, "help": "synchronous steps after the first (default: %(default)s)"},
+    "sync_steps": {"type": int, "nargs": "+", "metavar": "STEP", "help": "further synchronous steps; -1 is the last"},
+    "sync_mode": _one_of(SyncMode, "what devices exchange after the warm-up"),
+    "extrapolate": {"action": "store_true", "help": "publish predictions of the next step's values"},
     "compress": {
         "choices": tuple(kind.value for kind in Compression),
         "nargs": "?",
         "const": Compression.INT8.value,
-        "help": "what keys and values travel as: int8, or int4",
+        "help": "compress keys and values for transfer: int8, or int4",
     },
     "shard_weights": {
         "action": "store_true",
-        "help": "each device keeps a share of the weights and gathers the rest",
+        "help": "hold a share of the weights on each device and all-gather the rest",
     },
     "parallelism": _one_of(Parallelism, "how the UNet is divided"),
-    "split_scheme": _one_of(SplitScheme, "cuts of naive_patch"),
+    "split_scheme": _one_of(SplitScheme, "how naive_patch divides the image"),
     "split_batch": {
         "action": "store_false",
-        "help": "give no half of the devices to each branch of the guidance",
+        "help": "do not run each guidance branch on half of the devices",
     },
 }
-"""By the fields that they set; one that is true by default is unset by `--no-`."""
+"""argparse's settings of each field's flag. A field that is true by default has the flag `--no-` with its name."""
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
-    """All of them, but for those of some fields."""
+    """Adds the flags of all fields, except those in `without`."""
     for name, settings in FLAGS.items():
         if name not in without:
             flag = ("no-" if settings.get("action") == "store_false" else "") + name.replace("_", "-")
@@ -48,11 +49,19 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: Container[str]
 
 
 def config_of(arguments: argparse.Namespace, **given: Any) -> DistriConfig:
-    """What those flags say. given: further fields. Raises DistriError for what does not go together."""
+    """The config of parsed flags.
+
+    Args:
+        arguments: What argparse returned.
+        **given: Further fields.
+
+    Raises:
+        DistriError: A value is not allowed, or has no effect together with the others.
+    """
     return DistriConfig(**{name: getattr(arguments, name) for name in FLAGS if hasattr(arguments, name)}, **given)
 
 
 def settings_of(config: DistriConfig) -> dict[str, Any]:
-    """What the flags would say of it, as JSON has it."""
+    """The fields of a config that have flags, as JSON values."""
     values = {name: getattr(config, name) for name in FLAGS}
     return {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}

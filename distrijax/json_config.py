@@ -1,4 +1,4 @@
-"""Configurations in JSON files, as diffusers and transformers write them, read into frozen dataclasses."""
+"""Reads the JSON configurations of diffusers and transformers into frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from distrijax.errors import DistriError
 class ModelConfig:
     """Mix-in for dataclasses that are read from a model's config.json.
 
-    `INERT` names keys that change nothing at inference; `FIXED` names keys with the one value (or values) that
-    this implementation computes. Everything else must be a field; an unknown key or value raises DistriError.
+    Every key must be a field, or be listed in one of the attributes.
+
+    Attributes:
+        INERT: Keys that have no effect at inference.
+        FIXED: Keys that are not fields, with the values that this implementation supports.
     """
 
     INERT: frozenset[str] = frozenset()
@@ -24,7 +27,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a diffusers / transformers config; raises DistriError for what is not supported."""
+        """Creates an instance from the content of a config.json. Keys with a leading underscore are ignored.
+
+        Raises:
+            DistriError: A key is unknown or missing, or a value is not supported.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         chosen = {}
         for key, value in config.items():
@@ -50,26 +57,28 @@ class ModelConfig:
 
 
 def freeze(value: Any) -> Any:
-    """Lists become tuples, so that a config can be hashed."""
+    """Converts lists to tuples, so that a config is hashable."""
     return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-JSON = 32 << 20
-"""Characters of a JSON file: those of a tokenizer are 4 million."""
+MAX_CHARACTERS = 32 << 20
+"""The largest JSON file that is read; a tokenizer's has 4 million characters."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises DistriError when there is none or it is not one."""
+    """Reads a JSON object; raises DistriError if the file does not exist or does not contain one."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(JSON + 1)
-        if len(text) > JSON:
-            raise ValueError(f"it has more than {JSON} characters")
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
         content = json.loads(text)
     except FileNotFoundError:
         raise DistriError(f"{path} does not exist; give a folder in the diffusers layout") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DistriError(f"{path} is not readable JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
-        raise DistriError(f"{path} holds a {type(content).__name__}; a JSON object is needed; fetch the file again")
+        raise DistriError(
+            f"{path} contains a {type(content).__name__} and must contain a JSON object; fetch the file again"
+        )
     return content

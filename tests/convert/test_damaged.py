@@ -165,7 +165,7 @@ def test_an_index_that_is_none(elsewhere, content):
 
 
 def test_json_is_not_read_beyond_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_config, "JSON", 10)
+    monkeypatch.setattr(json_config, "MAX_CHARACTERS", 10)
     (tmp_path / "a.json").write_text('{"a": 345}')
     assert read_json(tmp_path / "a.json") == {"a": 345}
     (tmp_path / "a.json").write_text('{"a": 3456}')
