@@ -57,7 +57,7 @@ def test_what_is_shared_out_comes_back_bit_for_bit(unet, mesh):
     flat, place = nnx.to_flat_state(nnx.state(unet)), form.make_placer(devices)
     values = [np.asarray(leaf.get_value()) for _, leaf in flat]
     placed = tuple(place(path, value) for path, value in zip(form.paths, values, strict=True))
-    parts = [part.part if isinstance(part, OutputMajor) else part for part in form.parts]
+    parts = [part.inner if isinstance(part, OutputMajor) else part for part in form.layouts]
     shared = [isinstance(part, FlatSharded) for part in parts]
     assert any(shared) and not all(shared)
     for value, there, part in zip(values, placed, parts, strict=True):
@@ -93,7 +93,7 @@ def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, 
     """Once for all devices of a process that hold the same. A share may begin and end within an output channel's row."""
     form = ModelLayout.of(unet, parallelism, shard=True, platform=platform)
     devices = mesh.build(jax.devices()[: mesh.devices])
-    flat = zip(form.paths, form.shapes, form.parts, strict=True)
+    flat = zip(form.paths, form.shapes, form.layouts, strict=True)
     for (path, shape, part), value in zip(flat, jax.tree.leaves(unet), strict=True):
         counted, row = Counted(np.asarray(value)), math.prod(shape[:-1])
         everyone = form.make_placer(devices)(path, counted)
@@ -105,7 +105,7 @@ def test_of_what_is_divided_a_device_reads_its_part_alone(unet, mesh, platform, 
         counted.reads[:] = 0
         part.block(counted, devices.shape, index)
         cuts = math.prod(devices.shape[axis] for axes in part.spec() if axes for axis in np.atleast_1d(axes))
-        held = math.prod(part.shape(shape, devices.shape)) // cuts
+        held = math.prod(part.global_shape(shape, devices.shape)) // cuts
         assert counted.reads.sum() <= held + (row if isinstance(part, OutputMajor | FlatSharded) and cuts > 1 else 0)
 
 
@@ -138,7 +138,7 @@ def test_gpus_get_kernels_of_the_same_input_in_one_array_and_layers_get_them_bac
 
 def test_only_projections_of_the_prompt_are_divided_in_every_parallelism(unet):
     form = ModelLayout.of(unet)
-    divided = {path for path, part in zip(form.paths, form.parts, strict=True) if not isinstance(part, Replicated)}
+    divided = {path for path, part in zip(form.paths, form.layouts, strict=True) if not isinstance(part, Replicated)}
     assert divided == {path for path in form.paths if "attn2" in path and path[-2] in ("to_k", "to_v")}
     assert len(divided) == 2 * len(unet._transformer_blocks())
 

@@ -30,7 +30,7 @@ HEADS = TPSpec(TPKind.COLUMN, multiple_of=2)
 
 def abstract_params(piece: ChannelSharded, values: np.ndarray, devices: int) -> np.ndarray:
     """What all devices together hold of a parameter."""
-    shape = piece.shape(values.shape, {PATCH: devices})
+    shape = piece.global_shape(values.shape, {PATCH: devices})
     mesh = MeshPlan(1, 1, devices).build(jax.devices()[:devices])
     block = functools.partial(piece.block, values, {PATCH: devices})
     return np.asarray(blocks_to_devices(shape, NamedSharding(mesh, piece.spec()), block))
