@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from distrijax.errors import DistriError
-from distrijax.models.tokenizer import BEGIN, END, LENGTH, WORD_END, CLIPTokenizer, byte_pair_encoder
+from distrijax.models.tokenizer import BOS, DEFAULT_LENGTH, EOS, WORD_END, CLIPTokenizer, byte_pair_encoder
 
 PRINTABLE = [chr(code) for first, last in ((33, 126), (161, 172), (174, 255)) for code in range(first, last + 1)]
 BYTES = PRINTABLE + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         DistriError: When `vocab_size` is too small for the words.
     """
     merges = learn_merges(count_words(texts))
-    symbols = BYTES + [byte + WORD_END for byte in BYTES] + ["".join(merge) for merge in merges] + [BEGIN, END]
+    symbols = BYTES + [byte + WORD_END for byte in BYTES] + ["".join(merge) for merge in merges] + [BOS, EOS]
     if len(symbols) > vocab_size:
         raise DistriError(f"vocab_size is {vocab_size}; the words of these texts need {len(symbols)} tokens")
     write_tokenizer(Path(folder), {symbol: index for index, symbol in enumerate(symbols)}, merges, pad_token)
@@ -41,8 +41,8 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """Counts the words after CLIP's normalisation, written in the characters that represent bytes."""
-    pipeline = byte_pair_encoder({END: 0}, [])
+    """How often each word occurs, after CLIP's normalisation, in letters that stand for bytes."""
+    pipeline = byte_pair_encoder({EOS: 0}, [])
     return Counter(
         word
         for text in texts
@@ -82,9 +82,9 @@ def merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], pad_token: str) -> None:
-    """Writes the four files of an SDXL tokenizer."""
-    special = {"bos_token": BEGIN, "eos_token": END, "pad_token": pad_token, "unk_token": END}
-    settings = {"model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer", **special}
+    """Writes the four files of a tokenizer of SDXL."""
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad_token, "unk_token": EOS}
+    settings = {"model_max_length": DEFAULT_LENGTH, "tokenizer_class": "CLIPTokenizer", **special}
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["#version: 0.2", *map(" ".join, merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

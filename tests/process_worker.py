@@ -44,7 +44,7 @@ def paint(checkpoint: Path, way: str) -> tuple[dict[str, np.ndarray], int]:
             read += content.size
             return content
 
-    with mock.patch.object(placement, "LEAST", LEAST), mock.patch.object(weights, "Stored", Counted):
+    with mock.patch.object(placement, "MIN_SHARDED_SIZE", LEAST), mock.patch.object(weights, "Stored", Counted):
         pipe = load_pipeline(checkpoint, DistriConfig(devices=DEVICES, warmup_steps=1, **settings))
     seen = []
 

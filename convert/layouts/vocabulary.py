@@ -10,7 +10,7 @@ import gzip
 import json
 from importlib import resources
 
-from distrijax.models.tokenizer import BEGIN, END, LENGTH, WORD_END
+from distrijax.models.tokenizer import BOS, DEFAULT_LENGTH, EOS, WORD_END
 
 FILE = "clip_bpe.txt.gz"
 
@@ -25,13 +25,13 @@ def tokenizer_files(folder: str, *, pad_token: str) -> dict[str, bytes]:
 
     folder: `tokenizer` or `tokenizer_2`. pad_token: what short prompts are filled up with, "<|endoftext|>" or "!".
     """
-    special = {key: _token(text) for key, text in (("bos_token", BEGIN), ("eos_token", END), ("unk_token", END))}
+    special = {key: _token(text) for key, text in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))}
     special["pad_token"] = pad_token
     settings = {
         "add_prefix_space": False,
         "do_lower_case": True,
         "errors": "replace",
-        "model_max_length": LENGTH,
+        "model_max_length": DEFAULT_LENGTH,
         "tokenizer_class": "CLIPTokenizer",
         **special,
     }
@@ -56,7 +56,7 @@ def _vocabulary_files() -> tuple[bytes, bytes]:
     letters = [chr(code) for code in PRINTABLE]
     letters += [chr(256 + n) for n in range(256 - len(letters))]
     joined = ["".join(merge.split()) for merge in merges()]
-    tokens = [*letters, *(letter + WORD_END for letter in letters), *joined, BEGIN, END]
+    tokens = [*letters, *(letter + WORD_END for letter in letters), *joined, BOS, EOS]
     vocabulary = json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
     return vocabulary.encode("utf-8"), "\n".join(["#version: 0.2", *merges(), ""]).encode("utf-8")
 

@@ -1,4 +1,4 @@
-"""The blocks that the UNet and the VAE are built of, named as in diffusers."""
+"""The blocks that the UNet and the VAE consist of, named as in diffusers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from distrijax.parallel.exchange import Exchange
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between them; condition: features of what `cond_proj` lets the caller add to the input."""
+    """Two linear layers with SiLU between them.
+
+    Args:
+        features_in: Features of the input.
+        features: Features of the output.
+        condition: Features of a second input, which the caller projects by `cond_proj` and adds to the first; None has none.
+        rngs: Keys of the initial values.
+    """
 
     def __init__(self, features_in: int, features: int, *, condition: int | None = None, rngs: nnx.Rngs):
         self.cond_proj = Linear(condition, features_in, bias=False, rngs=rngs) if condition else None
@@ -36,7 +43,16 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """Two normalised 3x3 convolutions around the time embedding; `time` None leaves it out (VAE)."""
+    """Two 3x3 convolutions, each after GroupNorm and SiLU, with the time embedding added between them.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        time: Features of the time embedding; None has none (VAE).
+        groups: Groups of the normalisations.
+        eps: Epsilon of the normalisations.
+        rngs: Keys of the initial values.
+    """
 
     def __init__(self, channels_in, channels_out, *, time: int | None, groups: int, eps: float, rngs: nnx.Rngs):
         inner = TPSpec(TPKind.COLUMN, channels_out // groups)
@@ -49,7 +65,7 @@ class ResnetBlock2D(nnx.Module):
         self.path = ""
 
     def project_time(self, embedding: Float[Array, "b t"]) -> Float[Array, "b C"]:
-        """The embedding as a call adds it; with tensor parallelism this device's channels of it."""
+        """The `time` of a call; with tensor parallelism this device's channels of it."""
         return self.time_emb_proj(jax.nn.silu(embedding))
 
     def __call__(
@@ -63,7 +79,7 @@ class ResnetBlock2D(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """Gated GELU: one projection, one half gates the other."""
+    """Gated GELU: half of one projection gates the other half."""
 
     def __init__(self, channels: int, inner: int, *, rngs: nnx.Rngs):
         self.proj = Linear(channels, 2 * inner, tp=TPSpec(TPKind.COLUMN, chunks=2), rngs=rngs)
@@ -74,7 +90,7 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GEGLU and a projection back; `net.1` is diffusers' dropout and has no parameters."""
+    """GEGLU and a projection back to `channels`; `net.1` is dropout in diffusers and has no parameters."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         last = Linear(4 * channels, channels, tp=TPSpec(TPKind.ROW), rngs=rngs)
@@ -85,7 +101,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, each normalised first and added."""
+    """Self-attention, cross-attention and feed-forward, each on normalised input and added to it."""
 
     def __init__(self, channels: int, heads: int, context: int, *, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(channels)
@@ -104,7 +120,14 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the pixels of a band of rows, in raster order."""
+    """Transformer blocks over the pixels of a band of rows, in raster order.
+
+    Args:
+        config: The UNet's.
+        block: Index of the level, from the outermost.
+        depth: Number of transformer blocks.
+        rngs: Keys of the initial values.
+    """
 
     def __init__(self, config: UNetConfig, block: int, depth: int, *, rngs: nnx.Rngs):
         channels = config.block_out_channels[block]
@@ -120,7 +143,7 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = project(channels, channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange, context: dict[str, KeysValues]) -> Array:
-        # a linear layer and a 1x1 convolution are the same map
+        # a linear layer and a 1x1 convolution are the same function
         inner = self.proj_in(self.norm(x, exchange))
         for block in self.transformer_blocks:
             inner = block(inner, exchange, context)
@@ -144,6 +167,6 @@ class Upsample2D(nnx.Module):
         self.conv = Conv(channels, channels, tp=TPSpec(TPKind.ROW), rngs=rngs)
 
     def __call__(self, x: Array, exchange: Exchange, size: tuple[int, int] | None = None) -> Array:
-        """`size`: height and width of the result, where the level above has one row or column less than twice as many."""
+        """Doubles `x`, and cuts it to `size` (height, width) where the next level has one row or column less than that."""
         height, width = size or (None, None)
         return self.conv(upsample_nearest(x)[:, :height, :width], exchange)

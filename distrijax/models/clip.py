@@ -18,7 +18,7 @@ from distrijax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 from distrijax.validate import check_choice, positive
 
 LEGACY_EOS = 2
-"""Configs from before transformers 4.31 say 2 where 49407 is meant; there the largest id marks the end of the text."""
+"""What configs from before transformers 4.31 have in place of 49407; with it the largest id marks the end of the text."""
 
 GENERATION_KEYS = """
     bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
@@ -40,11 +40,14 @@ BOOKKEEPING_KEYS = """
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig(ModelConfig):
-    """Shape of a text encoder, as `text_encoder/config.json` tells it; the defaults are those of transformers.
+    """The keys of a text encoder's config.json that shape it; the defaults are those of transformers' CLIPTextConfig.
 
-    projection_dim: width of the pooled embedding of an encoder with a projection; without one it has no effect.
-    eos_token_id: the id at whose first place the text is pooled; 2 means the place of the largest id (`LEGACY_EOS`).
-    bos_token_id, pad_token_id: kept for whoever writes the config again; attention does not mask the padding.
+    Attributes:
+        projection_dim: Width of the pooled embedding of an encoder with a projection; without one it has no effect.
+        eos_token_id: The id at whose first position the text is pooled; 2 means the position of the largest id
+            (`LEGACY_EOS`).
+        bos_token_id: No effect; kept for writing the config.
+        pad_token_id: No effect, since attention does not mask padding; kept for writing the config.
     """
 
     INERT = frozenset((GENERATION_KEYS + TRAINING_KEYS + BOOKKEEPING_KEYS).split())
@@ -90,10 +93,14 @@ class CLIPTextConfig(ModelConfig):
 
 
 class CLIPTextEncoder(nnx.Module):
-    """transformers' CLIPTextModel, or CLIPTextModelWithProjection with `with_projection`.
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection.
 
-    penultimate: whether token embeddings are those before the last layer (SDXL), or else the last ones, normalised (1.x
-    and 2.x; of OpenCLIP H their checkpoints hold one layer less).
+    Args:
+        config: The encoder's.
+        with_projection: Whether the pooled embedding is projected.
+        penultimate: Whether token embeddings are taken before the last layer (SDXL) instead of after it and the final norm
+            (1.x and 2.x, whose checkpoints have one layer of OpenCLIP H less).
+        rngs: Keys of the initial values.
     """
 
     def __init__(self, config: CLIPTextConfig, *, with_projection: bool, penultimate: bool = True, rngs: nnx.Rngs):
@@ -106,12 +113,19 @@ class CLIPTextEncoder(nnx.Module):
     def __call__(
         self, input_ids: Int[Array, "b t"], *, clip_skip: int = 0
     ) -> tuple[Float[Array, "b t c"], Float[Array, "b p"]]:
-        """Token embeddings and the pooled embedding.
+        """Encodes texts.
 
-        The first are, as diffusers counts, the hidden states before the last layer (`hidden_states[-2]`, without the final
-        norm) or after it (`hidden_states[-1]`, with the norm), and `clip_skip` layers further back. The second is the
-        normalised last hidden state at the end of the text, projected where there is a projection. Raises DistriError for
-        more tokens than there are positions and for a `clip_skip` beyond the first layer.
+        Args:
+            input_ids: Token ids.
+            clip_skip: How many layers further back the token embeddings are taken, as in diffusers.
+
+        Returns:
+            Token embeddings: transformers' `hidden_states[-2 - clip_skip]`, or, without `penultimate`, the final norm of
+            `hidden_states[-1 - clip_skip]`. Pooled embedding: the normalised last hidden state at the end of the text,
+            projected where there is a projection.
+
+        Raises:
+            DistriError: For more tokens than positions, and for a `clip_skip` beyond the first layer.
         """
         layers = self.config.num_hidden_layers
         most = layers - self.penultimate
@@ -131,7 +145,7 @@ class CLIPTextEncoder(nnx.Module):
 
 
 class CLIPTextTransformer(nnx.Module):
-    """Embeddings, layers and final norm; returns all hidden states (embeddings first) and the normalised last one."""
+    """Embeddings, layers and final norm."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.embeddings = CLIPTextEmbeddings(config, rngs=rngs)
@@ -139,6 +153,7 @@ class CLIPTextTransformer(nnx.Module):
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, input_ids: Int[Array, "b t"]) -> tuple[list[Array], Float[Array, "b t c"]]:
+        """All hidden states, the embeddings first, and the normalised last one."""
         hidden_states = [self.embeddings(input_ids)]
         for layer in self.encoder.layers:
             hidden_states.append(layer(hidden_states[-1]))
@@ -146,7 +161,7 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPTextEmbeddings(nnx.Module):
-    """Embedding of the token plus embedding of its position."""
+    """Sum of the embeddings of token and position."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
@@ -157,20 +172,20 @@ class CLIPTextEmbeddings(nnx.Module):
         tokens = input_ids.shape[1]
         if tokens > self.positions:
             raise DistriError(
-                f"the text has {tokens} tokens; this text encoder takes up to {self.positions}, shorten it"
+                f"the text has {tokens} tokens; this text encoder takes up to {self.positions}; shorten the text"
             )
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(tokens))[None]
 
 
 class CLIPLayers(nnx.Module):
-    """Holds the layers, for the sake of their names in the checkpoint."""
+    """The list of layers, one level down as in the checkpoint's names."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([CLIPLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
 
 class CLIPLayer(nnx.Module):
-    """Causal self-attention and feed-forward, each behind a norm and beside a residual."""
+    """Causal self-attention and feed-forward, each on normalised input and added to it."""
 
     def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
         self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads, rngs=rngs)
@@ -184,7 +199,7 @@ class CLIPLayer(nnx.Module):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head attention in which a token sees itself and those before it; softmax in float32."""
+    """Causal multi-head self-attention; softmax in float32."""
 
     def __init__(self, features: int, heads: int, *, rngs: nnx.Rngs):
         self.q_proj = Linear(features, features, rngs=rngs)
@@ -199,8 +214,8 @@ class CLIPAttention(nnx.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
-        seen = jnp.tril(jnp.ones((1, 1, *scores.shape[2:]), bool))
-        scores = jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf)
+        causal = jnp.tril(jnp.ones((1, 1, *scores.shape[2:]), bool))
+        scores = jnp.where(causal, scores * query.shape[-1] ** -0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, -1).astype(x.dtype)
         return self.out_proj(jnp.einsum("bnqk,bknd->bqnd", weights, value).reshape(x.shape))
 

@@ -1,4 +1,4 @@
-"""Families of models: which parts a pipeline of Stable Diffusion has, and how they are used."""
+"""Families of models: the components that a Stable Diffusion pipeline has, and how its text encoders are used."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from distrijax.models.vae import VAEConfig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """What tells one family of models from the other: the parts of its text, and how they are used.
+    """What distinguishes a family of models.
 
-    name: for people. pipeline: the class of this package that paints with it.
-    suffixes: of the folders `tokenizer` and `text_encoder`, in the order in which the encoders' embeddings are joined.
-    pooled: whether the last encoder has a projection, whose pooled embedding the UNet reads.
-    penultimate: what the UNet reads of a token: its embedding before the last layer, or the last one, normalised.
-    sample_size: rows of the latent, for a UNet whose config names none.
-    scheduler: options that hold whatever scheduler_config.json says.
+    Attributes:
+        name: For messages.
+        pipeline: The class of this package that loads it.
+        suffixes: Of the folders `tokenizer` and `text_encoder`, in the order in which embeddings are concatenated.
+        pooled: Whether the last text encoder has a projection and the UNet reads its pooled embedding.
+        penultimate: Whether the UNet reads token embeddings before the last layer, or after it and the final norm.
+        sample_size: Rows and columns of the latent, for a UNet whose config has no sample_size.
+        scheduler: Options that take precedence over scheduler_config.json.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Family:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The folders that a checkpoint needs."""
+        """The folders that a checkpoint must have."""
         return *self.tokenizers, *self.text_encoders, "unet", "vae", "scheduler"
 
 
@@ -51,7 +53,7 @@ SD = Family(
     pooled=False,
     penultimate=False,
     sample_size=64,
-    scheduler={"steps_offset": 1, "clip_sample": False},  # diffusers corrects old files so, too
+    scheduler={"steps_offset": 1, "clip_sample": False},  # diffusers corrects old files in the same way
 )
 SDXL = Family(
     name="Stable Diffusion XL",
@@ -63,14 +65,14 @@ SDXL = Family(
 )
 
 FAMILIES = {"StableDiffusionPipeline": SD, "StableDiffusionXLPipeline": SDXL}
-"""By `_class_name` of model_index.json."""
+"""The supported families, by `_class_name` of model_index.json."""
 
 PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
-"""The folders that a checkpoint of any family needs."""
+"""The folders that checkpoints of any family may have."""
 
 
 def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
-    """Height and width in pixels that a model was trained for."""
+    """Height and width that a model was trained for, in pixels."""
     size = unet.sample_size or family.sample_size
     height, width = size if isinstance(size, tuple) else (size, size)
     return height * vae.scale, width * vae.scale

@@ -1,7 +1,7 @@
 """The layers of the UNet, the VAE and the text encoders.
 
-Parameters are named as in diffusers. Layers that look beyond their own rows ask the exchange and know no mesh axis;
-they are told their own path in the model once, by `name_layers`.
+Parameters are named as in diffusers. Layers that need other rows than their own ask the exchange, under their path in the
+model, which `name_layers` sets once; no layer knows a mesh axis.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TPSpec:
 
     Attributes:
         kind: Which channels are divided.
-        multiple_of: How many neighbouring channels stay together, such as those of a head.
-        chunks: How many parts the channels consist of, side by side; every device has some of each.
-        precomputed: Whether the layer is applied once per call; then its output is divided whatever the parallelism.
+        multiple_of: Number of adjacent channels that stay together, such as those of a head.
+        chunks: Number of parts that the channels are a concatenation of; every device has some of each.
+        precomputed: Whether the layer is applied once per call; its output is then divided with every parallelism.
     """
 
     kind: TPKind
@@ -45,35 +45,44 @@ class TPSpec:
     precomputed: bool = False
 
 
-def variance_scaling(key: Array, shape: tuple[int, ...], dtype) -> Array:
-    """Normal with variance 1 / fan_in."""
-    return jax.random.normal(key, shape, dtype) * (1 / math.prod(shape[:-1])) ** 0.5
+def normal(key: Array | None, shape: tuple[int, ...], stddev: float) -> Array:
+    """Initial values, float32: normally distributed, or zeros without a key."""
+    return jnp.zeros(shape, jnp.float32) if key is None else jax.random.normal(key, shape, jnp.float32) * stddev
 
 
-class _AnyKey:
-    """In the place of nnx.Rngs where values do not matter; its counting of keys takes ten seconds for a full-size model."""
+def variance_scaling(key: Array | None, shape: tuple[int, ...]) -> Array:
+    """`normal` of variance 1 / fan_in, for a kernel whose last axis is the output."""
+    return normal(key, shape, (1 / math.prod(shape[:-1])) ** 0.5)
 
-    def params(self) -> Array:
-        return jax.random.key(0)
+
+class _NoKeys:
+    """Takes the place of `nnx.Rngs` where values do not matter: keys and random numbers take long to trace."""
+
+    def params(self) -> None:
+        return None
 
 
 def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
-    """A module of shapes without values. build: makes the module, of `rngs`."""
-    return nnx.eval_shape(lambda: build(rngs=_AnyKey()))
+    """A module of shapes without values.
+
+    Args:
+        build: Makes the module, given the keyword `rngs`.
+    """
+    return nnx.eval_shape(lambda: build(rngs=_NoKeys()))
 
 
 def as_dtype(param: nnx.Param, x: Array) -> Array:
-    """A parameter's value in the dtype of the activations (a cast only where a caller mixes the two on purpose)."""
+    """A parameter's value in the dtype of the activations; it is cast only where a caller mixes dtypes on purpose."""
     return param.get_value().astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias; kernel [in, out]. A layer that may be cut by input channels is handed the exchange."""
+    """y = x kernel + bias, with kernel [in, out]. Row-parallel layers (`TPKind.ROW`) are called with the exchange."""
 
     def __init__(
         self, features_in: int, features_out: int, *, bias: bool = True, tp: TPSpec | None = None, rngs: nnx.Rngs
     ):
-        self.kernel = nnx.Param(variance_scaling(rngs.params(), (features_in, features_out), jnp.float32))
+        self.kernel = nnx.Param(variance_scaling(rngs.params(), (features_in, features_out)))
         self.bias = nnx.Param(jnp.zeros((features_out,))) if bias else None
         self.tp = tp
 
@@ -81,13 +90,20 @@ class Linear(nnx.Module):
         y = x @ as_dtype(self.kernel, x)
         if exchange is not None:
             y = exchange.whole_sum(y)
-        return y if self.bias is None else plus(y, as_dtype(self.bias, x))
+        return y if self.bias is None else add_bias(y, as_dtype(self.bias, x))
 
 
 class Conv(nnx.Module):
-    """Convolution, NHWC, kernel HWIO. A 3x3 kernel asks the exchange for the rows above and below; 1x1 does not.
+    """Convolution, NHWC, with kernel HWIO. A 3x3 kernel asks the exchange for the rows above and below; 1x1 does not.
 
-    stride: 1 or 2. trailing: pad below and to the right only (the VAE's downsampling); otherwise one on each side.
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        kernel: Height and width of the kernel, 1 or 3.
+        stride: 1 or 2.
+        trailing: Whether to pad below and to the right only (the VAE's downsampling) instead of on each side.
+        tp: How tensor parallelism divides the layer, if it does.
+        rngs: Keys of the initial values.
     """
 
     def __init__(
@@ -102,14 +118,14 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shape = (kernel, kernel, channels_in, channels_out)
-        self.kernel = nnx.Param(variance_scaling(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(variance_scaling(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros((channels_out,)))
         self.stride, self.trailing, self.tp, self.path = stride, trailing, tp, ""
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange | None = None) -> Float[Array, "b H W C"]:
         kernel = as_dtype(self.kernel, x)
-        summed = self.tp is not None and self.tp.kind is TPKind.ROW
-        if summed:
+        row_parallel = self.tp is not None and self.tp.kind is TPKind.ROW
+        if row_parallel:
             x = exchange.channels(x, kernel.shape[2])
         before, after = (0, 1) if self.trailing else (kernel.shape[0] // 2,) * 2
         if kernel.shape[0] > 1:
@@ -117,13 +133,13 @@ class Conv(nnx.Module):
             below = 0 if self.stride == 2 and not self.trailing and x.shape[1] % 2 == 0 else after
             x = exchange.halo(self.path, x, before, below)
         y = convolve(x, kernel, self.stride, (before, after))
-        if summed:
+        if row_parallel:
             y = exchange.whole_sum(y)
-        return plus(y, as_dtype(self.bias, x))
+        return add_bias(y, as_dtype(self.bias, x))
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation over the whole image, statistics in float32, as torch.nn.GroupNorm (population variance)."""
+    """Group normalisation over the whole image, in float32, as torch.nn.GroupNorm (population variance)."""
 
     def __init__(self, channels: int, groups: int, eps: float, *, tp: TPSpec | None = None):
         self.scale, self.bias = nnx.Param(jnp.ones((channels,))), nnx.Param(jnp.zeros((channels,)))
@@ -135,13 +151,13 @@ class GroupNorm(nnx.Module):
 
         x32 = x.astype(jnp.float32)
         mean, variance = jnp.moveaxis(exchange.moments(self.path, x32, self.size), -1, 0)
-        factor = times(spread(lax.rsqrt(variance + self.eps)), as_dtype(self.scale, x32))
-        shift = plus(-spread(mean) * factor, as_dtype(self.bias, x32))
+        factor = multiply(spread(lax.rsqrt(variance + self.eps)), as_dtype(self.scale, x32))
+        shift = add_bias(-spread(mean) * factor, as_dtype(self.bias, x32))
         return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Normalisation over the last axis, statistics in float32, as torch.nn.LayerNorm."""
+    """Normalisation over the last axis, in float32, as torch.nn.LayerNorm."""
 
     def __init__(self, features: int, eps: float = 1e-5):
         self.scale, self.bias = nnx.Param(jnp.ones((features,))), nnx.Param(jnp.zeros((features,)))
@@ -152,14 +168,14 @@ class LayerNorm(nnx.Module):
         mean = jnp.mean(x32, -1, keepdims=True)
         variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
         y = (x32 - mean) * lax.rsqrt(variance + self.eps)
-        return plus(times(y, as_dtype(self.scale, y)), as_dtype(self.bias, y)).astype(x.dtype)
+        return add_bias(multiply(y, as_dtype(self.scale, y)), as_dtype(self.bias, y)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by id."""
+    """A table of vectors [entries, features], looked up by id."""
 
     def __init__(self, entries: int, features: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (entries, features)))
+        self.embedding = nnx.Param(normal(rngs.params(), (entries, features), 0.02))
 
     def __call__(self, ids: Array) -> Array:
         return self.embedding.get_value()[ids]
@@ -168,7 +184,7 @@ class Embedding(nnx.Module):
 def sinusoidal(
     values: Float[Array, "n"], size: int, *, flip_sin_to_cos: bool, shift: float
 ) -> Float[Array, "n {size}"]:
-    """Sinusoidal embedding of timesteps, as diffusers' get_timestep_embedding (float32)."""
+    """Sinusoidal embedding of timesteps, float32, as diffusers' `get_timestep_embedding` (`shift`: downscale_freq_shift)."""
     half = size // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = values.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -183,7 +199,7 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
 
 
 def gelu(x: Array) -> Array:
-    """The exact GELU, as torch's default, in float32 as there; by erf, which is one operation to XLA, not erfc's eighty."""
+    """The exact GELU, computed in float32, as torch's default. XLA has one operation for erf, and about 80 for erfc."""
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -197,14 +213,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": 
 
 
 def name_layers(module: nnx.Module) -> None:
-    """Tells every layer that asks for it its own path, e.g. `down_blocks.0.resnets.1.conv1`."""
+    """Sets `path` of every layer that has one to its path in the module, e.g. `down_blocks.0.resnets.1.conv1`."""
     for path, part in walk(module):
         if hasattr(part, "path"):
             part.path = ".".join(map(str, path))
 
 
 def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], nnx.Module]]:
-    """A module and all of its parts, with their paths."""
+    """A module and all modules in it, each after its path."""
     yield path, module
     children = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
     for key, child in children:
@@ -212,9 +228,11 @@ def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple
             yield from walk(child, (*path, key))
 
 
-def plus(x: Array, bias: Array) -> Array:
+def add_bias(x: Float[Array, "... c"], bias: Float[Array, "c"]) -> Float[Array, "... c"]:
+    """x + bias, without implicit rank promotion."""
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
-def times(x: Array, scale: Array) -> Array:
+def multiply(x: Float[Array, "... c"], scale: Float[Array, "c"]) -> Float[Array, "... c"]:
+    """x * scale, without implicit rank promotion."""
     return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)

@@ -1,11 +1,12 @@
 """CLIP's tokenizer, read from a diffusers folder through the `tokenizers` library.
 
-    prompt -> NFC, one blank for any whitespace, lower case -> split into words -> bytes -> BPE with "</w>" at word ends
+    prompt -> NFC, one space for any whitespace, lower case -> split into words -> bytes -> BPE with "</w>" at word ends
            -> <|startoftext|> ids <|endoftext|> padding
 
-The ids are those of transformers' CLIPTokenizer, for every text and every folder it reads. A word of several vectors (textual
-inversion) stands for its tokens word, word_1, word_2, ... as in diffusers' `maybe_convert_prompt`; but wherever the tokenizer
-sees the word, in any case of letters, where diffusers replaces the text as it is spelt, in other words' middle, too.
+The ids equal those of transformers' CLIPTokenizer, for every text and every folder that it reads. A word with several vectors
+(textual inversion) becomes the tokens word, word_1, word_2, ... as by diffusers' `maybe_convert_prompt`. The one difference:
+the tokenizer finds such a word whole and in upper or lower case, where diffusers replaces the exact spelling, even within
+other words.
 """
 
 from __future__ import annotations
@@ -25,40 +26,45 @@ from distrijax.errors import DistriError, warn
 from distrijax.json_config import read_json
 from distrijax.validate import check_choice, positive
 
-BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""CLIP's words: contractions, runs of letters, single digits, runs of anything else."""
+WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""A word of CLIP's: a contraction, a run of letters, a digit, or a run of other characters."""
 
-LENGTH = 77
-"""Tokens of CLIP's input, where the folder names no number."""
+DEFAULT_LENGTH = 77
+"""Length of CLIP's input in tokens, where the folder gives none."""
 
-SPECIAL_TOKENS = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
-"""The special tokens, where the folder does not name them; in the order in which transformers adds them."""
+SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+"""Defaults of the special tokens, in the order in which transformers adds them."""
 
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]
-"""Ids of the tokens, merges in their order, and the tokens that a folder adds, by id."""
+"""Ids by token; merges, in order of priority; added tokens by id."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTokenizer:
-    """Prompts to ids, as transformers' CLIPTokenizer; `from_folder` reads one.
+    """Turns prompts into ids, as transformers' CLIPTokenizer; `from_folder` reads one.
 
-    bpe: the vocabulary and its pipeline up to the ids, without begin, end and padding.
-    length: how many ids a prompt gets, begin and end of text included.
+    Attributes:
+        bpe: The pipeline from text to ids, without start, end and padding.
+        bos_token_id: Id of the start of text.
+        eos_token_id: Id of the end of text.
+        pad_token_id: Id of padding.
+        length: Number of ids of every prompt, start and end of text included.
     """
 
     bpe: Tokenizer
     bos_token_id: int
     eos_token_id: int
     pad_token_id: int
-    length: int = LENGTH
+    length: int = DEFAULT_LENGTH
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Reads `tokenizer.json`, or else `vocab.json` and `merges.txt`, and the special tokens that the folder names.
+        """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the special tokens that the folder names.
 
-        Raises DistriError for missing and corrupt files, and for a vocabulary that lacks the special tokens.
+        Raises:
+            DistriError: For missing and corrupt files, and for a vocabulary that lacks the special tokens.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -72,26 +78,30 @@ class CLIPTokenizer:
             raise DistriError(f"{folder} holds no usable vocabulary ({error}); fetch its files again") from None
         _add_tokens(bpe, added, list(special.values()), folder)
         ids = {key: bpe.token_to_id(token.content) for key, token in special.items()}
-        length = settings.get("model_max_length", LENGTH)
-        if isinstance(length, int | float) and length > 2**31:  # transformers writes 10**30 for "not known"
-            length = LENGTH
+        length = settings.get("model_max_length", DEFAULT_LENGTH)
+        if isinstance(length, int | float) and length > 2**31:  # transformers writes 10**30 for "unknown"
+            length = DEFAULT_LENGTH
         positive(length, f"model_max_length of {folder}", least=3)
         return cls(bpe, ids["bos_token"], ids["eos_token"], ids["pad_token"], length)
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are; a text encoder needs as many embeddings."""
+        """Number of ids; a text encoder needs at least as many embeddings."""
         return self.bpe.get_vocab_size()
 
     def __call__(self, prompts: Sequence[str]) -> Int32[np.ndarray, "b length"]:
-        """Ids of every prompt; warns (DistriWarning) with the words that do not fit. Raises DistriError for no text."""
+        """Ids of prompts, each cut or padded to `length`; a DistriWarning names the words that are cut off.
+
+        Raises:
+            DistriError: For what is not a list of texts.
+        """
         if not isinstance(prompts, list | tuple) or not prompts:
-            raise DistriError(f"prompts is {prompts!r}; give a list of at least one text")
+            raise DistriError(f"prompts is {prompts!r}; give a list of at least one string")
         return np.asarray(list(map(self._ids, prompts)), np.int32)
 
     def _ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str):
-            raise DistriError(f"a prompt is {prompt!r}, of type {type(prompt).__name__}; give a text")
+            raise DistriError(f"a prompt is {prompt!r}, of type {type(prompt).__name__}; give a string")
         try:
             encoding = self.bpe.encode(prompt, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
@@ -104,13 +114,13 @@ class CLIPTokenizer:
         room = self.length - 2
         if len(tokens) > room:
             lost = prompt[tokens[room][1] :].strip()
-            warn(f"the prompt has {len(tokens)} tokens and the text encoder reads {room}; not seen by it: {lost!r}")
+            warn(f"the prompt has {len(tokens)} tokens and the text encoder reads {room}; it does not see: {lost!r}")
         ids = [self.bos_token_id, *(index for index, _ in tokens[:room]), self.eos_token_id]
         return ids + [self.pad_token_id] * (self.length - len(ids))
 
     @functools.cached_property
     def _runs(self) -> dict[int, tuple[int, ...]]:
-        """The ids of words of several vectors, by the id of the word itself."""
+        """The ids that words with several vectors become, by the id of the word itself."""
         added = {token.content: index for index, token in self.bpe.get_added_tokens_decoder().items()}
         runs = {}
         for word, index in added.items():
@@ -123,16 +133,16 @@ class CLIPTokenizer:
 
 
 def byte_pair_encoder(
-    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], unknown: str = END
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], unknown: str = EOS
 ) -> Tokenizer:
-    """CLIP's pipeline over a vocabulary; raises what `tokenizers` raises for merges outside the vocabulary."""
+    """CLIP's pipeline for a vocabulary; raises what `tokenizers` raises for merges outside the vocabulary."""
     bpe = Tokenizer(BPE(dict(vocabulary), list(merges), end_of_word_suffix=WORD_END, unk_token=unknown))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -140,7 +150,7 @@ def byte_pair_encoder(
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of tokenizer_config.json and special_tokens_map.json; the latter counts as in transformers."""
+    """The settings of tokenizer_config.json and special_tokens_map.json, merged as in transformers."""
     files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     if not any(file.exists() for file in files):
         raise DistriError(f"{folder} has no tokenizer_config.json, which names the padding; fetch the whole folder")
@@ -151,11 +161,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collection[str]) -> Vocabulary:
-    """Reads the files; `special` are the added tokens that are matched in the text as it was written."""
+    """Reads the vocabulary's files; tokens in `special` are matched in the text before it is normalised."""
     content = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
     vocabulary, merges = _from_tokenizer_json(content, folder) if content else _from_vocab_and_merges(folder)
     if not all(isinstance(index, int) for index in vocabulary.values()):
-        raise DistriError(f"{folder}: the vocabulary has ids that are no whole numbers; fetch its files again")
+        raise DistriError(f"{folder}: the vocabulary has ids that are not integers; fetch its files again")
     added = settings.get("added_tokens_decoder")
     if added is None:
         added = {}
@@ -166,14 +176,14 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collect
     try:
         return vocabulary, merges, {int(index): _added_token(added[index], folder) for index in sorted(added, key=int)}
     except (TypeError, ValueError):
-        raise DistriError(f"{folder}: an added token has no number for an id; fetch the files again") from None
+        raise DistriError(f"{folder}: an added token has an id that is not an integer; fetch the files again") from None
 
 
 def _from_tokenizer_json(content: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise DistriError(
-            f"{folder / 'tokenizer.json'} holds no byte pair encoding; use the tokenizer of a Stable Diffusion model"
+            f"{folder / 'tokenizer.json'} holds no byte-pair encoding; use the tokenizer of a Stable Diffusion model"
         )
     check_choice(model.get("end_of_word_suffix"), (WORD_END,), f"end_of_word_suffix of {folder / 'tokenizer.json'}")
     return model["vocab"], [_pair(merge, folder) for merge in model["merges"]]
@@ -199,25 +209,25 @@ def _pair(merge: str | list[str], folder: Path) -> tuple[str, str]:
 
 
 def _added_token(token: Any, folder: Path) -> AddedToken:
-    """A token that is looked for in the prompt before it is split into words."""
+    """A token that is matched in the prompt before that is split into words."""
     settings = {"content": token} if isinstance(token, str) else token
     if not isinstance(settings, dict) or not isinstance(settings.get("content"), str):
-        raise DistriError(f"{folder} names the special token {token!r}; a text is needed, fetch its files again")
+        raise DistriError(f"{folder} names the special token {token!r}, which is not a string; fetch its files again")
     flags = {key: bool(settings[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in settings}
     return AddedToken(settings["content"], special=True, **flags)
 
 
 def _add_tokens(bpe: Tokenizer, added: Mapping[int, AddedToken], special: Sequence[AddedToken], folder: Path) -> None:
-    """Adds tokens in transformers' order: one that is added twice, with different flags, keeps the later ones."""
+    """Adds tokens in transformers' order; one that is added twice with different flags keeps the later ones."""
     bpe.add_tokens(list(added.values()))
     for index, token in added.items():
         if bpe.token_to_id(token.content) != index:
             raise DistriError(
                 f"{folder} gives {token.content!r} the id {index} and its vocabulary the id "
-                f"{bpe.token_to_id(token.content)}; use the files that belong together"
+                f"{bpe.token_to_id(token.content)}; use files of one tokenizer"
             )
     lost = sorted({token.content for token in special if bpe.token_to_id(token.content) is None})
     if lost:
-        raise DistriError(f"{folder}: the vocabulary lacks {', '.join(lost)}; use the files that belong together")
+        raise DistriError(f"{folder}: the vocabulary lacks {', '.join(lost)}; use files of one tokenizer")
     declared = {token.content for token in added.values()}
     bpe.add_tokens([token for token in special if token.content not in declared])

@@ -1,8 +1,10 @@
-"""The SDXL UNet: diffusers' UNet2DConditionModel for the configurations of the Stable Diffusion XL family.
+"""The UNet: diffusers' UNet2DConditionModel, for the configurations of Stable Diffusion 1.x, 2.x and XL.
 
-The module tree has diffusers' names. What depends on the prompt alone (cross-attention keys and values, the embedding of
-the pooled text and of the sizes) is computed once, by `condition`, before the denoising loop; what the timesteps alone add to that
-(each resnet's projection of the time embedding) by `times`, for all steps of a program; `predict` is what remains of a call.
+The module tree has diffusers' names. A call is divided by what its parts depend on:
+
+    condition   the prompt: keys and values of cross-attention, embedding of pooled text and sizes; once, before the loop
+    times       the timestep: what each resnet adds to its features; for all steps of a program at once
+    predict     the latents: everything else, at every step
 """
 
 from __future__ import annotations
@@ -39,11 +41,13 @@ from distrijax.parallel.exchange import Exchange
 
 
 class Conditioning(NamedTuple):
-    """What the prompt, the sizes and the guidance scale say to the UNet, constant over the denoising steps.
+    """What the UNet computes of prompt, sizes and guidance scale, which are constant over the denoising steps.
 
-    context: keys and values of each cross-attention, by its path, [b, t, c] each.
-    embedding: added to the time embedding, [b, 4 * channels], or None without `text_time`.
-    guidance: added to the sinusoids of the timestep, [b, channels], or None for a model that is not told the scale.
+    Attributes:
+        context: Keys and values of each cross-attention, by its path, [b, t, c] each.
+        embedding: Added to the time embedding, [b, 4 * channels]; None without `text_time`.
+        guidance: Added to the sinusoids of the timestep, [b, channels]; None for a model that is not conditioned on the
+            guidance scale.
     """
 
     context: dict[str, KeysValues]
@@ -52,13 +56,18 @@ class Conditioning(NamedTuple):
 
 
 Times = dict[str, Array]
-"""What each resnet adds to its features at a timestep, by its path, [b, c] each."""
+"""The projected time embedding that each resnet adds to its features, by its path, [b, c] each."""
 
 
 class Block(nnx.Module):
-    """One level: resnets, each followed by a transformer where the level has them, then a sampler.
+    """Resnets of one level, each followed by a transformer where the level has attention.
 
-    channels: input channels of each resnet; all give `config.block_out_channels[level]`.
+    Args:
+        config: The UNet's.
+        level: Index of the level, from the outermost.
+        channels: Input channels of each resnet; all have `config.block_out_channels[level]` output channels.
+        attention: Whether the level has transformers.
+        rngs: Keys of the initial values.
     """
 
     def __init__(self, config: UNetConfig, level: int, channels: list[int], *, attention: bool, rngs: nnx.Rngs):
@@ -71,12 +80,13 @@ class Block(nnx.Module):
         )
 
     def layer(self, i: int, x: Array, exchange: Exchange, times: Times, context: dict[str, KeysValues]) -> Array:
+        """The i-th resnet, and its transformer."""
         x = self.resnets[i](x, exchange, times[self.resnets[i].path])
         return x if self.attentions is None else self.attentions[i](x, exchange, context)
 
 
 class DownBlock(Block):
-    """Resnets (and transformers), then, except at the deepest level, a downsampling; every output is a skip."""
+    """`Block`, then downsampling except at the deepest level; returns every output, as skips."""
 
     def __init__(self, config: UNetConfig, level: int, *, rngs: nnx.Rngs):
         out = config.block_out_channels[level]
@@ -97,11 +107,11 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """Resnets (and transformers) that take the skips back in, then, except at the first level, an upsampling."""
+    """`Block` with a skip concatenated to the input of each resnet, then upsampling except at the outermost level."""
 
     def __init__(self, config: UNetConfig, level: int, *, rngs: nnx.Rngs):
         channels = config.block_out_channels
-        # the skips of this level, deepest last: its resnets', and the output of the level above (conv_in at the top)
+        # in the order they are taken: the outputs of this level's resnets, then of the level above (conv_in at the top)
         skips = [channels[level]] * config.depth(level) + [channels[max(level - 1, 0)]]
         below = channels[min(level + 1, len(channels) - 1)]
         inputs = [below] + [channels[level]] * (len(skips) - 1)
@@ -119,7 +129,7 @@ class UpBlock(Block):
 
 
 class MidBlock(nnx.Module):
-    """Resnet, transformer, resnet at the deepest level."""
+    """Resnet, transformer and resnet at the deepest level."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         level = len(config.block_out_channels) - 1
@@ -137,7 +147,7 @@ class MidBlock(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Predicts the noise (or velocity) in a band of rows of the latents; agrees with diffusers' UNet2DConditionModel."""
+    """Predicts the noise, or the velocity, of a band of rows of the latents; agrees with diffusers' UNet2DConditionModel."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -164,10 +174,12 @@ class UNet(nnx.Module):
     ) -> Conditioning:
         """Everything that does not change from step to step.
 
-        text_embeds: pooled text embedding. time_ids: SDXL's micro-conditioning (original size, crop, target size),
-        in pixels; both only for models with `addition_embed_type` "text_time". guidance_scale: only for models with
-        `time_cond_proj_dim`; None tells them nothing of it. exchange: where devices hold parts of the cross-attentions'
-        projections.
+        Args:
+            encoder_hidden_states: Token embeddings.
+            text_embeds: Pooled text embedding; for models with `addition_embed_type` "text_time" only.
+            time_ids: SDXL's micro-conditioning (original size, crop, target size), in pixels; for the same models only.
+            guidance_scale: For models with `time_cond_proj_dim` only; None leaves the guidance scale out.
+            exchange: Gathers the keys and values, where their projections are sharded by channels; None where they are not.
         """
         context = {}
         for attention in (block.attn2 for block in self._transformer_blocks()):
@@ -178,8 +190,8 @@ class UNet(nnx.Module):
         embedding = None if self.add_embedding is None else self._added(text_embeds, time_ids)
         guidance = None
         if guidance_scale is not None:
-            told = guidance_embedding(guidance_scale, self.config.time_cond_proj_dim)
-            guidance = self.time_embedding.cond_proj(told.astype(encoder_hidden_states.dtype))
+            features = guidance_embedding(guidance_scale, self.config.time_cond_proj_dim)
+            guidance = self.time_embedding.cond_proj(features.astype(encoder_hidden_states.dtype))
         return Conditioning(context, embedding, guidance)
 
     def _added(self, text_embeds: Float[Array, "b p"], time_ids: Float[Array, "b i"]) -> Float[Array, "b o"]:
@@ -194,7 +206,13 @@ class UNet(nnx.Module):
         return self.add_embedding(added)
 
     def times(self, timestep: Float[Array, "b"], conditioning: Conditioning, dtype: jnp.dtype) -> Times:
-        """Everything that depends on the timestep but not on the sample. timestep: as for a call, one each."""
+        """Everything that depends on the timestep but not on the latents.
+
+        Args:
+            timestep: Of the training schedule (0 to 999), fractions allowed.
+            conditioning: Of `condition`.
+            dtype: To compute in.
+        """
         features = self._sinusoidal(timestep, self.config.block_out_channels[0]).astype(dtype)
         if conditioning.guidance is not None:
             features = features + conditioning.guidance
@@ -210,7 +228,14 @@ class UNet(nnx.Module):
         context: dict[str, KeysValues],
         exchange: Exchange,
     ) -> Float[Array, "b h w o"]:
-        """The model's prediction for a band of rows, in the dtype of `sample`. times, context: of `times` and `condition`."""
+        """The prediction for a band of rows, in the dtype of `sample`.
+
+        Args:
+            sample: The band's latents, scaled as the scheduler says.
+            times: Of `times`.
+            context: `Conditioning.context`.
+            exchange: Answers for the rest of the image.
+        """
         x = self.conv_in(sample, exchange.exact())
         skips = [x]
         for block in self.down_blocks:
@@ -227,10 +252,7 @@ class UNet(nnx.Module):
         conditioning: Conditioning,
         exchange: Exchange,
     ) -> Float[Array, "b h w o"]:
-        """`predict` at a timestep.
-
-        timestep: of the training schedule (0 to 999), fractions allowed; one for all, or one each.
-        """
+        """`predict` at a timestep of the training schedule (0 to 999, fractions allowed): one for all images, or one each."""
         times = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), conditioning, sample.dtype)
         return self.predict(sample, times, conditioning.context, exchange)
 
@@ -248,7 +270,7 @@ class UNet(nnx.Module):
 
 
 def guidance_embedding(scale: Float[Array, "b"], size: int) -> Float[Array, "b {size}"]:
-    """Sinusoids of guidance scales, float32; agrees with diffusers' get_guidance_scale_embedding of scale - 1."""
+    """Sinusoidal embedding of guidance scales, float32, as diffusers' `get_guidance_scale_embedding` of scale - 1."""
     return sinusoidal(1000 * (scale - 1), size, flip_sin_to_cos=False, shift=1.0)
 
 

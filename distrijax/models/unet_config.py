@@ -11,9 +11,9 @@ from distrijax.validate import check_choice, per_block, positive
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(ModelConfig):
-    """The keys of a UNet's config.json that shape it; see diffusers' UNet2DConditionModel for their meaning.
+    """The keys of a UNet's config.json that shape it, with the meaning that diffusers' UNet2DConditionModel gives them.
 
-    As there, `attention_head_dim` is, for historical reasons, the *number* of heads unless `num_attention_heads` is set.
+    As there, and for historical reasons, `attention_head_dim` is the *number* of heads unless `num_attention_heads` is set.
     """
 
     block_out_channels: tuple[int, ...]
@@ -95,21 +95,25 @@ class UNetConfig(ModelConfig):
 
     @property
     def branches(self) -> int:
-        """How many branches guidance has: one where the model is told the scale (`time_cond_proj_dim`), as LCM's are, else two."""
+        """Branches of guidance: two, or one for a model that is conditioned on the guidance scale (`time_cond_proj_dim`; LCM)."""
         return 2 if self.time_cond_proj_dim is None else 1
 
     @property
     def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level."""
         return per_block(self.num_attention_heads or self.attention_head_dim, len(self.block_out_channels), "heads")
 
     def depth(self, block: int) -> int:
+        """Resnets of a level on the way down; on the way up there is one more."""
         return per_block(self.layers_per_block, len(self.block_out_channels), "layers_per_block")[block]
 
     def transformer_depth(self, block: int) -> int:
+        """Transformer blocks after each resnet of a level."""
         layers = per_block(self.transformer_layers_per_block, len(self.block_out_channels), "transformer layers")
         return layers[block]
 
     def context(self, block: int) -> int:
+        """Features of the prompt's embeddings that a level reads."""
         return per_block(self.cross_attention_dim, len(self.block_out_channels), "cross_attention_dim")[block]
 
 
@@ -124,4 +128,4 @@ SDXL_BASE = UNetConfig(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
-"""Stable Diffusion XL base 1.0's."""
+"""The UNet of Stable Diffusion XL base 1.0."""

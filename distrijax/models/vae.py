@@ -1,4 +1,4 @@
-"""AutoencoderKL: pictures to latents and back, on the whole image or on bands of rows."""
+"""AutoencoderKL: images to latents and back, on the whole image or on bands of rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distrijax.validate import check_choice
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(ModelConfig):
-    """The keys of a VAE's config.json that shape it; see diffusers' AutoencoderKL for their meaning."""
+    """The keys of a VAE's config.json that shape it, with the meaning that diffusers' AutoencoderKL gives them."""
 
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[str, ...]
@@ -56,16 +56,19 @@ class VAEConfig(ModelConfig):
                 )
 
     def compute_dtype(self, dtype: Any) -> jnp.dtype:
-        """What a VAE computes in where the rest does in `dtype`: float32 where float16 would overflow (`force_upcast`).
+        """The dtype that the VAE computes in: float32 in place of float16, where that would overflow (`force_upcast`).
 
-        As in diffusers' SDXL pipeline; here in every pipeline.
+        In diffusers only the SDXL pipeline does this; here every pipeline does.
+
+        Args:
+            dtype: What the rest of the pipeline computes in.
         """
         dtype = jnp.dtype(dtype)
         return jnp.dtype(jnp.float32) if self.force_upcast and dtype == jnp.float16 else dtype
 
     @property
     def scale(self) -> int:
-        """Pixels for each latent row and column."""
+        """Pixels per latent row and column."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -74,7 +77,16 @@ def _resnet(channels_in: int, channels_out: int, config: VAEConfig, rngs: nnx.Rn
 
 
 class Level(nnx.Module):
-    """Resnets and a sampler: `downsamplers` in the encoder, `upsamplers` in the decoder, none at the last level."""
+    """Resnets and a sampler.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        depth: Number of resnets.
+        sampler: "down" (encoder), "up" (decoder), or None at the last level.
+        config: The VAE's.
+        rngs: Keys of the initial values.
+    """
 
     def __init__(self, channels_in, channels_out, depth, sampler, config, *, rngs):
         widths = [channels_in] + [channels_out] * (depth - 1)
@@ -91,7 +103,7 @@ class Level(nnx.Module):
 
 
 class SpatialAttention(Attention):
-    """One head over all pixels, with its own GroupNorm, added to the input."""
+    """Self-attention over the whole image with one head, on normalised input and added to it."""
 
     def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
         super().__init__(channels, 1, qkv_bias=True, rngs=rngs)
@@ -101,7 +113,7 @@ class SpatialAttention(Attention):
         return x + super().__call__(self.group_norm(x, exchange), exchange)
 
 
-class MidBlock(nnx.Module):
+class VAEMidBlock(nnx.Module):
     """Resnet, attention over the whole image, resnet."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
@@ -118,7 +130,7 @@ class MidBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels to the moments of the latents."""
+    """Pixels [b, h, w, 3] to the moments of the latents [b, H, W, 2 * c]."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         channels = config.block_out_channels
@@ -137,7 +149,7 @@ class Encoder(nnx.Module):
                 for i in range(len(channels))
             ]
         )
-        self.mid_block = MidBlock(config, rngs=rngs)
+        self.mid_block = VAEMidBlock(config, rngs=rngs)
         self.conv_norm_out = GroupNorm(channels[-1], config.norm_num_groups, 1e-6)
         self.conv_out = Conv(channels[-1], 2 * config.latent_channels, rngs=rngs)
 
@@ -150,12 +162,12 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels."""
+    """Latents [b, h, w, c] to pixels [b, H, W, 3]."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         channels = config.block_out_channels[::-1]
         self.conv_in = Conv(config.latent_channels, channels[0], rngs=rngs)
-        self.mid_block = MidBlock(config, rngs=rngs)
+        self.mid_block = VAEMidBlock(config, rngs=rngs)
         last = len(channels) - 1
         self.up_blocks = nnx.List(
             [
@@ -181,7 +193,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Agrees with diffusers' AutoencoderKL; latents here are unscaled, as in its `encode` and `decode`."""
+    """diffusers' AutoencoderKL; latents are not scaled by `scaling_factor`, as in its `encode` and `decode`."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -195,7 +207,12 @@ class AutoencoderKL(nnx.Module):
     def encode(
         self, pixels: Float[Array, "b h w 3"], exchange: Exchange
     ) -> tuple[Float[Array, "b H W c"], Float[Array, "b H W c"]]:
-        """Mean and standard deviation of the latents of pixels in -1 to 1."""
+        """Mean and standard deviation of the latents.
+
+        Args:
+            pixels: From -1 to 1.
+            exchange: Answers for the rest of the image.
+        """
         moments = self.encoder(pixels, exchange)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
@@ -203,7 +220,7 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
 
     def decode(self, latents: Float[Array, "b h w c"], exchange: Exchange) -> Float[Array, "b H W 3"]:
-        """Pixels, about -1 to 1."""
+        """Pixels, from about -1 to 1, of latents that are not scaled."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents, exchange)
@@ -216,4 +233,4 @@ SDXL_VAE = VAEConfig(
     layers_per_block=2,
     scaling_factor=0.13025,
 )
-"""Stable Diffusion XL base 1.0's."""
+"""The VAE of Stable Diffusion XL base 1.0."""

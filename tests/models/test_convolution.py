@@ -136,13 +136,13 @@ def _products_on_tpus(module, x) -> int:
     return products
 
 
-@pytest.mark.parametrize("way", ["_product", "_winograd"])
+@pytest.mark.parametrize("way", ["_im2col", "_winograd"])
 def test_products_on_eight_bands_equal_torch(way, winograd, monkeypatch):
     monkeypatch.setattr(convolution, "LARGE_KERNEL", 0)
     used = []
     original = getattr(convolution, way)
     monkeypatch.setattr(convolution, way, lambda *args, **settings: used.append(way) or original(*args, **settings))
-    features, rows, columns = (1024, 8, 5) if way == "_product" else (6, 16, 6)
+    features, rows, columns = (1024, 8, 5) if way == "_im2col" else (6, 16, 6)
     source = torch.nn.Conv2d(4, features, 3, padding=1)
     ours = port(Conv(4, features, rngs=nnx.Rngs(0)), source)
     mesh = MeshPlan(1, 1, 8).build(jax.devices()[:8])

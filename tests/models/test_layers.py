@@ -77,7 +77,7 @@ def test_cross_attention_equals_diffusers():
     [([], True), (["8.0"], True), (["9.0", "7.5"], False)],
     ids=["none", "Ampere", "one of Turing"],
 )
-def test_cudnn_attends_where_no_gpu_is_older_than_ampere(here, expected, monkeypatch):
+def test_cudnn_available_where_no_gpu_is_older_than_ampere(here, expected, monkeypatch):
     def gpus(backend):
         if not here:
             raise RuntimeError(f"Unknown backend {backend}")
@@ -85,7 +85,7 @@ def test_cudnn_attends_where_no_gpu_is_older_than_ampere(here, expected, monkeyp
 
     monkeypatch.setattr(attention, "_cudnn_attention", lambda query, key, value: query)  # as if cuDNN were installed
     monkeypatch.setattr(jax, "local_devices", gpus)
-    assert attention._cudnn_attends.__wrapped__() is expected
+    assert attention._cudnn_available.__wrapped__() is expected
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_cudnn_attends_where_no_gpu_is_older_than_ampere(here, expected, monkeyp
 )
 def test_attention_in_chunks_equals_torch_and_holds_no_more_scores_than_allowed(monkeypatch, chunk, rows, held):
     monkeypatch.setattr(attention, "CPU_ATTENTION_CHUNK", chunk)
-    monkeypatch.setattr(attention, "ATTENTION_ROWS", rows)
+    monkeypatch.setattr(attention, "MIN_CHUNK_QUERIES", rows)
     query, key, value = randn(2, 64, 3, 8), randn(2, 50, 3, 8), randn(2, 50, 3, 8)
     wanted = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
     heads = [t.numpy() for t in (query, key, value)]

@@ -18,7 +18,7 @@ from tiny_tokenizer import BYTES, count_words, learn_merges, train_tokenizer, wr
 from transformers import CLIPTokenizer as TorchTokenizer
 
 from distrijax import DistriWarning
-from distrijax.models.tokenizer import BEGIN, END, CLIPTokenizer
+from distrijax.models.tokenizer import BOS, EOS, CLIPTokenizer
 
 CAPTIONS = [
     "a large red circle at the top left, on a striped yellow background",
@@ -36,14 +36,14 @@ TEXTS = [
     "emoji 😀👩‍👩‍👧🏽 !",
     "1234 5 ½ ² Ⅷ ٣",
     "hello!!! wow ! (masterpiece:1.2), [low-res] {x|y} ~ `` '' a-b_c/d\\e@f#g$h%i^j&k*l",
-    f"{END} x {BEGIN} <|ENDOFTEXT|>y<|EndOfText|> <|endof",
+    f"{EOS} x {BOS} <|ENDOFTEXT|>y<|EndOfText|> <|endof",
     "\x00\x01\x7f\u200b\ufeff\u00a0zero",
     "star " * 200,
     "!" * 200,
     "é" * 200,
     "x" * 500,
 ]
-PADDINGS = pytest.mark.parametrize("pad_token", [END, "!"], ids=["first", "second"])
+PADDINGS = pytest.mark.parametrize("pad_token", [EOS, "!"], ids=["first", "second"])
 
 
 def random_texts(count: int) -> list[str]:
@@ -99,12 +99,12 @@ def test_folder_written_by_transformers_5_equals_transformers(tmp_path, pad_toke
 def test_settings_of_sdxl_equal_transformers(tmp_path, pad_token, normalized):
     """SDXL's files spell the special tokens out, and transformers 4.34 and later also write added_tokens_decoder."""
     tokenizer = train_tokenizer(CAPTIONS, tmp_path, vocab_size=2000, pad_token=pad_token)
-    special = {key: flags(text, normalized=normalized) for key, text in (("bos_token", BEGIN), ("eos_token", END))}
+    special = {key: flags(text, normalized=normalized) for key, text in (("bos_token", BOS), ("eos_token", EOS))}
     edit(tmp_path / "special_tokens_map.json", **special)
     settings = {key: value | {"__type": "AddedToken"} for key, value in special.items()}
     edit(tmp_path / "tokenizer_config.json", errors="replace", add_prefix_space=False, do_lower_case=True, **settings)
     assert_equal_to_transformers(tmp_path, TEXTS)
-    ids = {tokenizer.bos_token_id: BEGIN, tokenizer.eos_token_id: END, tokenizer.pad_token_id: pad_token}
+    ids = {tokenizer.bos_token_id: BOS, tokenizer.eos_token_id: EOS, tokenizer.pad_token_id: pad_token}
     decoder = {str(index): flags(text, normalized=normalized, special=True) for index, text in ids.items()}
     edit(tmp_path / "tokenizer_config.json", added_tokens_decoder=decoder)
     assert_equal_to_transformers(tmp_path, TEXTS)
@@ -124,7 +124,7 @@ def test_real_vocabulary_equals_transformers(tmp_path, pad_token):
     package = Path(importlib.util.find_spec("open_clip").submodule_search_locations[0])
     lines = gzip.decompress((package / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    symbols = [*BYTES, *(byte + "</w>" for byte in BYTES), *map("".join, merges), BEGIN, END]
+    symbols = [*BYTES, *(byte + "</w>" for byte in BYTES), *map("".join, merges), BOS, EOS]
     write_tokenizer(tmp_path, {symbol: index for index, symbol in enumerate(symbols)}, merges, pad_token)
     assert CLIPTokenizer.from_folder(tmp_path).eos_token_id == 49407
     assert_equal_to_transformers(tmp_path, TEXTS + random_texts(500))
@@ -134,7 +134,7 @@ def test_begin_words_end_padding(folder):
     tokenizer = CLIPTokenizer.from_folder(folder)
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (tokenizer.vocab_size - 2, 0)
     ids = tokenizer(["A red   circle"])[0]
-    assert [tokenizer.bpe.id_to_token(i) for i in ids[:6]] == [BEGIN, "a</w>", "red</w>", "circle</w>", END, "!"]
+    assert [tokenizer.bpe.id_to_token(i) for i in ids[:6]] == [BOS, "a</w>", "red</w>", "circle</w>", EOS, "!"]
     assert (ids[5:] == 0).all()
 
 
@@ -167,14 +167,14 @@ def test_length_is_the_folders(folder):
 
 
 def test_trained_vocabulary_is_in_clips_order_and_knows_every_word(tmp_path):
-    tokenizer = train_tokenizer(CAPTIONS, tmp_path, vocab_size=2000, pad_token=END)
+    tokenizer = train_tokenizer(CAPTIONS, tmp_path, vocab_size=2000, pad_token=EOS)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
     assert list(vocabulary.values()) == list(range(tokenizer.vocab_size))
     symbols = list(vocabulary)
     assert symbols[0] == "!"
     assert symbols[256] == "!</w>"
     assert len(set(BYTES)) == 256
-    assert symbols[-2:] == [BEGIN, END]
+    assert symbols[-2:] == [BOS, EOS]
     assert tokenizer.eos_token_id == tokenizer.vocab_size - 1
     for word in count_words(CAPTIONS):
         assert f"{word}</w>" in vocabulary
@@ -203,7 +203,7 @@ def broken(name: str, content: str):
 
 def without_end(folder: Path) -> None:
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
-    del vocabulary[END]
+    del vocabulary[EOS]
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
 
 
