@@ -1,0 +1,1 @@
+"""What the embedded model is trained with: scenes with real artwork, their captions, and the parts of the training."""
