@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tiny_tokenizer import BYTES, count_words, learn_merges, merge, write_tokenizer
 
-from distrijax.models.tokenizer import BEGIN, END, WORD_END, CLIPTokenizer
+from distrijax.models.tokenizer import BOS, EOS, WORD_END, CLIPTokenizer
 from embedded import backgrounds, captions
 from embedded.artwork import DATA, OBJECTS, TAGS, Artwork, names_of, plural
 from embedded.outlines import OTHER_NAMES, OUTLINES
@@ -52,9 +52,9 @@ def write_tokenizers(artwork: Artwork, folder: Path, merges: int = OTHER_MERGES)
     """Both tokenizers of the pipeline, in `folder`/tokenizer and `folder`/tokenizer_2, which differ in their padding."""
     learnt = learn_merges(count_words(caption_words()))
     learnt += more_merges(count_words(english_words(artwork)), learnt, merges)
-    symbols = BYTES + [byte + WORD_END for byte in BYTES] + ["".join(pair) for pair in learnt] + [BEGIN, END]
+    symbols = BYTES + [byte + WORD_END for byte in BYTES] + ["".join(pair) for pair in learnt] + [BOS, EOS]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
-    for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
+    for name, pad in (("tokenizer", EOS), ("tokenizer_2", "!")):
         write_tokenizer(folder / name, vocabulary, learnt, pad)
     return read_tokenizers(folder)
 
