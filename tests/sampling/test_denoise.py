@@ -115,7 +115,7 @@ class Call:
         leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
         self.params = tuple(leaves)
         arrays = tuple((index,) for index in range(len(leaves)))
-        form = ModelLayout(structure, paths=(), shapes=(), parts=(Replicated(),) * len(leaves), arrays=arrays)
+        form = ModelLayout(structure, paths=(), shapes=(), layouts=(Replicated(),) * len(leaves), arrays=arrays)
         self.loop = LoopSpec(Layout(mesh, guided, SHAPE[1:3]), form, scheduler, dtype, Strategy(Displaced))
         branches = 2 if guided else 1
         said = normal(2, *SHAPE[::3], seed=5) if said is None else said
