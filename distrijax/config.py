@@ -67,8 +67,8 @@ class DistriConfig:
         shard_weights: Whether each device holds an equal share of all large weights, and all-gathers each layer's shortly
             before its use. For devices with little memory and fast links.
         split_batch: Whether the unconditional and the conditional branch run on two halves of the mesh (CFG split).
-        parallelism: How the UNet is divided. Only `patch` has displaced steps: `sync_mode`, `warmup_steps` and `sync_steps` have
-            no effect with `naive_patch`, which exchanges no activations, and with `tensor`, which is exact.
+        parallelism: How the UNet is divided. Only `patch` has displaced steps: `sync_mode` and `warmup_steps` have no effect
+            with `naive_patch`, which exchanges no activations, and with `tensor`, which is exact.
         split_scheme: How naive_patch divides the image.
         data: Size of the mesh axis for different images; None lets the planner choose.
         cfg: Size of the mesh axis for guidance branches, 1 or 2; None lets the planner choose.
