@@ -58,7 +58,7 @@ SHARD = "10GB"
 SINGLE = ".safetensors"
 """How a single file ends that is written."""
 
-FILES = (*hub.FILES, ".pt", ".pth", ".msgpack", ".gguf", ".onnx")
+FILES = (*hub.FILE_SUFFIXES, ".pt", ".pth", ".msgpack", ".gguf", ".onnx")
 """How files of weights end; a folder of such a name would be taken for one."""
 
 

@@ -23,7 +23,7 @@ from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.validate import check_choice
 from distrijax.weights import hub
-from distrijax.weights.files import SAFE, check_variant
+from distrijax.weights.files import LOADABLE, check_variant
 from distrijax.weights.load import load_module
 from distrijax.weights.sharding import Model, ModelLayout
 
@@ -64,7 +64,7 @@ def find_folder(
     weights: without them the configurations suffice. Raises DistriError for what is not to be had, and where no part has
     weights of the variant.
     """
-    formats = SAFE if weights else ()
+    formats = LOADABLE if weights else ()
     options = {"variant": variant, "revision": revision, "token": token, "offline": local_files_only}
     path = hub.find(name, parts=PARTS, formats=formats, **options)
     if not path.is_dir():

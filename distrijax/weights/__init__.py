@@ -1,1 +1,1 @@
-"""Checkpoints to arrays: files, names, the hub, and how parameters lie on the mesh."""
+"""From checkpoints to arrays: the hub, files, names of parameters, and how parameters are placed on the mesh."""

@@ -1,4 +1,4 @@
-"""The dtypes that models compute in."""
+"""The dtypes that models can compute in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
-    """The dtype to compute in: the one asked for, else bfloat16 on accelerators and float32 on CPUs.
+    """The dtype to compute in.
 
-    dtype: a name, or JAX's, NumPy's or torch's dtype. Raises DistriError for one that is not computed in.
+    Args:
+        dtype: A name, or a dtype of JAX, NumPy or torch; None is bfloat16 on accelerators and float32 on CPUs.
+        platform: JAX's name for the devices' platform.
+
+    Raises:
+        DistriError: For a dtype that is not in `DTYPES`.
     """
     if dtype is None:
         return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)

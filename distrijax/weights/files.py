@@ -1,4 +1,4 @@
-"""Which files of a folder hold a model's weights."""
+"""Which files of a folder contain a model's weights."""
 
 from __future__ import annotations
 
@@ -14,54 +14,67 @@ STEMS = {
     ".bin": ("diffusion_pytorch_model", "pytorch_model"),
     ".msgpack": ("diffusion_flax_model", "flax_model"),
 }
-"""What files with a model's weights are called, by their format; the first format that a model has is the one to take."""
+"""Names, without suffix, of files with a model's weights, by format (the suffix); earlier formats are preferred."""
 
-SAFE = (".safetensors",)
-"""The format that needs no conversion."""
+LOADABLE = (".safetensors",)
+"""The formats that are loaded without conversion."""
 
-LISTED = 8
-"""How many offending tensors an error names for each kind of trouble."""
+MAX_LISTED = 8
+"""Most names that an error lists for each problem."""
 
 
-def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = SAFE) -> list[Path]:
-    """The files with a model's weights: one, or the shards its index names, of the first format that is there.
+def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = LOADABLE) -> list[Path]:
+    """The files with a model's weights: one file, or the shards that its index names.
 
-    variant: where the folder has none of it the plain ones are taken, as in diffusers (see `check_variant`). formats: keys of
-    `STEMS`. Raises DistriError where there are none, and for shards that lie elsewhere.
+    Args:
+        folder: The model's.
+        variant: Of the weights, such as "fp16"; where the folder has none of it the plain ones are taken, as in diffusers
+            (see `check_variant`).
+        formats: Keys of `STEMS`; the first one that is present is taken.
+
+    Raises:
+        DistriError: If there are no such files, or the index names files in other folders.
     """
     if not folder.is_dir():
         raise DistriError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
     for each in (variant, None):
         if (files := _files_of(folder, each, formats)) is not None:
             return files
-    raise no_weights(str(folder), _holding_weights(folder), variant, formats)
+    raise no_weights(str(folder), _weight_names(folder), variant, formats)
 
 
-def check_variant(folder: Path, parts: Iterable[str], variant: str | None, formats: Sequence[str] = SAFE) -> None:
-    """Raises DistriError where parts of a folder have weights, and none of them has any of the variant."""
+def check_variant(folder: Path, parts: Iterable[str], variant: str | None, formats: Sequence[str] = LOADABLE) -> None:
+    """Raises DistriError if the parts (subfolders) of a folder have weights, but none of them has any of the variant."""
     folders = [folder / part for part in parts if (folder / part).is_dir()]
-    found = [name for each in folders for name in _holding_weights(each)]
+    found = [name for each in folders for name in _weight_names(each)]
     if variant and found and all(_files_of(each, variant, formats) is None for each in folders):
         raise no_weights(str(folder), found, variant, formats)
 
 
 def no_weights(where: str, found: Iterable[str], variant: str | None, formats: Sequence[str]) -> DistriError:
-    """The error for a place without the weights that are wanted. found: names of the files with weights that are there."""
+    """The error for a model without the weights that are wanted.
+
+    Args:
+        where: The model's folder or hub id.
+        found: Names of the files with weights that it has.
+        variant: The variant that is wanted.
+        formats: The formats that are wanted.
+    """
     names = sorted(set(found))
-    listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
     wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
-    advice = "choose a variant that is there"
+    advice = "use one that it has"
     if names and not any(name.endswith(tuple(formats)) for name in names):
         advice = "convert the model first: python -m distrijax.convert FOLDER DESTINATION"
     return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
 
 
-def _holding_weights(folder: Path) -> list[str]:
+def _weight_names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.suffix in STEMS]
 
 
 def _files_of(folder: Path, variant: str | None, formats: Sequence[str]) -> list[Path] | None:
-    """The files with weights of just this variant; None where there are none."""
+    """The files with weights of exactly this variant; None if there are none."""
     for end in formats:
         for stem in STEMS[end]:
             for index in _index_names(stem + end, variant):
@@ -80,23 +93,23 @@ def _index_names(file: str, variant: str | None) -> list[str]:
 
 
 def _shards(folder: Path, index: str) -> list[Path]:
-    """The files beside an index that it names. Raises DistriError for a name that leads elsewhere."""
+    """The files that an index names; raises DistriError for names outside its folder."""
     shards = read_json(folder / index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise DistriError(f"{folder / index} has no weight_map; fetch the file again")
+        raise DistriError(f"{folder / index} has no valid weight_map; fetch the file again")
     end = "." + index.split(".")[1]
     for name in shards.values():
         if not name.endswith(end) or not name.isprintable() or {"/", "\\"} & set(name):
             raise DistriError(
-                f"{folder / index} names {shown(name)!r} as a shard, and shards are {end} files beside it; fetch it again"
+                f"{folder / index} names {shown(name)!r} as a shard; shards must be {end} files in the same folder; fetch it again"
             )
     return [folder / name for name in sorted(set(shards.values()))]
 
 
 def summary(problems: dict[str, list[str]]) -> str:
-    """Kinds of trouble and the first tensors that have each."""
+    """A text with the number of tensors that have each problem, and the first of their names."""
     parts = []
     for kind, names in problems.items():
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        parts.append(f"{len(names)} {kind} ({', '.join(map(shown, names[:LISTED]))}{more})")
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+        parts.append(f"{len(names)} {kind} ({', '.join(map(shown, names[:MAX_LISTED]))}{more})")
     return "; ".join(parts)

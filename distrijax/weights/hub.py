@@ -1,4 +1,4 @@
-"""Where a model is: here, or on the Hugging Face hub, from which only the files needed are fetched, into the hub's cache."""
+"""Finds a model, local or on the Hugging Face hub; of the latter only the needed files are fetched, into the hub's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from distrijax.errors import DistriError
-from distrijax.weights.files import SAFE, STEMS, no_weights
+from distrijax.weights.files import LOADABLE, STEMS, no_weights
 
 Result = TypeVar("Result")
 
@@ -30,16 +30,21 @@ _URL = re.compile(
 _HF = re.compile(r"hf://(?:models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _ID = re.compile(r"([\w.\-]+/[\w.\-]+)()(?:/(.+))?")
 
+FILE_SUFFIXES = (".safetensors", ".ckpt", ".bin")
+"""Suffixes that files have and repositories do not: `folder/model.safetensors` is a mistyped path, not a hub id."""
 
-FILES = (".safetensors", ".ckpt", ".bin")
-"""How files end and no repository does: `folder/model.safetensors` is mistyped, not a hub id."""
-
-TOKEN = "give a token that may read it (`hf auth login`, or HF_TOKEN)"
-"""What to do where the hub shows a model to some people only."""
+TOKEN_ADVICE = "give a token that may read it (`hf auth login`, or HF_TOKEN)"
+"""What to do about models that are not public."""
 
 
 class Remote(NamedTuple):
-    """A model on the hub, or one file of it. repository: owner/name. file: its path there."""
+    """A model on the hub, or one file of it.
+
+    Attributes:
+        repository: owner/name.
+        revision: A branch, tag or commit; None is the main branch.
+        file: The file's path in the repository; None is the whole model.
+    """
 
     repository: str
     revision: str | None
@@ -47,7 +52,7 @@ class Remote(NamedTuple):
 
 
 def parse(name: str) -> Remote | None:
-    """A hub id (`owner/model`, with or without a file's path), an `hf://` path or an address of the hub; None for others."""
+    """Parses a hub id (`owner/model`, with or without a file's path), `hf://` path or URL of the hub; None for other names."""
     if name.startswith((".", "~", "/")):
         return None
     for pattern in (_URL, _HF, _ID):
@@ -63,107 +68,126 @@ def find(
     parts: Iterable[str],
     index: str = "model_index.json",
     file: str | None = None,
-    formats: Sequence[str] = SAFE,
+    formats: Sequence[str] = LOADABLE,
     variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     offline: bool = False,
 ) -> Path:
-    """The local path of a model's folder, or of a single file.
+    """The local path of a model's folder, or of a single file; what is on the hub is fetched.
 
-    name: a path, a hub id, `hf://owner/model[@revision][/file]`, or an address of the hub. parts: the folders of a pipeline
-    that are needed ("" for a model that lies in no folder of its own). index: the file that such a repository must have.
-    file: its path, where a repository is named and one file of it is meant. formats: keys of `STEMS`, the better ones first.
-    variant: of the weights, such as fp16, in those parts that have it. offline: take what was fetched before. Raises
-    DistriError where it is not to be had.
+    Args:
+        name: A path, a hub id, `hf://owner/model[@revision][/file]`, or a URL of the hub.
+        parts: Subfolders of a pipeline that are needed; "" for a model that is not in a subfolder.
+        index: A file that the repository must have.
+        file: The path of a single file, if `name` is a repository and only this file is wanted.
+        formats: Keys of `STEMS`; earlier ones are preferred.
+        variant: Of the weights, such as "fp16"; parts without it are taken without variant.
+        revision: A branch, tag or commit; takes precedence over that of `name`.
+        token: Of the hub; None takes the one that is logged in.
+        offline: Whether to use only what was fetched before.
+
+    Raises:
+        DistriError: If the model could not be found or fetched.
     """
     if (path := Path(name).expanduser()).exists():
         return path
     remote = parse(str(name))
-    if remote is None or (remote.file is None and path.suffix in FILES):
-        raise DistriError(f"{name} is neither a file nor a folder; give one, or a hub id like owner/model")
+    if remote is None or (remote.file is None and path.suffix in FILE_SUFFIXES):
+        raise DistriError(
+            f"{name} is neither a local file or folder nor a hub id; give a path, or a hub id like owner/model"
+        )
     if path.parent != Path() and path.parent.is_dir():
         raise DistriError(
-            f"{path.parent} is a folder here and has no {path.name}; "
-            f"give a path that is there, or hf://{name} to fetch it from the hub"
+            f"{path.parent} is a local folder and has no {path.name}; "
+            f"give a path that exists, or hf://{name} to fetch it from the hub"
         )
     remote = remote._replace(revision=revision or remote.revision, file=remote.file or file)
     offline = offline or constants.HF_HUB_OFFLINE
     options = {"revision": remote.revision, "token": token}
     if remote.file is not None:
         fetch = partial(hf_hub_download, remote.repository, remote.file, local_files_only=offline, **options)
-        return Path(_asked(name, fetch))
-    files = None if offline else _asked(name, partial(_listing, remote.repository, **options))
+        return Path(_ask_hub(name, fetch))
+    files = None if offline else _ask_hub(name, partial(_listing, remote.repository, **options))
     if files is None:
         options["local_files_only"], needed = True, [index]
     else:
         needed = needed_files(files, tuple(parts), formats, variant, index=index, name=str(name))
-    return Path(_asked(name, partial(snapshot_download, remote.repository, allow_patterns=needed, **options)))
+    return Path(_ask_hub(name, partial(snapshot_download, remote.repository, allow_patterns=needed, **options)))
 
 
 def _listing(repository: str, **options) -> list[str] | None:
-    """The names of a repository's files; None where the hub can't be reached."""
+    """The paths of a repository's files; None if the hub cannot be reached."""
     try:
         return HfApi().list_repo_files(repository, **options)
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception:  # of whichever HTTP client the library has
+    except Exception:  # which one depends on the library's HTTP client
         return None
 
 
 def needed_files(
     files: Sequence[str], parts: Sequence[str], formats: Sequence[str], variant: str | None, *, index: str, name: str
 ) -> list[str]:
-    """Which of a repository's files make the model; of a part without weights of the variant the plain ones, as in diffusers.
+    """The files of a repository that a model consists of; as in diffusers, parts without the variant are taken without it.
 
-    formats: none where configurations are all that is needed. Raises DistriError where a part holds no weights that could be
-    read, and where no part holds any of the variant.
+    Args:
+        files: The paths of all files.
+        parts: The subfolders that are needed.
+        formats: Keys of `STEMS`, earlier ones preferred; empty if only configurations are needed.
+        variant: Of the weights.
+        index: A file that the repository must have.
+        name: The model's name, for errors.
+
+    Raises:
+        DistriError: If a part has no weights in these formats, or no part has weights of the variant.
     """
     if index not in files:
         single = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
         raise DistriError(
-            f"{name} has no {index}, as a model in the diffusers layout has; "
-            + (f"name one of its files, such as {name}/{single[0]}" if single else "choose another repository")
+            f"{name} has no {index} and so is not a model in the diffusers layout; "
+            + (f"give one of its files, such as {name}/{single[0]}" if single else "choose another repository")
         )
-    needed, found, honoured = [index], [], False
+    needed, found, has_variant = [index], [], False
     for part in parts:
         inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(part)]
         needed += [file for file in inside if file.endswith((".json", ".txt"))]
         if formats:
-            needed += _needed_weights(inside, part, formats, variant, name)
-        found += _with_weights(inside)
-        honoured = honoured or any(_holds_weights(file, kind, variant) for file in inside for kind in formats)
-    if variant and found and formats and not honoured:
+            needed += _choose_weights(inside, part, formats, variant, name)
+        found += _weight_file_names(inside)
+        has_variant = has_variant or any(_is_weight_file(file, kind, variant) for file in inside for kind in formats)
+    if variant and found and formats and not has_variant:
         raise no_weights(name, found, variant, formats)
     return needed
 
 
-def _needed_weights(
+def _choose_weights(
     inside: Sequence[str], part: str, formats: Sequence[str], variant: str | None, name: str
 ) -> list[str]:
-    """Of the files of a part those with the weights to take, if it is a model. inside: their paths. name: of the whole."""
-    held = {
-        (each, kind): [file for file in inside if _holds_weights(file, kind, each)]
+    """The files with the weights to take among the files `inside` a part; none for a part that is not a model."""
+    files = {
+        (each, kind): [file for file in inside if _is_weight_file(file, kind, each)]
         for each in (variant, None)
         for kind in STEMS
     }
-    there = [kind for kind in STEMS if held[variant, kind] or held[None, kind]]
-    chosen = next((held[each, kind] for each in (variant, None) for kind in formats if held[each, kind]), [])
-    if there and not chosen:
+    present = [kind for kind in STEMS if files[variant, kind] or files[None, kind]]
+    chosen = next((files[each, kind] for each in (variant, None) for kind in formats if files[each, kind]), [])
+    if present and not chosen:
         raise DistriError(
-            f"{name} has the weights of {part} as {', '.join(there)} only; convert it first: "
+            f"{name} has the weights of {part} only as {', '.join(present)}; convert it first: "
             f"python -m distrijax.convert {name} FOLDER{f' --variant {variant}' if variant else ''}"
         )
     if not chosen and "config.json" in (PurePosixPath(file).name for file in inside):
-        raise no_weights(f"{name}/{part}".rstrip("/"), _with_weights(inside), variant, formats)
+        raise no_weights(f"{name}/{part}".rstrip("/"), _weight_file_names(inside), variant, formats)
     return chosen
 
 
-def _with_weights(files: Iterable[str]) -> list[str]:
+def _weight_file_names(files: Iterable[str]) -> list[str]:
     return [PurePosixPath(file).name for file in files if file.endswith(tuple(STEMS))]
 
 
-def _holds_weights(file: str, kind: str, variant: str | None) -> bool:
+def _is_weight_file(file: str, kind: str, variant: str | None) -> bool:
+    """Whether a file has weights of a format (a key of `STEMS`) and of exactly this variant."""
     stems = "|".join(STEMS[kind])
     middle = rf"(?:\.{re.escape(variant)})" if variant else ""
     shard = r"(?:-\d+-of-\d+)"
@@ -172,35 +196,38 @@ def _holds_weights(file: str, kind: str, variant: str | None) -> bool:
     )
 
 
-def _asked(name: str | Path, ask: Callable[[], Result]) -> Result:
-    """What the hub answers; raises DistriError where it refuses or is not there."""
+def _ask_hub(name: str | Path, ask: Callable[[], Result]) -> Result:
+    """The hub's answer; raises DistriError if it refuses or cannot be reached."""
     try:
         return ask()
     except GatedRepoError:
-        raise DistriError(f"{name} is gated; accept its terms on the hub and {TOKEN}") from None
+        raise DistriError(f"{name} is gated; accept its terms on the hub and {TOKEN_ADVICE}") from None
     except RevisionNotFoundError:
-        raise DistriError(f"{name} has no such revision on the hub; give a branch, a tag or a commit of it") from None
-    except RepositoryNotFoundError:  # which the hub says of private ones, too
         raise DistriError(
-            f"{name} is neither here nor a public model on the hub; check the spelling, or for a private one {TOKEN}"
+            f"{name} has no such revision on the hub; give one of its branches, tags or commits"
+        ) from None
+    except RepositoryNotFoundError:  # also raised for private ones
+        raise DistriError(
+            f"{name} is neither a local path nor a public model on the hub; "
+            f"check the spelling, or for a private model {TOKEN_ADVICE}"
         ) from None
     except HFValidationError:
-        raise DistriError(f"{name} is neither here nor a name on the hub; check the spelling") from None
-    except LocalEntryNotFoundError:  # whose advice is for programs
+        raise DistriError(f"{name} is neither a local path nor a valid name on the hub; check the spelling") from None
+    except LocalEntryNotFoundError:  # whose own advice is for programmers
         raise DistriError(
-            f"{name} is no file or folder here, was not fetched before, and the hub can't be asked; check the path, or go online"
+            f"{name} is not a local path, was not fetched before, and the hub cannot be reached; check the path, or go online"
         ) from None
     except EntryNotFoundError:
         raise DistriError(
-            f"{name} is no file here, and not among the files of that repository; check the spelling"
+            f"{name} is neither a local file nor among the files of that repository; check the spelling"
         ) from None
-    except Exception as error:  # of whichever HTTP client the library has
+    except Exception as error:  # which one depends on the library's HTTP client
         raise DistriError(
-            f"{name} is no file or folder here and could not be fetched from the hub ({first_line(error)}); "
+            f"{name} is not a local path and could not be fetched from the hub ({first_line(error)}); "
             "check the path, or try again"
         ) from None
 
 
 def first_line(error: Exception) -> str:
-    """What an error says at first."""
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,11 +1,13 @@
-"""Reading a model's folder of the diffusers layout: config.json and safetensors, tensor by tensor, onto the devices.
+"""Loads a model's safetensors, in a folder of the diffusers layout, onto the devices, one tensor at a time.
 
-Of each tensor those parts are copied that the devices of this process hold; all else that is checked stands in the file's head.
+Of each tensor only the blocks that devices of this process hold are read; names, shapes and types are checked in the header.
 
-Modules carry diffusers' names, so the map from a checkpoint is four leaf rules:
+Modules have diffusers' names, so four rules map a checkpoint's tensors to parameters:
 
-    rank 4 `kernel`   weight, OIHW -> HWIO          rank 1 `scale`      weight
-    rank 2 `kernel`   weight, transposed            any    `bias`       as it is      (`embedding`: weight as it is)
+    `kernel`, rank 4       weight, OIHW -> HWIO
+    `kernel`, rank 2       weight, transposed
+    `scale`, `embedding`   weight
+    `bias`                 bias
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Values(Protocol):
-    """A parameter on the host, of which any block can be had: NumPy's array, or one in a file (`Stored`)."""
+    """A parameter on the host, indexed by blocks: an array of NumPy's, or a tensor in a file (`Stored`)."""
 
     shape: tuple[int, ...]
 
@@ -47,21 +49,30 @@ class Values(Protocol):
 
 
 Place = Callable[[ParamPath, Values], jax.Array]
-"""Puts the parameter at a path of a module on the devices."""
+"""Puts a parameter on the devices, given its path in the module."""
 
 FLOATING = ("F64", "F32", "F16", "BF16")
-"""What safetensors files call the types of weights that are read."""
+"""Types of weights that are loaded, by their names in safetensors files."""
 
-EIGHT_BITS, OF_EIGHT_BITS = ("F8_E4M3", "F8_E5M2"), "of 8 bits"
-"""Types of weights that `distrijax.convert` makes others of, and what an error calls the trouble with them."""
+EIGHT_BITS, EIGHT_BIT_PROBLEM = ("F8_E4M3", "F8_E5M2"), "8-bit"
+"""Types of weights that only `distrijax.convert` reads, and the name of the problem in errors."""
 
 
 def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp.dtype, place: Place) -> Module:
-    """A module filled from the safetensors of `folder`; all or nothing.
+    """A module with the weights of a folder: completely, or not at all.
 
-    module: of shapes (`layers.abstract`). Each tensor is read, cast and placed before the next one, so the
-    host never holds two. Raises one DistriError that lists every tensor that is missing, unexpected, duplicate, misshapen,
-    of a wrong type or not finite. A number that is not finite is found where it is read: maybe in one of several processes.
+    Each tensor is read, cast and placed before the next one, so the host never holds two.
+
+    Args:
+        module: Of shapes (`layers.abstract`).
+        folder: The model's.
+        variant: Of the weights; see `weight_files`.
+        dtype: To cast to.
+        place: Puts each parameter on the devices.
+
+    Raises:
+        DistriError: If tensors are missing, unexpected, duplicate, of the wrong shape or type, or not finite; one error
+            lists all of them. NaN and infinity are found by the process that reads them, which may be one of several.
     """
     graph, abstract = nnx.split(module)
     wanted = {checkpoint_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
@@ -71,29 +82,29 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
     for name, tensor in read_tensors(weight_files(folder, variant)):
         if name in IGNORED:
             continue
-        trouble, told = ("duplicate", name) if name in seen else _trouble(name, tensor, wanted)
+        problem, detail = ("duplicate", name) if name in seen else _problem(name, tensor, wanted)
         seen.add(name)
-        if not trouble:
+        if not problem:
             path, _ = wanted[name]
             stored = Stored(tensor, path[-1], dtype)
             filled[name] = place(path, stored)
             if not stored.finite:
-                trouble, told = "not finite", name
-        if trouble:
-            problems.setdefault(trouble, []).append(told)
-        if problems:  # a failing load goes on only to report everything
+                problem, detail = "not finite", name
+        if problem:
+            problems.setdefault(problem, []).append(detail)
+        if problems:  # loading goes on only to report everything
             filled.clear()
     missing = [name for name in wanted if name not in seen]
     if missing:
         problems["missing"] = missing
-    if problems.keys() == {OF_EIGHT_BITS}:
+    if problems.keys() == {EIGHT_BIT_PROBLEM}:
         command = "`python -m distrijax.convert SOURCE DESTINATION --dtype float16`"
         raise DistriError(
-            f"{folder} has weights of 8 bits, which are not read; convert it, {command}: {summary(problems)}"
+            f"{folder} has 8-bit weights, which cannot be loaded; convert them, {command}: {summary(problems)}"
         )
     if problems:
         raise DistriError(
-            f"{folder} does not hold the model its config.json describes; fetch the folder again: {summary(problems)}"
+            f"{folder} does not contain the model that its config.json describes; fetch the folder again: {summary(problems)}"
         )
     for name, (_, leaf) in wanted.items():
         leaf.set_value(filled[name])
@@ -101,7 +112,7 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
 
 
 def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, stem: str, dtype: np.dtype) -> None:
-    """Writes a module's folder: config.json and `stem`.safetensors with PyTorch's names and layouts."""
+    """Writes a module's folder: config.json, and `stem`.safetensors with PyTorch's names and axis orders."""
     tensors = {}
     for path, leaf in nnx.to_flat_state(nnx.split(module)[1]):
         value = to_pytorch(path[-1], np.asarray(leaf.get_value())).astype(dtype)
@@ -112,22 +123,29 @@ def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, ste
 
 
 class FileTensor:
-    """A tensor in an open safetensors file, in PyTorch's layout. kind: its type, as the file calls it."""
+    """A tensor in an open safetensors file, in PyTorch's axis order.
+
+    Attributes:
+        shape: Its shape.
+        kind: Its type, by the file's name for it.
+    """
 
     def __init__(self, tensors: safe_open, name: str, file: Path):
         self._file, self._content = file, tensors.get_slice(name)
         self.shape, self.kind = tuple(self._content.get_shape()), self._content.get_dtype()
 
     def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
-        """A block of it, in memory of its own."""
+        """A copy of a block."""
         with _reading(self._file):
             return self._content[block]
 
 
 class Stored:
-    """A parameter in a file, in this project's layout. What is asked for is read, cast and looked at, and nothing else.
+    """A parameter in a file, in this project's axis order; reads, casts and checks only the blocks that are asked for.
 
-    finite: whether all that has been read is.
+    Attributes:
+        shape: The parameter's shape.
+        finite: Whether everything read so far is finite.
     """
 
     def __init__(self, tensor: FileTensor, leaf: str, dtype: jnp.dtype):
@@ -138,7 +156,7 @@ class Stored:
 
     def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
         sizes = tuple(len(range(*part.indices(length))) for part, length in zip(block, self.shape, strict=True))
-        if 0 in sizes:  # at the end of an axis safetensors calls it out of bounds
+        if 0 in sizes:  # safetensors refuses an empty block at the end of an axis
             return np.zeros(sizes, self._dtype)
         stored = self._tensor[tuple(block[axis] for axis in np.argsort(self._axes))]
         self.finite = self.finite and finite(stored)
@@ -146,10 +164,10 @@ class Stored:
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, FileTensor]]:
-    """Names (as they are today) and tensors of safetensors files, one at a time; to be read before the next one is asked for."""
+    """Names (by `current_name`) and tensors of safetensors files; read each tensor before asking for the next one."""
     for file in files:
         if file.exists() and not file.is_file():
-            raise DistriError(f"{file} is a folder or a pipe; put the file of weights there")
+            raise DistriError(f"{file} is a folder or a pipe; put the weights file there")
         with _reading(file), safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield current_name(name), FileTensor(tensors, name, file)
@@ -157,33 +175,33 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, FileTensor]]:
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Raises DistriError where a file cannot be read."""
+    """Raises DistriError if a file cannot be read."""
     try:
         yield
     except FileNotFoundError:
-        raise DistriError(f"{file} is named by the index and does not exist; fetch the missing shard") from None
+        raise DistriError(f"{file} is named by the index but does not exist; fetch the missing shard") from None
     except (SafetensorError, OSError) as error:
-        raise DistriError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+        raise DistriError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
 
 
 def finite(tensor: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite; reads the exponent bits, several times faster than isfinite in 16 bit."""
+    """Whether no element is NaN or infinite; by the exponent bits, several times faster than isfinite in 16 bits."""
     info = jnp.finfo(tensor.dtype)
     bits = tensor.view(np.dtype(f"u{tensor.itemsize}"))
     exponent = bits.dtype.type(((1 << info.nexp) - 1) << info.nmant)
     return not np.any((bits & exponent) == exponent)
 
 
-def _trouble(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, str]:
-    """The kind of trouble with a tensor, by what the file's head says of it, and what to say; None where there is none."""
+def _problem(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, str]:
+    """The problem with a tensor according to the file's header, None if there is none, and what to list for it."""
     if name not in wanted:
         return "unexpected", name
     path, leaf = wanted[name]
     needed = to_pytorch(path[-1], np.broadcast_to(0, leaf.shape)).shape
     if tensor.shape != needed:
-        return "misshapen", f"{name} is {list(tensor.shape)} and should be {list(needed)}"
+        return "of the wrong shape", f"{name} is {list(tensor.shape)} and should be {list(needed)}"
     if tensor.kind in EIGHT_BITS:
-        return OF_EIGHT_BITS, f"{name} is {tensor.kind}"
+        return EIGHT_BIT_PROBLEM, f"{name} is {tensor.kind}"
     if tensor.kind not in FLOATING:
         return f"of a type other than {', '.join(FLOATING)}", f"{name} is {tensor.kind}"
     return None, name

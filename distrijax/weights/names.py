@@ -1,22 +1,23 @@
-"""Names and layouts of parameters: PyTorch's in a checkpoint, this project's in memory."""
+"""Names and axis orders of parameters: PyTorch's in a checkpoint, this project's in memory."""
 
 from __future__ import annotations
 
 import numpy as np
 
 ParamPath = tuple[str | int, ...]
+"""A parameter's path in a module, such as ("down_blocks", 0, "resnets", 1, "conv1", "kernel")."""
 
 IGNORED = ("text_model.embeddings.position_ids",)
-"""Tensors that some checkpoints carry and no model needs."""
+"""Tensors that some checkpoints contain and no model needs."""
 
 UNPREFIXED = ("embeddings.", "encoder.layers.", "final_layer_norm.")
-"""Beginnings of names in text encoders that transformers 5 wrote without their `text_model.`"""
+"""Prefixes of names in text encoders that transformers 5 wrote without `text_model.`"""
 
 DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""What old VAEs, those of Stable Diffusion 1.x and 2.x among them, call the projections of their attention."""
+"""Names of the projections of attention in old VAEs, such as those of Stable Diffusion 1.x and 2.x."""
 
-LONGEST = 150
-"""Characters of a name that an error shows."""
+MAX_SHOWN = 150
+"""Most characters of a name that an error shows."""
 
 
 def checkpoint_name(path: tuple) -> str:
@@ -26,7 +27,7 @@ def checkpoint_name(path: tuple) -> str:
 
 
 def to_native(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    """A PyTorch parameter in this project's layout."""
+    """A PyTorch parameter in this project's axis order."""
     return tensor.transpose(native_axes(leaf, tensor.ndim))
 
 
@@ -52,6 +53,6 @@ def current_name(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A name out of a file, fit for a sentence whatever the file says."""
-    short = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
+    """A name from a file, shortened and made printable."""
+    short = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
     return short if short.isprintable() else ascii(short)

@@ -202,7 +202,7 @@ def test_what_no_device_holds_is_not_read(module, folder):
 
 
 OTHER = ["config.json", 1, "F64", "F32", "F16", "BF16"]
-EIGHT_BITS = ["8 bits", "python -m distrijax.convert SOURCE DESTINATION --dtype float16", 1]
+EIGHT_BITS = ["8-bit", "python -m distrijax.convert SOURCE DESTINATION --dtype float16", 1]
 
 
 @pytest.mark.parametrize(
