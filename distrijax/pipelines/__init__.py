@@ -1,1 +1,1 @@
-"""Pipelines: a checkpoint is loaded, and a prompt becomes images."""
+"""Pipelines: they load a checkpoint and generate images of prompts."""

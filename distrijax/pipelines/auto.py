@@ -1,4 +1,4 @@
-"""The pipeline of whichever family a checkpoint is of."""
+"""Loads a checkpoint with the pipeline of its family."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ def load_pipeline(
     compile_for: Mapping[str, Any] | None = None,
     max_programs: int = MOST,
 ) -> Pipeline:
-    """`from_pretrained` of DistriSDPipeline or DistriSDXLPipeline, whichever model_index.json asks for.
+    """Loads a checkpoint with DistriSDPipeline or DistriSDXLPipeline, as its model_index.json says.
 
-    Arguments are those of `from_pretrained`. Raises DistriError as it does, and for pipelines of other families.
+    Arguments, result and errors are those of `from_pretrained` of these classes.
+
+    Raises:
+        DistriError: Also for checkpoints of other families.
     """
     folder = find_folder(
         pretrained_model_name_or_path,

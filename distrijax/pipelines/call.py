@@ -1,4 +1,4 @@
-"""The arguments that the calls of all pipelines share, checked, and what a call returns."""
+"""The arguments that calls of all pipelines share, their checks, and the output of a call."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from distrijax.validate import check_choice, finite_number, host_array, positive
 
 Size = tuple[int, int]
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
+"""`callback_on_step_end`: of pipeline, step, timestep and {"latents": ...}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOutput:
-    """What a call returns.
+    """Output of a pipeline.
 
-    images: PIL pictures; or float32 [b, h, w, 3] in 0 to 1 (`np`); or latents [b, c, h, w] (`latent`). Of several processes
-        each has all of them.
+    Attributes:
+        images: The images of all prompts, `num_images_per_prompt` for each, in the form that `output_type` asks for: a list of
+            PIL images ("pil"), a float32 array [images, height, width, 3] from 0 to 1 ("np"), or latents
+            [images, channels, height/f, width/f] on the devices ("latent"). Every process has all of them.
     """
 
     images: list[Image.Image] | np.ndarray | jax.Array
@@ -32,22 +35,25 @@ class PipelineOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """The arguments that the calls of all pipelines have; as in diffusers, except those below and those that are not there.
+    """The arguments that calls of all pipelines share; the pipelines' `__call__` describe them.
 
-    Not there: generator (give `seed`); timesteps, sigmas and eta (give a scheduler, with its options); denoising_end;
-    cross_attention_kwargs and ip_adapter_image; callback_on_step_end_tensor_inputs (it is given the latents); return_dict.
-    To stop a call, raise an exception in `callback_on_step_end`.
+    Names, meanings and defaults are diffusers', with these differences:
 
-    height, width: pixels. guidance_scale: above 1 both branches run; a UNet that is told the scale (`UNetConfig.branches`)
-    has one, and negative prompts and guidance_rescale say nothing to it. seed: one for all images (image i draws from the
-    i-th stream of it), or one for each image; the same on any mesh, and, unlike diffusers' generator, in every call. latents:
-    starting noise [images, c, height/f, width/f], instead of `seed`'s; `output_type="latent"` gives the same layout.
-    callback_on_step_end(pipeline, step, timestep, {"latents": ...}) may return {"latents": ...} to go on from; a step is a call
-    of the UNet, of which PNDM makes one more than `num_inference_steps`. chunk_size: steps for each visit of the host, for
-    progress and callback; None runs the whole loop as one program, or step by step where `DistriConfig.sync_steps` interrupt it.
-    No watermark is put into pictures. Of several processes all make the same call, the callback's latents included; process 0
-    alone shows progress.
-    Raises DistriError for arguments that cannot be used.
+    - `seed` takes the place of `generator`, and a scheduler with options that of `timesteps`, `sigmas` and `eta`.
+    - `callback_on_step_end` always gets the latents and nothing else, so there is no `callback_on_step_end_tensor_inputs`. An
+      exception that it raises stops the call.
+    - `denoising_end`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds` and `return_dict` are absent.
+    - `chunk_size` is not in diffusers.
+    - Images get no watermark.
+
+    With several processes every one makes the same call, and its callback returns the same latents; only process 0 shows
+    progress.
+
+    Attributes:
+        branches: Branches of guidance that the UNet has (`UNetConfig.branches`).
+
+    Raises:
+        DistriError: For arguments that cannot be used.
     """
 
     height: int
@@ -80,13 +86,17 @@ class Call:
 
     @property
     def guided(self) -> bool:
+        """Whether an unconditional branch runs beside the conditional one."""
         return self.guidance_scale > 1 and self.branches == 2
 
 
 class Request(NamedTuple):
-    """What a call is asked for.
+    """All arguments of a call, checked.
 
-    branches: of guidance, as `PromptEncoder.read` returns them. time_ids: SDXL's micro-conditioning of each.
+    Attributes:
+        call: Those that all pipelines share.
+        branches: The prompts of each branch of guidance, as `PromptEncoder.read` returns them.
+        time_ids: SDXL's micro-conditioning of each branch; None for models without.
     """
 
     call: Call
@@ -95,11 +105,12 @@ class Request(NamedTuple):
 
     @property
     def images(self) -> int:
+        """Number of images."""
         return len(self.branches[-1][0]) * self.call.num_images_per_prompt
 
 
 def bound_arguments(call: Callable, arguments: Any) -> dict[str, Any]:
-    """All arguments of a pipeline's call, of those given for its first one."""
+    """All arguments of a pipeline's call, defaults included, from those of `compile_for`."""
     try:
         bound = inspect.signature(call).bind(None, **dict(arguments))
     except (TypeError, ValueError) as error:
@@ -108,26 +119,26 @@ def bound_arguments(call: Callable, arguments: Any) -> dict[str, Any]:
     return bound.arguments
 
 
-def to_pil(pictures: np.ndarray) -> list[Image.Image]:
-    """Pictures [b, h, w, 3] in 0 to 1 as PIL images, rounded to 8 bit."""
-    return [Image.fromarray(picture) for picture in np.round(pictures * 255).astype(np.uint8)]
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Images [b, h, w, 3] from 0 to 1 as PIL images, rounded to 8 bits."""
+    return [Image.fromarray(image) for image in np.round(images * 255).astype(np.uint8)]
 
 
 def image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
-    """What `noise.image_keys` takes: for each image a stream of one seed, or the first stream of its own seed."""
+    """Seeds and streams for `noise.image_keys`, [images, 3]: stream i of the one seed, or stream 0 of each image's own seed."""
     several = isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0) > 0
     seeds, streams = (list(map(scalar, seed)), [0] * images) if several else ([scalar(seed)] * images, range(images))
     if len(seeds) != images:
         raise DistriError(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise DistriError(f"seed is {value!r}; give a whole number from 0 to 2**63 - 1")
+            raise DistriError(f"seed is {value!r}; give an integer from 0 to 2**63 - 1")
     parts = [(s & 0xFFFFFFFF, s >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
     return np.array(parts, np.uint32)
 
 
 def given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray:
-    """A caller's starting noise [b, c, h, w]."""
+    """A caller's starting noise [b, c, h, w], checked to have the shape `needed`."""
     latents = host_array(latents, "latents")
     if latents.shape != needed:
         raise DistriError(

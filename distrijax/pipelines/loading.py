@@ -1,4 +1,4 @@
-"""A pipeline's folder in the diffusers layout, local or on the Hugging Face hub, read onto the mesh."""
+"""Loads the components of a checkpoint in the diffusers layout, local or on the Hugging Face hub, onto the mesh."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ from distrijax.weights.sharding import Model, ModelLayout
 
 
 class Components(NamedTuple):
-    """The parts of a pipeline; tokenizers and text encoders in the order of `Family.suffixes`."""
+    """The components of a pipeline; tokenizers and text encoders in the order of `Family.suffixes`.
+
+    Attributes:
+        index: The content of model_index.json.
+    """
 
     index: dict[str, Any]
     tokenizers: tuple[CLIPTokenizer, ...]
@@ -40,7 +44,7 @@ class Components(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """What a pipeline's folder says of its models, without a weight."""
+    """The configurations in a pipeline's folder."""
 
     index: dict[str, Any]
     family: Family
@@ -59,17 +63,25 @@ def find_folder(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """The local folder of a checkpoint; what is on the hub is fetched (only the files needed). See `hub.find`.
+    """The local folder of a checkpoint; of one on the hub the needed files are fetched (see `hub.find`).
 
-    weights: without them the configurations suffice. Raises DistriError for what is not to be had, and where no part has
-    weights of the variant.
+    Args:
+        name: A path, hub id or URL of the hub.
+        variant: Of the weights.
+        revision: Of the hub.
+        token: Of the hub.
+        local_files_only: Whether to use only what was fetched before.
+        weights: Whether weights are needed, or configurations alone.
+
+    Raises:
+        DistriError: If the checkpoint could not be found, or no component has weights of the variant.
     """
     formats = LOADABLE if weights else ()
     options = {"variant": variant, "revision": revision, "token": token, "offline": local_files_only}
     path = hub.find(name, parts=PARTS, formats=formats, **options)
     if not path.is_dir():
         raise DistriError(
-            f"{name} is a file; give a folder in the diffusers layout, which python -m distrijax.convert {name} FOLDER makes"
+            f"{name} is a file; give a folder in the diffusers layout, as python -m distrijax.convert {name} FOLDER makes one"
         )
     if weights:
         check_variant(path, PARTS, variant)
@@ -77,7 +89,7 @@ def find_folder(
 
 
 def find_family(folder: Path) -> Family:
-    """The family of a pipeline's folder; raises DistriError for one that is not supported."""
+    """The family of a pipeline's folder; raises DistriError for families that are not supported."""
     name = read_json(folder / "model_index.json").get("_class_name")
     check_choice(name, tuple(FAMILIES), f"{folder}/model_index.json: _class_name")
     return FAMILIES[name]
@@ -90,17 +102,23 @@ def read_configs(
     *,
     needed: Family | None = None,
 ) -> Configs:
-    """The configurations of a pipeline's folder; raises DistriError where one is absent, wrong or not supported.
+    """Reads the configurations of a pipeline's folder.
 
-    scheduler: a name out of `distrijax.schedulers.SCHEDULERS` that takes the place of the folder's own class.
-    scheduler_options: what takes the place of its options. needed: the family that the pipeline must be of.
+    Args:
+        folder: The pipeline's.
+        scheduler: A name in `distrijax.schedulers.SCHEDULERS` that replaces the folder's class.
+        scheduler_options: Options that take precedence over the folder's.
+        needed: The family that the pipeline must be of.
+
+    Raises:
+        DistriError: For a configuration that is missing, wrong or not supported.
     """
     family = find_family(folder)
     if needed not in (None, family):
         raise DistriError(f"{folder} holds a {family.name} pipeline, not {needed.name}; load it with {family.pipeline}")
     absent = [part for part in family.parts if not (folder / part).is_dir()]
     if absent:
-        raise DistriError(f"{folder} lacks {', '.join(absent)}; a whole {family.name} pipeline is needed")
+        raise DistriError(f"{folder} lacks {', '.join(absent)}; give a complete {family.name} pipeline")
     options = read_json(folder / "scheduler" / "scheduler_config.json") | family.scheduler
 
     def read(name: str, kind: type[ModelConfig]) -> Any:
@@ -125,10 +143,18 @@ def abstract_components(
     parallelism: Parallelism,
     shard_weights: bool,
 ) -> Components:
-    """All parts of a pipeline's folder but the weights, of which only shapes are there. A wrong configuration costs no loading.
+    """The components of a pipeline's folder, with shapes in place of weights: errors in it are found before loading.
 
-    configs: the folder's. dtype: to compute in; the VAE's is its own (`VAEConfig.compute_dtype`). mesh, parallelism,
-    shard_weights: where the parameters will go.
+    Args:
+        folder: The pipeline's.
+        configs: The folder's.
+        dtype: To compute in; the VAE's may differ (`VAEConfig.compute_dtype`).
+        mesh: The devices.
+        parallelism: How the UNet is parallelised.
+        shard_weights: Whether large parameters are sharded flat.
+
+    Raises:
+        DistriError: For tokenizers that cannot be read, and components of different models.
     """
     family = configs.family
     tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
@@ -155,29 +181,33 @@ def abstract_components(
 
 
 def read_components(
-    abstract: Components, folder: Path, family: Family, *, variant: str | None, mesh: Mesh
+    components: Components, folder: Path, family: Family, *, variant: str | None, mesh: Mesh
 ) -> Components:
-    """The parts of an outline with their weights. Raises DistriError for weights that are not those of the configurations."""
+    """The result of `abstract_components` with weights in place of shapes.
+
+    Raises:
+        DistriError: For weights that are not those of the configurations.
+    """
 
     def read(name: str, model: Model) -> Model:
         place = model.form.make_placer(mesh)
         module = load_module(model.form.abstract(), folder / name, variant=variant, dtype=model.dtype, place=place)
         return model._replace(params=model.form.fuse_params(module))
 
-    return abstract._replace(
-        text_encoders=tuple(map(read, family.text_encoders, abstract.text_encoders)),
-        unet=read("unet", abstract.unet),
-        vae=read("vae", abstract.vae),
+    return components._replace(
+        text_encoders=tuple(map(read, family.text_encoders, components.text_encoders)),
+        unet=read("unet", components.unet),
+        vae=read("vae", components.vae),
     )
 
 
 def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs: Configs) -> None:
-    """Raises DistriError for parts of different models."""
+    """Raises DistriError for components of different models."""
     unet, vae, texts = configs.unet, configs.vae, configs.text_encoders
     if unet.addition_embed_type and not configs.family.pooled:
         raise DistriError(
             f"{folder}: the UNet's addition_embed_type is {unet.addition_embed_type!r} and the text encoder of "
-            f"{configs.family.name} gives no pooled embedding; use parts of one model"
+            f"{configs.family.name} gives no pooled embedding; use components of one model"
         )
     dims = unet.cross_attention_dim
     widths = "text encoders' widths add up to" if len(texts) > 1 else "text encoder's width is"
@@ -188,10 +218,10 @@ def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs
     pairs.append(("UNet's in_channels", unet.in_channels, "VAE's latent_channels is", vae.latent_channels))
     for name, value, other, needed in pairs:
         if value != needed:
-            raise DistriError(f"{folder}: the {name} is {value} and the {other} {needed}; use parts of one model")
+            raise DistriError(f"{folder}: the {name} is {value} and the {other} {needed}; use components of one model")
     for number, (tokenizer, encoder) in enumerate(zip(tokenizers, texts, strict=True), 1):
         if tokenizer.vocab_size > encoder.vocab_size:
             raise DistriError(
-                f"{folder}: tokenizer {number} has {tokenizer.vocab_size} words and its text encoder {encoder.vocab_size}; "
-                "use parts of one model"
+                f"{folder}: tokenizer {number} has {tokenizer.vocab_size} tokens and its text encoder {encoder.vocab_size}; "
+                "use components of one model"
             )

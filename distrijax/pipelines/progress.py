@@ -1,4 +1,4 @@
-"""The progress bar of a run, which does not keep the devices waiting."""
+"""The progress bar of a call, which does not keep the devices waiting."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ NO_MESH = Mesh(np.empty((), object), ())
 
 
 class Progress:
-    """tqdm's bar of the steps that the devices have done; a context.
+    """A context with tqdm's bar of the steps that the devices have finished.
 
-    The host waits for steps only after it has handed over those that follow, and for the last ones at the end: for a large
-    model handing over takes it milliseconds, in which the devices would have nothing to do.
-    total: steps. settings: tqdm's.
+    The host waits for steps only after it has dispatched those that follow them, and for the last ones at the end:
+    dispatching a large model takes milliseconds, in which the devices would be idle.
+
+    Args:
+        total: Number of steps.
+        **settings: tqdm's.
     """
 
     def __init__(self, total: int, **settings: Any):
@@ -37,18 +40,20 @@ class Progress:
             self._bar.close()
 
     def handed_over(self, steps: int, result: jax.Array) -> None:
-        """The devices have so many more steps to do, of which `result` comes; waits for those before.
+        """Notes that more steps have been dispatched, and waits for those before.
 
-        Whoever called may donate `result` to a program: what is waited for is a number out of it.
+        Args:
+            steps: Their number.
+            result: An output of theirs. The caller may donate it afterwards: what is waited for is one element, copied.
         """
         if not self._bar.disable:
-            with jax.set_mesh(NO_MESH):  # whoever calls may be within a mesh of other devices
+            with jax.set_mesh(NO_MESH):  # the caller may have set a mesh of other devices
                 number = _first(result.addressable_shards[0].data)
             self._wait()
             self._running = steps, number
 
     def _wait(self) -> None:
-        """Until what was handed over last is done."""
+        """Waits until the steps that were dispatched last are finished."""
         if self._running is not None:
             steps, number = self._running
             wait(number)

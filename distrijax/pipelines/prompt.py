@@ -1,4 +1,4 @@
-"""Prompts become embeddings: a tokenizer and a text encoder, or two of each."""
+"""Encodes prompts with a tokenizer and a text encoder, or two of each."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from distrijax.validate import host_array
 from distrijax.weights.sharding import Model
 
 Prompt = str | Sequence[str]
+"""One prompt, or a list of them."""
 
 Prompts = tuple[Prompt | None, ...]
-"""What a caller gives for each encoder: SDXL's prompt and prompt_2, the prompt alone of a model with one encoder. Those after the
-first are the first's where they are None or "", as in diffusers."""
+"""A caller's prompts for each encoder, such as SDXL's `prompt` and `prompt_2`. As in diffusers, None or "" after the first means
+the first's."""
 
 Texts = tuple[list[str], ...]
-"""Prompts for each encoder, equally many."""
+"""A list of prompts for each encoder, all of the same length."""
 
 
 class Embeddings(NamedTuple):
-    """What the UNet reads of prompts: each token's embedding from all encoders, and the last one's pooled one, if any.
+    """What the UNet reads of prompts, on the host: on the devices every operation between programs would be compiled, too.
 
-    On the host: on an accelerator every operation between programs would be one more to compile.
+    Attributes:
+        tokens: Token embeddings of all encoders, concatenated.
+        pooled: Pooled embeddings of the last encoder; None for models that read none.
     """
 
     tokens: Float[np.ndarray, "b t e"]
@@ -41,11 +44,16 @@ class Embeddings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PromptEncoder:
-    """The text encoders of a model side by side.
+    """The text encoders of a model.
 
-    pooled: whether the UNet reads the last encoder's pooled embedding, too. zeros_for_empty: whether a missing negative
-    prompt is all zeros instead of the embedding of "" (SDXL's `force_zeros_for_empty_prompt`). everywhere: how the
-    embeddings lie on the mesh (replicated).
+    Attributes:
+        tokenizers: One for each encoder.
+        encoders: In the order in which their embeddings are concatenated.
+        pooled: Whether the UNet reads the last encoder's pooled embedding.
+        zeros_for_empty: Whether embeddings of a missing negative prompt are zeros instead of those of "" (SDXL's
+            `force_zeros_for_empty_prompt`).
+        everywhere: The replicated sharding.
+        programs: Compiles and runs the encoders.
     """
 
     tokenizers: tuple[CLIPTokenizer, ...]
@@ -56,7 +64,7 @@ class PromptEncoder:
     programs: Programs
 
     def __call__(self, texts: Texts, *, clip_skip: int = 0) -> Embeddings:
-        """Embeddings of as many prompts as each encoder is given."""
+        """The embeddings of prompts."""
         outputs = []
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
             ids = to_devices(tokenizer(prompts), self.everywhere)
@@ -68,9 +76,16 @@ class PromptEncoder:
         return encoder.form, self.everywhere.mesh, clip_skip
 
     def given(self, tokens: Any, pooled: Any, name: str, dtype: Any) -> Embeddings | None:
-        """Embeddings that a caller passes in, checked, in `dtype`; None when there are none.
+        """Embeddings of a caller, checked and cast; None if there are none.
 
-        pooled: None where the model reads none. name: "" or "negative_", before the arguments' names in errors.
+        Args:
+            tokens: Token embeddings [prompts, tokens, width], or None.
+            pooled: Pooled embeddings [prompts, width], or None.
+            name: "" or "negative_", the prefix of the arguments' names in errors.
+            dtype: To cast to.
+
+        Raises:
+            DistriError: For embeddings of the wrong shape, and if one of two is missing.
         """
         if tokens is None and pooled is None:
             return None
@@ -101,10 +116,20 @@ class PromptEncoder:
         *,
         guided: bool,
     ) -> tuple[Texts | Embeddings | None, ...]:
-        """The branches of guidance, checked but not encoded, unconditional first; without guidance the text branch alone.
+        """The prompts of each branch of guidance, checked and not encoded yet.
 
-        given, given_negative: embeddings that take the place of prompts. None among the branches stands for zeros. Raises
-        DistriError for prompts that contradict each other or are missing, and warns (DistriWarning) of those that say nothing.
+        Args:
+            prompts: Of the call.
+            negative_prompts: Of the call.
+            given: Embeddings in place of prompts.
+            given_negative: Embeddings in place of negative prompts.
+            guided: Whether there is an unconditional branch.
+
+        Returns:
+            The unconditional branch, if any, then the conditional one. None stands for embeddings of zeros.
+
+        Raises:
+            DistriError: For prompts that are missing or contradict each other. A DistriWarning tells of those without effect.
         """
         prompts, negative_prompts = _without_empty(prompts), _without_empty(negative_prompts)
         for name, ones, other in (("prompt", prompts, given), ("negative_prompt", negative_prompts, given_negative)):
@@ -122,14 +147,14 @@ class PromptEncoder:
         if first is None and self.zeros_for_empty:
             if any(other is not None for other in others):
                 warn(
-                    "negative_prompt_2 changes nothing: without negative_prompt this model takes zeros for both encoders; "
-                    "give negative_prompt, '' at least"
+                    "negative_prompt_2 has no effect: without negative_prompt the embeddings of both encoders are zeros; "
+                    "give negative_prompt, which may be ''"
                 )
             return None, text
         return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
 
     def prepare(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> None:
-        """Begins to compile what `encode` runs."""
+        """Starts to compile what `encode` runs."""
         skips = [*[0] * (len(branches) - 1), clip_skip]
         for branch, skip in zip(branches, skips, strict=True):
             if branch is None or isinstance(branch, Embeddings):
@@ -139,9 +164,14 @@ class PromptEncoder:
                 self.programs.prepare(_encode, self._static(encoder, skip), encoder.params, ids)
 
     def encode(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> tuple[Embeddings, ...]:
-        """The embeddings of what `read` returned; raises DistriError where those of the branches differ in shape.
+        """The embeddings of each branch.
 
-        clip_skip: last layers that the text branch leaves out; the negative prompt never does, as in diffusers.
+        Args:
+            branches: Of `read`.
+            clip_skip: Last layers that are skipped for the conditional branch; as in diffusers, for no other.
+
+        Raises:
+            DistriError: If the shapes of the branches' embeddings differ.
         """
 
         def embed(branch: Texts | Embeddings, clip_skip: int = 0) -> Embeddings:
@@ -157,7 +187,7 @@ class PromptEncoder:
 
 
 def as_list(value: Prompt, name: str) -> list[str]:
-    """One prompt or several, as a list; raises DistriError for none at all or for what is no text."""
+    """One prompt or several as a list; raises DistriError for an empty list and for what is not text."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise DistriError(f"{name} is {value!r}; give a string or a list of strings")
@@ -167,7 +197,7 @@ def as_list(value: Prompt, name: str) -> list[str]:
 
 
 def _without_empty(prompts: Prompts) -> Prompts:
-    """None in the place of an empty prompt after the first."""
+    """Replaces empty prompts after the first by None."""
     first, *others = prompts
     return first, *(None if isinstance(other, str) and not other else other for other in others)
 
@@ -176,12 +206,12 @@ def _check_alike(negative: Embeddings, text: Embeddings) -> None:
     if negative.tokens.shape != text.tokens.shape:
         raise DistriError(
             f"the negative embeddings are {list(negative.tokens.shape)} and the prompt's are {list(text.tokens.shape)}; "
-            "give both in one shape"
+            "give both in the same shape"
         )
 
 
 def _line_up(name: str, prompts: Prompts, count: int | None = None) -> Texts:
-    """Texts for each encoder, as many as `count` (or as one of them has); the others read the first's unless told."""
+    """A list of prompts for each encoder, all of `count` entries (default: of the longest); None means the first encoder's."""
     first, labels = prompts[0], _labels(name, prompts)
     if first is None:
         raise DistriError(f"{name} is missing; give a string, a list of strings, or {name}_embeds")
@@ -194,12 +224,12 @@ def _line_up(name: str, prompts: Prompts, count: int | None = None) -> Texts:
 
 
 def _labels(name: str, prompts: Prompts) -> list[str]:
-    """What a caller calls the prompts of each encoder: prompt, prompt_2."""
+    """The argument of each encoder's prompts: prompt, prompt_2."""
     return [name if number == 1 else f"{name}_{number}" for number in range(1, len(prompts) + 1)]
 
 
 def _encode(static, params, ids):
-    """Every device encodes all prompts: they are few, and all devices of a branch need them."""
+    """Encodes all prompts on every device: they are few, and all devices of a branch need them."""
     form, mesh, clip_skip = static
 
     def local(params, ids):

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one text encoder, whose token embeddings are all that the UNet is told."""
+"""Stable Diffusion 1.x and 2.x: one text encoder, of which the UNet reads the token embeddings alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from distrijax.pipelines.prompt import Prompt
 
 
 class DistriSDPipeline(Pipeline):
-    """Stable Diffusion 1.x and 2.x by displaced patch parallelism; a call mirrors diffusers' StableDiffusionPipeline.
+    """Stable Diffusion 1.x and 2.x with displaced patch parallelism, called as diffusers' StableDiffusionPipeline.
 
-    Epsilon or v-prediction is the scheduler's `prediction_type`. Of a checkpoint's parts, safety_checker,
-    feature_extractor and image_encoder are neither read nor run: diffusers blackens the pictures that its safety checker
-    dislikes, here every picture is returned, and whoever shows them to others has to look at them. As in diffusers, and
-    whatever scheduler_config.json says, steps_offset is 1 and clip_sample false.
-    Heights, widths, steps, guidance and numbers of images may change from call to call; only new shapes compile, and the loop
-    for a call whose steps are all exact or the first whose are not. `scheduler` may be replaced
-    (`distrijax.schedulers.with_class`), with which the loop compiles again. `programs` counts what was compiled.
+    Epsilon or v-prediction is the scheduler's `prediction_type`. As in diffusers, steps_offset is 1 and clip_sample is false
+    whatever scheduler_config.json says.
+
+    safety_checker, feature_extractor and image_encoder are not loaded. diffusers returns black images where its safety
+    checker objects; here every image is returned, and whoever shows images to others is responsible for checking them.
+
+    All arguments may change from call to call. New shapes compile new programs, and so does the first call with displaced
+    steps after calls with synchronous ones alone, or the reverse. `scheduler` may be replaced
+    (`distrijax.schedulers.with_class`); the loop then compiles again.
+
+    Attributes:
+        scheduler: The scheduler of the next calls.
+        programs: The compiled programs; counts them and the seconds that they took.
     """
 
     family = SD
@@ -47,17 +53,57 @@ class DistriSDPipeline(Pipeline):
         callback_on_step_end: Callback | None = None,
         chunk_size: int | None = 1,
     ) -> PipelineOutput:
-        """Paints prompts; arguments as in diffusers, except those that `distrijax.pipelines.call.Call` describes.
+        """Generates images of prompts.
 
-        height, width: pixels; None takes the size the model was trained for. negative_prompt: None is "". clip_skip: how
-        many of the text encoder's last layers the prompt leaves out. Raises DistriError for arguments that cannot be used.
+        Names, meanings and defaults are diffusers'; `distrijax.pipelines.call.Call` lists the differences.
+
+        Args:
+            prompt: The prompt, or a list of them; None if `prompt_embeds` is given.
+            height: Height of the images in pixels. Default: the size that the model was trained for.
+            width: Width of the images in pixels. Default: the size that the model was trained for.
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Scale of classifier-free guidance; above 1 an unconditional branch runs, too. A UNet that is
+                conditioned on the guidance scale (`UNetConfig.branches`; LCM) runs one branch; negative prompts and
+                `guidance_rescale` have no effect on it.
+            guidance_rescale: How much of the guided prediction is rescaled to the contrast of the conditional one, from 0 to 1
+                (arXiv 2305.08891, section 3.4).
+            negative_prompt: What images should not show; one for all prompts or one for each. Default: "".
+            num_images_per_prompt: Images of each prompt.
+            seed: Of the noise: one for all images (image i draws from its i-th stream), or one for each image. The noise is
+                the same on any mesh and, unlike that of diffusers' generator, in every call.
+            latents: Starting noise [images, channels, height/f, width/f] in place of the seed's, normally distributed; f is
+                the VAE's factor (8).
+            prompt_embeds: Token embeddings [prompts, tokens, width] in place of `prompt`, as `encode_prompt` returns them.
+            negative_prompt_embeds: The same for `negative_prompt`.
+            clip_skip: How many of the text encoder's last layers are skipped for the prompt. Default: 0.
+            output_type: "pil", "np" or "latent"; see `PipelineOutput`.
+            callback_on_step_end: Called after each step as `callback(pipeline, step, timestep, {"latents": latents})`, with
+                latents [images, channels, height/f, width/f]. It may return {"latents": ...} to continue from, and stop the
+                call by an exception. A step is a call of the UNet; PNDM makes one more than `num_inference_steps`.
+            chunk_size: Steps between two updates of the progress bar and two calls of the callback. None runs the loop as one
+                program, or step by step with `DistriConfig.sync_steps` or a callback.
+
+        Returns:
+            The images.
+
+        Raises:
+            DistriError: For arguments that cannot be used.
         """
         return self._generate(self._parse_call(locals()))
 
     def encode_prompt(
         self, prompt: Prompt, negative_prompt: Prompt | None = None, *, clip_skip: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`prompt_embeds` and `negative_prompt_embeds` of a call with these prompts, [prompts, tokens, width] each."""
+        """Encodes prompts for calls.
+
+        Args:
+            prompt: As in a call.
+            negative_prompt: As in a call.
+            clip_skip: As in a call.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, [prompts, tokens, width] each.
+        """
         text, negative = self._encode((prompt,), (negative_prompt,), clip_skip)
         return text.tokens, negative.tokens
 
