@@ -88,32 +88,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
         raise DistriError(
             f"{arguments.folder} has {free / 1e9:.3g} GB free and {2.5 * size / 1e9:.3g} are needed; use --folder"
         )
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
-        file, config = folder / "model.safetensors", folder / "config"
-        write_safetensors(to_original(checkpoint), file)
-        convert = [sys.executable, "-m", "distrijax.convert", str(file)]
-        run([*convert, str(config)])  # for the configurations, which diffusers would download from the hub
-        for weights in config.glob("*/*.safetensors"):
-            weights.unlink()
-        pipeline = checkpoint.index["_class_name"]
-        ways = {
-            "distrijax": [*convert, str(folder / "out")],
-            "diffusers": [
-                sys.executable,
-                "-c",
-                DIFFUSERS_SCRIPT,
-                str(file),
-                str(config),
-                str(folder / "out"),
-                pipeline,
-            ],
-        }
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        ways = commands(checkpoint, Path(folder))
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(arguments.repeats):
             for way, command in ways.items():
                 runs[way].append(run(command))
-                shutil.rmtree(folder / "out")
+                shutil.rmtree(Path(folder) / "out")
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "gigabytes": round(size / 1e9, 2)}
     for way, each in runs.items():
         report({"way": way, **{key: statistics.median(one[key] for one in each) for key in each[0]}, **machine})
@@ -122,6 +103,18 @@ def benchmark(arguments: argparse.Namespace) -> None:
         for key in runs["distrijax"][0]
     }
     report({"way": "distrijax / diffusers", **{key: round(value, 3) for key, value in ratios.items()}})
+
+
+def commands(checkpoint: Checkpoint, folder: Path) -> dict[str, list[str]]:
+    """Writes the single file to `folder`, and returns the two commands that convert it to `folder / "out"`."""
+    file, config, out = (str(folder / name) for name in ("model.safetensors", "config", "out"))
+    write_safetensors(to_original(checkpoint), Path(file))
+    convert = [sys.executable, "-m", "distrijax.convert", file]
+    run([*convert, config])  # for the configurations, which diffusers would download from the hub
+    for weights in Path(config).glob("*/*.safetensors"):
+        weights.unlink()
+    diffusers = [sys.executable, "-c", DIFFUSERS_SCRIPT, file, config, out, checkpoint.index["_class_name"]]
+    return {"distrijax": [*convert, out], "diffusers": diffusers}
 
 
 def random_checkpoint(kind: str) -> Checkpoint:

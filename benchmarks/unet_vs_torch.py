@@ -88,22 +88,9 @@ def main() -> None:
     device = jax.devices()[0]
     if on_gpu and device.platform != "gpu":
         raise SystemExit("error: torch sees a GPU and JAX does not; install the extra `cuda12`, or hide it from torch")
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
-    where = torch.device("cuda" if on_gpu else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.config:
-            torch.manual_seed(0)
-            with where:
-                made = diffusers.UNet2DConditionModel.from_config(CONFIGS[args.config]).to(TORCH_DTYPES[dtype])
-            made.save_pretrained(Path(scratch, "unet"))
-            args.model = Path(scratch)
-            del made
-        torch_unet = diffusers.UNet2DConditionModel.from_pretrained(
-            args.model / "unet", torch_dtype=TORCH_DTYPES[dtype]
-        )
-        torch_unet = torch_unet.eval().to(where, memory_format=layout)
-        unet = load_unet(args.model / "unet", jnp.dtype(dtype), device)
+    unet, torch_unet = load_unets(args, device, layout)
     inputs = random_inputs(unet.config, args)
     condition, jax_call = jax_calls(unet, inputs, device)
     diffusers_call = torch_call(torch_unet, inputs, layout)
@@ -121,17 +108,21 @@ def main() -> None:
     for _ in range(args.pairs):
         for name, call in calls.items():
             turns[name].append(seconds(call, args.calls))
-    got, expected = np.asarray(outputs["distrijax"], np.float32), outputs["diffusers, eager"].permute(0, 2, 3, 1)
-    error = np.abs(got - expected.float().cpu().numpy()).max() / expected.abs().max().item()
+    error = difference(outputs["distrijax"], outputs["diffusers, eager"])
     print(
         f"{args.config or args.model}: {sum(p.numel() for p in torch_unet.parameters()) / 1e6:.1f} M parameters, sample "
-        f"{list(inputs['sample'].shape)}, {dtype}, {device.device_kind}, pairs: {args.pairs} of {args.calls}"
+        f"{list(inputs['sample'].shape)}, {args.dtype}, {device.device_kind}, pairs: {args.pairs} of {args.calls}"
         f"{'' if on_gpu else f', threads: {args.threads}'}\n"
         f"jax {jax.__version__}, torch {torch.__version__}{', channels last' * args.channels_last}, diffusers "
         f"{diffusers.__version__}{f', torch.compile {args.compile_mode}' * args.compile}\n"
         f"distrijax, once for each prompt: {1e3 * seconds(condition):.1f} ms\n"
         f"largest difference of the outputs: {error:.1e} of the largest value"
     )
+    report(turns, first)
+
+
+def report(turns: dict[str, list[float]], first: dict[str, float]) -> None:
+    """Prints each UNet's time, and the ratio of distrijax's to it."""
     for name, times in turns.items():
         line = f"{name}: {1e3 * statistics.median(times):.2f} ms a call (median); first call {first[name]:.1f} s"
         if name != "distrijax":
@@ -139,6 +130,30 @@ def main() -> None:
             quarter, median, three_quarters = statistics.quantiles(ratios, n=4)
             line += f"; distrijax / it: {median:.3f} (middle half: {quarter:.3f} to {three_quarters:.3f})"
         print(line)
+
+
+def load_unets(
+    args: argparse.Namespace, device: jax.Device, layout: torch.memory_format
+) -> tuple[Model, torch.nn.Module]:
+    """The same weights as distrijax's and as diffusers' UNet."""
+    dtype, where = TORCH_DTYPES[args.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.config:
+            torch.manual_seed(0)
+            with where:
+                made = diffusers.UNet2DConditionModel.from_config(CONFIGS[args.config]).to(dtype)
+            made.save_pretrained(Path(scratch, "unet"))
+            args.model = Path(scratch)
+            del made
+        torch_unet = diffusers.UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=dtype)
+        torch_unet = torch_unet.eval().to(where, memory_format=layout)
+        return load_unet(args.model / "unet", jnp.dtype(args.dtype), device), torch_unet
+
+
+def difference(output: jax.Array, expected: torch.Tensor) -> float:
+    """Largest difference of distrijax's output `[b, h, w, c]` from torch's `[b, c, h, w]`, as a share of the largest value."""
+    expected = expected.permute(0, 2, 3, 1)
+    return np.abs(np.asarray(output, np.float32) - expected.float().cpu().numpy()).max() / expected.abs().max().item()
 
 
 def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:

@@ -49,6 +49,7 @@ from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG
 from distrijax.parallel.processes import is_main_process
 from distrijax.pipelines.loading import Configs, read_configs
+from distrijax.pipelines.pipeline import Pipeline
 from distrijax.plan.traffic import traffic
 from distrijax.sampling.denoise import image_layout
 from distrijax.validate import check_file
@@ -138,15 +139,7 @@ def generate(arguments: argparse.Namespace) -> None:
     print(f"mesh     {call_mesh(plan, layout)} on {plan.devices} x {device_kind()}, {dtype.name}")
     print(f"image    {describe_image(layout, arguments.batch, configs.vae.scale)}", flush=True)
 
-    call = {
-        "prompt": arguments.prompt,
-        "negative_prompt": arguments.negative_prompt,
-        "seed": arguments.seed,
-        "height": size[0],
-        "width": size[1],
-        "num_inference_steps": arguments.num_inference_steps,
-        "guidance_scale": arguments.guidance_scale,
-    }
+    call = call_arguments(arguments, size)
     start = time.perf_counter()
     pipe = load_pipeline(
         folder,
@@ -158,16 +151,8 @@ def generate(arguments: argparse.Namespace) -> None:
         compiler_options=arguments.compiler_option,
         compile_for={**call, "num_images_per_prompt": arguments.batch},
     )
-    loaded = time.perf_counter()
-    print(f"load     {loaded - start:.1f} s, while programs compile", flush=True)
-    pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar unless stderr is a terminal
-    images = pipe(**call, num_images_per_prompt=arguments.batch).images
-    waited = pipe.programs.waited
-    running = time.perf_counter() - loaded - waited
-    print(f"compile  {waited:.1f} s more for {pipe.programs.count} programs")
-    steps = f"{arguments.num_inference_steps} step{'s' if arguments.num_inference_steps > 1 else ''}"
-    print(f"run      {running:.1f} s for {steps}, text encoders and decoder")
-
+    print(f"load     {time.perf_counter() - start:.1f} s, while programs compile", flush=True)
+    images = run_call(pipe, call, arguments)
     settings = {
         **call,
         "scheduler": arguments.scheduler or pipe.scheduler.diffusers_name,
@@ -184,6 +169,32 @@ def generate(arguments: argparse.Namespace) -> None:
     for index, (image, output) in enumerate(zip(images, outputs, strict=is_main_process())):
         write(image, output, {**settings, "image": f"{index} of {arguments.batch}"})
         print(f"wrote    {output}")
+
+
+def call_arguments(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call, without the number of images."""
+    return {
+        "prompt": arguments.prompt,
+        "negative_prompt": arguments.negative_prompt,
+        "seed": arguments.seed,
+        "height": size[0],
+        "width": size[1],
+        "num_inference_steps": arguments.num_inference_steps,
+        "guidance_scale": arguments.guidance_scale,
+    }
+
+
+def run_call(pipe: Pipeline, call: dict[str, Any], arguments: argparse.Namespace) -> list[Image]:
+    """Calls the pipeline, and prints how long it compiled and ran."""
+    pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar unless stderr is a terminal
+    start = time.perf_counter()
+    images = pipe(**call, num_images_per_prompt=arguments.batch).images
+    waited = pipe.programs.waited
+    running = time.perf_counter() - start - waited
+    print(f"compile  {waited:.1f} s more for {pipe.programs.count} programs")
+    steps = f"{arguments.num_inference_steps} step{'s' if arguments.num_inference_steps > 1 else ''}"
+    print(f"run      {running:.1f} s for {steps}, text encoders and decoder")
+    return images
 
 
 def configurations(arguments: argparse.Namespace, folder: Path) -> tuple[Configs, tuple[int, int]]:
