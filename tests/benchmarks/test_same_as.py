@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import revisions
 import same_as
+from facts import refuses
 
 from distrijax import SCHEDULERS, DistriConfig
 
@@ -63,9 +64,9 @@ def test_revisions_run_with_their_own_package_and_are_compared(repository, tmp_p
     assert "equal" in (row := capsys.readouterr().out.splitlines()[1]) and "float64[2, 2], now float32[2, 2]" in row
     same_as.main(["main~1", *flags[:2]])
     assert capsys.readouterr().out.splitlines()[2] == "1 settings: all equal"
-    with pytest.raises(SystemExit, match="^error: nowhere is no revision"):
+    with refuses("nowhere", "revision", error=SystemExit):
         same_as.main(["nowhere"])
-    with pytest.raises(SystemExit, match="^error: no setting contains nothing; there are: 1 device; sync_mode"):
+    with refuses("nothing", "1 device", "sync_mode", error=SystemExit):
         same_as.main(["main", "--only", "nothing"])
 
 

@@ -27,9 +27,9 @@ CHILD = """
 import os, sys
 from pathlib import Path
 import tensorstore
-from distrijax.config import DistriError
+from distrijax import DistriError
 from distrijax.convert.files import open_tensors
-from distrijax.convert.orbax_files import open_model
+from distrijax.convert.readers.orbax_files import open_model
 
 def most():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from facts import refuses
 
-from distrijax import DistriConfig, DistriError, DistriSDXLPipeline
+from distrijax import DistriConfig, DistriSDXLPipeline
 from distrijax.parallel.programs import MOST, Programs
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
@@ -132,5 +133,5 @@ def test_a_program_in_use_does_not_give_way():
 
 @pytest.mark.parametrize("most", [0, -1, 1.5, "many"])
 def test_a_bound_that_is_no_whole_number_is_refused(shallow_checkpoint, most):
-    with pytest.raises(DistriError, match=f"max_programs.*{most}"):
+    with refuses("max_programs", most):
         load(shallow_checkpoint, max_programs=most)

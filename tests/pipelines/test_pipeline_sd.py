@@ -162,7 +162,7 @@ def test_the_right_pipeline_is_found(tiny_checkpoint, tiny_sd_checkpoints):
 CHECKPOINTS = {
     "folder of SDXL": (
         entry("model_index.json", _class_name="StableDiffusionXLPipeline"),
-        "holds a Stable Diffusion XL pipeline, not Stable Diffusion; load it with DistriSDXLPipeline",
+        ["Stable Diffusion XL", "DistriSDXLPipeline"],
     ),
     "UNet of SDXL": (
         entry(
