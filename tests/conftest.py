@@ -10,9 +10,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0"
-)  # programs are small: compiling them is what takes long
+if os.environ["JAX_PLATFORMS"] == "cpu":  # programs are small: compiling them is what takes long
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's idle threads spin, and would take the cores from JAX
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # read by the workers; each thread that compiles would keep an arena
 

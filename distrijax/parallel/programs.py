@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import logging
 import re
 import threading
 import time
@@ -18,6 +19,8 @@ from jax.sharding import NamedSharding
 from distrijax.errors import DistriError, warn
 from distrijax.parallel.threads import compilers, wait
 from distrijax.validate import positive
+
+logger = logging.getLogger("distrijax")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
@@ -192,7 +195,9 @@ class Programs:
         with jax.default_matmul_precision(precision):
             lowered = (traced or trace(function, static, *shapes, donate=donate)).lower()
         program = compiled(lowered, self.ours, self.options)
-        self._add(seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._add(seconds=seconds)
+        logger.info("compiled %s in %.1f s", function.__name__, seconds)
         return program
 
     def _add(self, *, seconds: float = 0, waited: float = 0) -> None:
@@ -219,6 +224,7 @@ class Programs:
             key for key, begun in self._compiled.items() if begun.done() and key != newest and key not in self._running
         ]
         for key in idle[: self.count - self.most]:
+            logger.info("evicted %s: more than %d programs", key[0].__name__, self.most)
             del self._compiled[key]
             self._fit.discard(key)
 

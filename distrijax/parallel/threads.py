@@ -56,9 +56,14 @@ def compilers(limit: int) -> Tasks:
 
 def wait(arrays: Result) -> Result:
     """`jax.block_until_ready`, which Ctrl-C interrupts."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or _ready(arrays):
         return jax.block_until_ready(arrays)
     return interruptible(jax.block_until_ready, arrays)
+
+
+def _ready(arrays: Any) -> bool:
+    """Whether all is known to be there; random keys do not tell."""
+    return all(getattr(leaf, "is_ready", bool)() for leaf in jax.tree.leaves(arrays))
 
 
 def interruptible(function: Callable[..., Result], *arguments: Any) -> Result:

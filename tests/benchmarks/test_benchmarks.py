@@ -33,7 +33,6 @@ def caches_stay(monkeypatch):
     assert len(jax.devices()) == 8  # else the script would have as many as it asks for
     for script in (latency, shard):
         monkeypatch.setattr(script, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
 @slow

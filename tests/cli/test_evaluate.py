@@ -57,7 +57,6 @@ def no_networks(monkeypatch):
     """The networks of LPIPS and FID are not to be had, whatever is installed; compiled programs stay in pytest's cache."""
     assert len(jax.devices()) == 8  # else the script would have as many as it asks for
     monkeypatch.setattr(evaluate, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(jax, "clear_caches", lambda: None)
     monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
     monkeypatch.setitem(sys.modules, "cleanfid", None)
 

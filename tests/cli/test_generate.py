@@ -166,22 +166,3 @@ def test_what_each_device_has_is_told_as_it_is(flags, mesh, image, shallow_check
     says(told_mesh, *mesh.split(", "), "float32")
     says(told_image, *image.split(", "))
     assert re.findall(r"\d+", told_image) == re.findall(r"\d+", image)  # and no other number
-
-
-def test_an_interrupted_script_does_not_wait_for_what_compiles(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import time\n"
-        "from concurrent.futures import ThreadPoolExecutor\n"
-        "from command_line import plain_errors, run\n"
-        "def main():\n"
-        "    with plain_errors():\n"
-        "        ThreadPoolExecutor().submit(time.sleep, 600)\n"
-        "        raise KeyboardInterrupt\n"
-        "run(main)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parent}:{SCRIPT.parents[1]}"}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -187,11 +187,22 @@ PROGRAMS = """
 from sitecustomize import stay
 import jax, numpy as np, pathlib, time
 from distrijax.parallel import programs, threads
-mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-x = jax.device_put(np.ones((64, 64), np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+def array():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.device_put(np.ones((64, 64), np.float32), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 """
 SCRIPTS = {
-    "compiling": "programs.compiled = stay\nprograms.Programs('cpu')(lambda static, params, x: x + 1, None, (), x)",
+    "joining others": """
+from distrijax.parallel import processes
+initialize = jax.distributed.initialize
+def join(*rest, **options):
+    pathlib.Path("reached").touch()
+    initialize(*rest, **options)
+jax.distributed.initialize = join
+processes.initialize("127.0.0.1:1", 2, 1, timeout=300)
+""",
+    "compiling": "programs.compiled = stay\nprograms.Programs('cpu')(lambda static, params, x: x + 1, None, (), array())",
     "running": """
 def endless(static, params, x):
     return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: (x @ x).clip(1, 1), x)
@@ -201,7 +212,7 @@ def told(*arguments, **options):
     pathlib.Path("reached").touch()
     return launch(*arguments, **options)
 programs._launches.__class__.__call__ = told
-programs.Programs("cpu")(endless, None, (), x)
+programs.Programs("cpu")(endless, None, (), array())
 """,
 }
 
