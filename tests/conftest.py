@@ -108,9 +108,9 @@ GROWTH = pytest.StashKey[float]()
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    if memory("VmRSS") > item.config.stash.setdefault(GROWTH, 1.0):
+    if memory("VmRSS") > item.config.stash.setdefault(GROWTH, 1.5):
         give_memory_back()
-        item.config.stash[GROWTH] = memory("VmRSS") + 0.2
+        item.config.stash[GROWTH] = memory("VmRSS") + 0.3
 
 
 @pytest.fixture(autouse=True)
