@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.pipelines.pipeline import Pipeline
+from distrijax.pipelines.build import Pipeline
 
 PROMPT = "a red circle on the left"
 OTHER = "two blue squares on a green background"

@@ -48,8 +48,8 @@ from distrijax.models.families import default_size
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG
 from distrijax.parallel.processes import is_main_process
+from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import Configs, read_configs
-from distrijax.pipelines.pipeline import Pipeline
 from distrijax.plan.traffic import traffic
 from distrijax.sampling.denoise import image_layout
 from distrijax.validate import check_file

@@ -8,8 +8,8 @@ from typing import Any
 
 from distrijax.config import DistriConfig
 from distrijax.parallel.programs import MOST
+from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import find_family, find_folder
-from distrijax.pipelines.pipeline import Pipeline
 from distrijax.pipelines.sd import DistriSDPipeline
 from distrijax.pipelines.sdxl import DistriSDXLPipeline
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from distrijax.models.families import SD
+from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.call import Callback, PipelineOutput, Request
-from distrijax.pipelines.pipeline import Pipeline
 from distrijax.pipelines.prompt import Prompt
 
 

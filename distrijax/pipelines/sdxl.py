@@ -9,8 +9,8 @@ import numpy as np
 
 from distrijax.errors import DistriError, warn
 from distrijax.models.families import SDXL
+from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.call import Callback, PipelineOutput, Request, Size
-from distrijax.pipelines.pipeline import Pipeline
 from distrijax.pipelines.prompt import Prompt
 from distrijax.validate import finite_number
 

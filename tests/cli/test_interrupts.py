@@ -96,7 +96,7 @@ def test_a_command_that_imports_is_ended(tmp_path, name):
 
 
 PLACES = {
-    "loading": "import distrijax.pipelines.pipeline as module; module.read_components = stay",
+    "loading": "import distrijax.pipelines.build as module; module.read_components = stay",
     "compiling": "import distrijax.parallel.programs as module; module.compiled = stay",
     "denoising": "import distrijax.parallel.threads as module; import jax; module.jax.block_until_ready = stay",
     "saving": """

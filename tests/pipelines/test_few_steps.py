@@ -21,8 +21,8 @@ from tiny_pipeline import SHALLOW, load_torch_pipeline, save_tiny_pipeline, save
 from distrijax import DistriConfig, DistriWarning, load_pipeline
 from distrijax.cli import generate
 from distrijax.parallel.mesh import MeshPlan
+from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.call import image_seeds
-from distrijax.pipelines.pipeline import Pipeline
 from distrijax.plan.traffic import traffic
 from distrijax.sampling.noise import band_noise, image_keys
 
