@@ -183,7 +183,7 @@ def _from_tokenizer_json(content: Mapping[str, Any], folder: Path) -> tuple[dict
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise DistriError(
-            f"{folder / 'tokenizer.json'} holds no byte-pair encoding; use the tokenizer of a Stable Diffusion model"
+            f"{folder / 'tokenizer.json'} holds no byte pair encoding; use the tokenizer of a Stable Diffusion model"
         )
     check_choice(model.get("end_of_word_suffix"), (WORD_END,), f"end_of_word_suffix of {folder / 'tokenizer.json'}")
     return model["vocab"], [_pair(merge, folder) for merge in model["merges"]]

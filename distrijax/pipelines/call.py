@@ -47,7 +47,7 @@ class Call:
     - Images get no watermark.
 
     With several processes every one makes the same call, and its callback returns the same latents; only process 0 shows
-    progress. Several threads of one process may call at once, the same pipeline or others.
+    progress. Several threads of one process may make calls at the same time, of the same pipeline or of several.
 
     Attributes:
         branches: Branches of guidance that the UNet has (`UNetConfig.branches`).

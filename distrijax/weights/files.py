@@ -63,7 +63,7 @@ def no_weights(where: str, found: Iterable[str], variant: str | None, formats: S
     names = sorted(set(found))
     listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
     wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
-    advice = "use one that it has"
+    advice = "give a variant that it has" if names else "fetch its weights"
     if names and not any(name.endswith(tuple(formats)) for name in names):
         advice = "convert the model first: python -m distrijax.convert FOLDER DESTINATION"
     return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
