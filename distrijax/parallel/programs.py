@@ -71,8 +71,8 @@ def options_for(platform: str, *, shard_weights: bool = False) -> dict[str, Any]
     return {**OPTIONS.get(platform, {}), **(SHARDED.get(platform, {}) if shard_weights else {})}
 
 
-Params = tuple[jax.Array, ...]
-"""The leaves of a module, as a compiled program takes them: quick to hand over, whatever the module's depth."""
+Params = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
+"""The leaves of a module, or their shapes, as a compiled program takes them: quick to hand over, whatever the module's depth."""
 
 
 MOST = 64
