@@ -5,9 +5,9 @@
     python benchmarks/same_as.py v1 HEAD --time       start-up, generate.py's first and second run, a UNet call; in turn
 
 Each revision is copied to a temporary folder and runs in processes of its own, with its own package whatever is installed, and
-compiles for itself. Images are those of the embedded model on virtual CPU devices: latents and decoded images of every setting
-in `SETTINGS`. Only the package's public names are used, so the script runs any revision. Its exit code is 1 where anything but
-a time differs. Working tree: what git tracks or would add.
+compiles for itself. Both run BEFORE's embedded model, on virtual CPU devices: latents and decoded images of every setting in
+`SETTINGS` are compared. Only the package's public names are used, so the script runs any revision. Its exit code is 1 where
+anything but a time differs. Working tree: what git tracks or would add.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ SETTINGS = {
     },
 }
 
-EMBEDDED = "EMBEDDED"  # stands for the folder of a revision's own embedded model
+EMBEDDED = "EMBEDDED"  # stands for the folder of BEFORE's embedded model
 
 PLANS = {
     "embedded, 256x256": ["--model", EMBEDDED, "--image-size", "256"],
@@ -240,13 +240,14 @@ def compare_images(names: Sequence[str], old: Path, new: Path, keep: Path) -> bo
 
 
 def results(
-    result_of: Callable[..., Any], files: dict[str, Path], old: Path, new: Path
+    result_of: Callable[[Path, Path, str, Path | None], Any], files: dict[str, Path], old: Path, new: Path
 ) -> Iterator[tuple[str, Any, Any]]:
     """Each setting's name and the two revisions' results, of which BEFORE's are kept in `files`; several are made at a time."""
+    model = model_of(old)
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))  # a process takes up to 1 GB
     try:
         pending = [
-            (name, pool.submit(result_of, old, name, file), pool.submit(result_of, new, name, None))
+            (name, pool.submit(result_of, old, model, name, file), pool.submit(result_of, new, model, name, None))
             for name, file in files.items()
         ]
         for name, before, after in pending:
@@ -255,13 +256,18 @@ def results(
         pool.shutdown(cancel_futures=True)
 
 
-def images_of(tree: Path, name: str, file: Path | None) -> dict[str, np.ndarray] | str:
+def model_of(tree: Path) -> Path:
+    """The folder of a revision's embedded model."""
+    return Path(run(tree, "-c", "import distrijax; print(distrijax.DEFAULT_MODEL)").strip())
+
+
+def images_of(tree: Path, model: Path, name: str, file: Path | None) -> dict[str, np.ndarray] | str:
     """A setting's latents and image, from `file` if it is there, or why there are none."""
     with tempfile.TemporaryDirectory(prefix="same_as-") as folder:
         made = Path(folder) / "made.npz"
         if file is None or not file.exists():
             try:
-                worker(tree, "images", name, made)
+                worker(tree, "images", model, name, made)
             except Failure as failure:
                 return str(failure)
             if file is None:
@@ -288,22 +294,22 @@ def array_digest(array: np.ndarray) -> str:
     return digest(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
 
 
-def write_images(name: str, file: str) -> None:
+def write_images(model: str, name: str, file: str) -> None:
     """In a worker: a setting's results."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
     check_package()
-    np.savez(file, **generate(SETTINGS[name]))
+    np.savez(file, **generate(model, SETTINGS[name]))
 
 
-def generate(setting: Setting) -> dict[str, np.ndarray]:
+def generate(model: str | Path, setting: Setting) -> dict[str, np.ndarray]:
     """The latents and the decoded image (float32, before it is rounded) of a setting, with the package that is imported."""
-    from distrijax import DEFAULT_MODEL, DistriConfig, load_pipeline
+    from distrijax import DistriConfig, load_pipeline
 
     usual = USUAL._asdict()
     config, call, load = ({**usual[part], **given} for part, given in setting._asdict().items())
-    pipe = load_pipeline(DEFAULT_MODEL, DistriConfig(**config), **load)
+    pipe = load_pipeline(model, DistriConfig(**config), **load)
     pipe.set_progress_bar_config(disable=True)
     latents, image = (np.asarray(pipe(PROMPT, output_type=kind, **call).images) for kind in ("latent", "np"))
     return {"latents": latents, "image": image}
@@ -325,14 +331,13 @@ def compare_plans(names: Sequence[str], old: Path, new: Path, keep: Path) -> boo
     return equal
 
 
-def plan_of(tree: Path, name: str, file: Path | None) -> list[str]:
+def plan_of(tree: Path, model: Path, name: str, file: Path | None) -> list[str]:
     """A digest of the scheduled program, then what the command prints but for times of compiling; from `file` if it is there."""
     if file is not None and file.exists():
         return file.read_text().splitlines()
-    model = run(tree, "-c", "import distrijax; print(distrijax.DEFAULT_MODEL)").strip()
     with tempfile.TemporaryDirectory(prefix="same_as-") as folder:
         program = Path(folder) / "program.txt"
-        flags = [model if flag == EMBEDDED else flag for flag in PLANS[name]]
+        flags = [str(model) if flag == EMBEDDED else flag for flag in PLANS[name]]
         told = run(tree, "-m", "distrijax.plan", "--devices", "8", *flags, "--hlo", program)
         if not program.exists():
             raise Failure("`python -m distrijax.plan` ended well and wrote no program; see whether it runs at all")
@@ -367,12 +372,13 @@ def numbers(line: str) -> list[str]:
 
 def compare_times(old: Path, new: Path, repeats: int) -> None:
     """Prints medians of each time, and of the ratio of the runs of a repeat, with the least and the most."""
+    model = model_of(old)
     for tree in (old, new):
-        start_up(tree)  # Python compiles the source once
+        start_up(tree, model)  # Python compiles the source once
     rows: list[tuple[dict[str, float], dict[str, float]]] = []
     for repeat in range(repeats):
         order = (old, new) if repeat % 2 == 0 else (new, old)
-        taken = {tree: times_of(tree) for tree in order}
+        taken = {tree: times_of(tree, model) for tree in order}
         rows.append((taken[old], taken[new]))
     row = "{:34} {:>26} {:>26} {:>24}".format
     print(row("seconds, median (least to most)", "before", "after", "after / before"))
@@ -386,24 +392,24 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def times_of(tree: Path) -> dict[str, float]:
+def times_of(tree: Path, model: Path) -> dict[str, float]:
     """Seconds of each figure, once."""
     with tempfile.TemporaryDirectory(prefix="same_as-") as programs:
-        flags = ["--devices", "8", "--image-size", "256", "--output", str(Path(programs) / "image.png")]
+        flags = ["--devices", "8", "--image-size", "256", "--model", model, "--output", Path(programs) / "image.png"]
 
         def example() -> None:
             run(tree, tree / "examples" / "generate.py", *flags, JAX_COMPILATION_CACHE_DIR=programs)
 
         return {
-            "start-up: import, load": seconds(lambda: start_up(tree)),
+            "start-up: import, load": seconds(lambda: start_up(tree, model)),
             "generate.py, first run": seconds(example),
             "generate.py, second run": seconds(example),
-            "UNet call, 512x512, 1 device": float(worker(tree, "unet call")),
+            "UNet call, 512x512, 1 device": float(worker(tree, "unet call", model)),
         }
 
 
-def start_up(tree: Path) -> None:
-    run(tree, "-c", "from distrijax import *; load_pipeline(DEFAULT_MODEL, DistriConfig(devices=1))")
+def start_up(tree: Path, model: Path) -> None:
+    run(tree, "-c", "import sys; from distrijax import *; load_pipeline(sys.argv[1], DistriConfig(devices=1))", model)
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -416,12 +422,12 @@ FEW, MANY = 2, 22
 """Steps of two calls that differ in nothing else."""
 
 
-def time_unet_call(calls: int = 5) -> None:
+def time_unet_call(model: str, calls: int = 5) -> None:
     """In a worker: prints what a step more takes, guidance's two branches as one batch; the median of several calls."""
-    from distrijax import DEFAULT_MODEL, DistriConfig, load_pipeline
+    from distrijax import DistriConfig, load_pipeline
 
     check_package()
-    pipe = load_pipeline(DEFAULT_MODEL, DistriConfig(devices=1))
+    pipe = load_pipeline(model, DistriConfig(devices=1))
     pipe.set_progress_bar_config(disable=True)
     call = {"height": 512, "width": 512, "chunk_size": None, "output_type": "latent"}
 

@@ -12,7 +12,7 @@ import revisions
 import same_as
 from facts import refuses
 
-from distrijax import SCHEDULERS, DistriConfig
+from distrijax import DEFAULT_MODEL, SCHEDULERS, DistriConfig
 
 REVISION = """
 from types import SimpleNamespace
@@ -75,7 +75,7 @@ def test_settings_are_such_as_the_package_takes():
         assert DistriConfig(**same_as.USUAL.config | config).devices <= 8
         assert load.get("scheduler") in {None, *SCHEDULERS}
     tiny = same_as.Setting({"devices": 1}, {"height": 64, "width": 64, "num_inference_steps": 1})
-    made = same_as.generate(tiny)
+    made = same_as.generate(DEFAULT_MODEL, tiny)
     assert {name: array.shape for name, array in made.items()} == {"latents": (1, 4, 8, 8), "image": (1, 64, 64, 3)}
     again = {**made, "latents": made["latents"] + np.float32(0.5)}
     assert same_as.verdict(made, made, "image") == "equal"
@@ -97,8 +97,9 @@ def test_plans_are_compared_by_their_numbers():
 
 def test_times_of_each_repeat_are_compared(monkeypatch, capsys):
     times = iter([2.0, 3.0, 4.0, 2.0, 2.0, 4.0])  # before, after; after, before; before, after
-    monkeypatch.setattr(same_as, "start_up", lambda tree: None)
-    monkeypatch.setattr(same_as, "times_of", lambda tree: {"start": next(times)})
+    monkeypatch.setattr(same_as, "model_of", lambda tree: tree)
+    monkeypatch.setattr(same_as, "start_up", lambda tree, model: None)
+    monkeypatch.setattr(same_as, "times_of", lambda tree, model: {"start": next(times)})
     same_as.compare_times(Path("old"), Path("new"), repeats=3)
     told = " ".join(capsys.readouterr().out.splitlines()[1].split())
     assert told == "start 2 (2 to 2) 4 (3 to 4) 2 (1.5 to 2)"
