@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
+from children import heeding_interrupts
 
 from distrijax import DEFAULT_MODEL, interrupts
 
 ROOT = Path(__file__).parents[2]
+slow = pytest.mark.slow
 LONG = 300  # seconds for what a loaded machine should have reached by then
 SOON = 20  # seconds in which a loaded machine should have ended what takes 0.3 s elsewhere
 
@@ -56,15 +58,9 @@ def start(folder: Path, *arguments: str | Path, before: str = "") -> subprocess.
     folder.mkdir()
     path = os.pathsep.join(map(str, (folder.parent / "site", ROOT)))
     environment = {**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with heeding_interrupts():
+        process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **pipes)
     wait_for(folder / "reached", process)
     return process
 
@@ -112,7 +108,7 @@ PIL.Image.Image.save = write_and_stay
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["compiling", *(pytest.param(p, marks=slow) for p in PLACES if p != "compiling")])
 def test_generate_is_ended_and_leaves_nothing(tmp_path, place):
     script = f"from distrijax.cli import start\nstart.begin()\n{PLACES[place]}\nstart.run('distrijax.cli.generate')"
     flags = ["--devices", "1", "--image-size", "64", "--num-inference-steps", "1"]
@@ -121,6 +117,7 @@ def test_generate_is_ended_and_leaves_nothing(tmp_path, place):
     assert {path.name for path in (tmp_path / "work").iterdir()} <= {"reached"}  # several threads compile
 
 
+@slow
 @pytest.mark.parametrize("process_id", [0, 1])
 def test_a_process_that_waits_for_the_others_is_ended(tmp_path, process_id):
     """`stay` says that it is there, and is called right before; it waits for half a minute."""
@@ -142,6 +139,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@slow
 @pytest.mark.parametrize("force", [False, True], ids=["new", "in the place of another"])
 def test_convert_leaves_what_was_there(tmp_path, force):
     """It is caught between writing the new file and giving it its name, the old one being out of the way."""

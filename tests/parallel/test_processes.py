@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from children import heeding_interrupts
 from facts import refuses, says
 from PIL import Image
 from process_worker import WAYS, paint
@@ -59,13 +60,8 @@ def process(*arguments: str | Path, cwd: Path, variables: dict[str, str] | None 
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "examples")))
     environment = {**os.environ, "PYTHONPATH": path, **(variables or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    settings = {"cwd": cwd, "env": environment, "preexec_fn": heed_interrupts}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], **settings, **pipes)
-
-
-def heed_interrupts() -> None:
-    """A shell has what it runs in the background ignore SIGINT, and so do the children of that."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with heeding_interrupts():
+        return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
 
 
 def flags(port: int, process_id: int, *others: str | Path) -> list[str]:
