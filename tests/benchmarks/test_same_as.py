@@ -20,7 +20,7 @@ import numpy as np
 import distrijax.convert
 DEFAULT_MODEL, DistriConfig = "tiny", dict
 
-def load_pipeline(model, config, dtype):
+def load_pipeline(model, config, dtype=None):
     value = {"latent": 1, "np": distrijax.convert.VALUE}
     def call(prompt, *, output_type, **_):
         return SimpleNamespace(images=np.full((2, 2), value[output_type], np.float32))
@@ -93,6 +93,12 @@ def test_plans_are_compared_by_their_numbers():
     other = program.replace("jit_x", "jit_y").replace("%b", "%c.3").replace("frame=1", "frame=2")
     assert same_as.plain_program(program) == " %0 = f32[2] add(%1, %1), kind=x" == same_as.plain_program(other)
     assert same_as.plain_program(program.replace("add", "sub")) != same_as.plain_program(program)
+
+
+def test_start_up_and_a_step_are_timed_in_processes_of_their_own(repository):
+    with revisions.tree_of("main") as tree:
+        same_as.start_up(tree, tree)
+        assert abs(float(same_as.worker(tree, "unet call", tree))) < 1  # a step of nothing
 
 
 def test_times_of_each_repeat_are_compared(monkeypatch, capsys):
