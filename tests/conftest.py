@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,6 +56,21 @@ LONG = (
     "invariants pipeline processes traffic any_size few_steps train_tiny unet pipeline_sd default_model evaluate sharding"
 ).split()
 """Files that take minutes. They come first, or one process would be left alone with the last of them."""
+
+
+NEEDS_TORCH = re.compile(
+    r"^(?:from|import) (?:accelerate|adapters|diffusers|oracle|peft|safetensors\.torch|scheduler_runs|tensor_files"
+    r"|test_tokenizer|test_unet|tiny_pipeline|torch|torchmetrics|transformers)\b",
+    re.MULTILINE,
+)
+"""Imports of test files whose oracle is torch, and of the helpers that import it."""
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where torch is not installed, files that compare with it are left out."""
+    if importlib.util.find_spec("torch") is not None or collection_path.suffix != ".py":
+        return None
+    return bool(NEEDS_TORCH.search(collection_path.read_text(encoding="utf-8"))) or None
 
 
 SLOW = {"test_processes"}
@@ -123,6 +140,7 @@ def _seed_torch():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A small random SDXL checkpoint, a folder in the diffusers layout; copy it before changing it."""
+    pytest.importorskip("torch")
     from tiny_pipeline import save_tiny_pipeline
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -133,6 +151,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shallow_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint like `tiny_checkpoint` for tests of much else than the UNet: its own compiles in half the time."""
+    pytest.importorskip("torch")
     from tiny_pipeline import SHALLOW, save_tiny_pipeline
 
     folder = tmp_path_factory.mktemp("shallow")
@@ -143,6 +162,7 @@ def shallow_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd_checkpoints(tmp_path_factory) -> dict[int, Path]:
     """Small random checkpoints like Stable Diffusion 1.x and 2.x (v-prediction), by version: 1 and 2."""
+    pytest.importorskip("torch")
     from tiny_pipeline import save_tiny_sd_pipeline
 
     folders = {version: tmp_path_factory.mktemp(f"tiny-sd{version}") for version in (1, 2)}

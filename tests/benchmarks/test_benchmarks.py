@@ -17,7 +17,7 @@ import shard
 from facts import refuses
 from marks import slow
 from PIL import Image
-from test_unet import BASE
+from unet_configs import BASE
 
 from distrijax import DistriConfig, load_scheduler, plan_mesh
 from distrijax.convert.layouts.original import from_original, to_original

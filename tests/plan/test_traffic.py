@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from facts import refuses, says
 from marks import slow, slow_but
-from test_unet import BASE, FULL_BASE
+from unet_configs import BASE, FULL_BASE
 
 from distrijax import DistriConfig, plan_mesh
 from distrijax.models.unet_config import UNetConfig

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from marks import slow
 from oracle import relative_error
-from test_unet import BASE
+from unet_configs import BASE
 
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
 from distrijax.config import Parallelism

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from marks import slow_but
 from oracle import relative_error
-from test_unet import FULL_BASE, KINDS, picture
+from test_unet import picture
+from unet_configs import FULL_BASE, KINDS
 
 from distrijax.config import Parallelism
 from distrijax.models.layers import TPKind, TPSpec
