@@ -173,6 +173,7 @@ def test_embedding_equals_diffusers(pairs, name):
     assert relative_error(part(pair.ours, name)(jnp.asarray(host(given["sample"]))), wanted) < EXACT
 
 
+@slow
 @pytest.mark.parametrize(
     ("kind", "tensors", "millions"),
     [
@@ -219,6 +220,7 @@ def kind_of(name: str) -> str:
     return "moments" if "norm" in name else "kv" if "attn" in name else "halo"
 
 
+@slow
 @pytest.mark.parametrize(
     ("kind", "counts"),
     [(FULL_BASE, {"moments": 46, "halo": 39, "kv": 70}), (FULL_SD15, {"moments": 61, "halo": 51, "kv": 16})],
