@@ -29,8 +29,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-TYPED = ("models", "parallel", "sampling", "schedulers")
-install_import_hook([f"distrijax.{room}" for room in TYPED], "array_types.check")
+TYPED = {
+    "models": "attention blocks clip convolution layers unet vae",
+    "parallel": "collectives compression displaced exchange moments",
+    "sampling": "decode denoise noise",
+}
+"""Modules that compute. Others warn, and a warning that goes through the hook's wrappers would name them as its place."""
+install_import_hook(
+    ["distrijax.schedulers", *(f"distrijax.{room}.{name}" for room, names in TYPED.items() for name in names.split())],
+    "array_types.check",
+)
 CHECKED = {
     f"test_{name}"
     for name in (
@@ -73,8 +81,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return bool(NEEDS_TORCH.search(collection_path.read_text(encoding="utf-8"))) or None
 
 
-SLOW = {"test_processes"}
-"""Files of which every test is slow, for it starts interpreters."""
+SLOW = {"test_convert_command", "test_interrupts", "test_processes", "test_same_as"}
+"""Files of which every test is slow: they start interpreters, or read and write whole checkpoints."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,9 +166,10 @@ def test_negative_sizes_without_both_change_nothing_and_are_told(one, given):
     )  # warnings are errors: no word of what no branch would heed
 
 
+@slow
 @pytest.mark.parametrize(
     "settings",
-    slow_but([{"devices": 8}], [{"devices": 2}, {"devices": 8}, {"devices": 8, "split_batch": False}]),
+    [{"devices": 2}, {"devices": 8}, {"devices": 8, "split_batch": False}],
     ids=str,
 )
 def test_full_sync_equals_one_device(pipe_on, one, settings):
