@@ -307,6 +307,6 @@ def _sampling(scheduler: Config) -> Config:
     """What a scheduler's class has for the keys of `SAMPLING` that it heeds; of an unknown class, None for those it sets."""
     for kind, _ in SCHEDULERS.values():
         if kind.diffusers_name == scheduler.get("_class_name"):
-            heeded = {key: getattr(kind, key) for key in SAMPLING if key in kind.options() - kind.idle}
+            heeded = {key: getattr(kind, key) for key in SAMPLING if key in kind.options() - kind.ignored}
             return {key: getattr(default, "value", default) for key, default in heeded.items()}
     return {key: None for key in SAMPLING if key in scheduler}
