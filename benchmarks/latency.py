@@ -15,6 +15,7 @@ peak_bytes    null where the platform does not report it, and where no device us
 
 from __future__ import annotations
 
+from distrijax.atomic_write import atomic_write
 from distrijax.cli.start import begin
 
 if __name__ == "__main__":
@@ -45,7 +46,6 @@ from distrijax.cli.options import (
     json_lines,
     keep_compiled_programs,
     plain_errors,
-    written_whole,
 )
 from distrijax.convert.cache import Prepared
 from distrijax.flags import add_config_flags, config_of, settings_of
@@ -216,7 +216,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(devices)
     axes.legend()
     axes.grid(alpha=0.3)
-    with written_whole(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="png")
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrijax.convert.appearing import appearing
+from distrijax.atomic_write import atomic_write
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.inspection import describe_checkpoint, describe_file
 from distrijax.convert.layouts.folder import write_folder
@@ -132,7 +132,7 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
     destination: Path = arguments.destination
     if arguments.dtype:
         checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
-    with watched(checkpoint, destination.name) as seen, appearing(destination, force=arguments.force) as beside:
+    with watched(checkpoint, destination.name) as seen, atomic_write(destination, replace=arguments.force) as beside:
         if kind is Format.SINGLE:
             write_safetensors(to_original(seen), beside)
         elif kind is Format.ORBAX:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from distrijax.convert.appearing import appearing
+from distrijax.atomic_write import atomic_write
 from distrijax.convert.layouts.folder import MODELS, read_files, write_folder
 from distrijax.convert.progress import watched
 from distrijax.convert.sources import Found, Recipe, assemble
@@ -47,7 +47,7 @@ def prepared(recipe: Recipe, *, token: str | bool | None = None, offline: bool =
     with _locked(destination):
         if not destination.exists():
             checkpoint, _ = assemble(recipe, found)
-            with appearing(destination) as beside, watched(checkpoint, "convert") as seen:
+            with atomic_write(destination, replace=False) as beside, watched(checkpoint, "convert") as seen:
                 write_folder(seen, beside)
     return Prepared(destination, None)
 

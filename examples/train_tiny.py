@@ -34,8 +34,9 @@ from tiny_data import crops, framed, scene_crops, to_pixels
 from tiny_tokenizer import train_tokenizer
 from tqdm import tqdm
 
+from distrijax.atomic_write import atomic_write
 from distrijax.cli.fidelity.scenes import all_captions_vocabulary, example
-from distrijax.cli.options import Parser, check_positive, written_whole
+from distrijax.cli.options import Parser, check_positive
 from distrijax.errors import DistriError
 from distrijax.json_config import read_json
 from distrijax.models.attention import Attention
@@ -428,7 +429,7 @@ def check_settings(args: argparse.Namespace) -> None:
                 f"{flag} is {given[flag]} and {checkpoints / stage} has done {max(steps)}; give at least as many"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as beside:
+    with atomic_write(file) as beside:
         beside.write_text(json.dumps({flag: given[flag] for flag in FIXED_FLAGS}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     {"parallel", "schedulers"},
     {"flags"},
     {"config", "json_config"},
-    {"validate"},
+    {"atomic_write", "validate"},
     {"errors", "interrupts"},
 )
 """Rooms and single files of the package, from the top; each may import from those below it, and from itself."""

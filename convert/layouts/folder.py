@@ -89,7 +89,7 @@ def write_folder(
     """Writes a folder in the diffusers layout: what `from_pretrained` reads, here and in diffusers.
 
     flax: Flax's names, layouts and files, as diffusers read them until 0.39, in place of safetensors. max_shard_size: bytes of
-    a file of safetensors, or "5GB". Use `appearing` around it.
+    a file of safetensors, or "5GB". Use `atomic_write` around it.
     """
     _write_json(folder / "model_index.json", checkpoint.index)
     for part, config in checkpoint.configs.items():

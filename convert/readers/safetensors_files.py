@@ -124,7 +124,7 @@ def write_safetensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] 
     """Writes a file, two tensors in memory at a time; the same tensors give the same bytes, and the library's `save_file` too.
 
     metadata: {"format": "pt"} unless told otherwise, which transformers asks for. Raises DistriError for a type that
-    safetensors doesn't have. Use `appearing` around it for a file that appears whole.
+    safetensors doesn't have. Use `atomic_write` around it for a file that appears whole.
     """
     ordered = sorted(tensors.items(), key=lambda item: (RANKS.index(dtype_name(*item)), item[0]))
     if METADATA in tensors:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
+from distrijax.atomic_write import atomic_write
 from distrijax.cli.fidelity import figures
 from distrijax.cli.fidelity.grid import AXES, Axis, Setting, label, settings, text
 from distrijax.cli.fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, OptionalMetric, compare
@@ -38,7 +39,6 @@ from distrijax.cli.options import (
     find_model,
     keep_compiled_programs,
     plain_errors,
-    written_whole,
 )
 from distrijax.models.families import default_size
 from distrijax.pipelines.call import to_pil
@@ -267,12 +267,12 @@ def lacks(row: Mapping[str, str], metrics: Mapping[str, OptionalMetric]) -> bool
 
 def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
     """Writes plot and sheet, and prints the table."""
-    with written_whole(results.folder / "sheet.png") as beside:
+    with atomic_write(results.folder / "sheet.png") as beside:
         figures.contact_sheet(results, min(SHEET_PROMPTS, prompts)).save(beside, format="PNG")
     title = f"{prompts} prompts, {arguments.num_inference_steps} steps of {arguments.scheduler}"
     written = ["sheet.png"]
     try:
-        with written_whole(results.folder / "plot.png") as beside:
+        with atomic_write(results.folder / "plot.png") as beside:
             figures.plot(results.rows, title).savefig(beside, format="png")
         written.insert(0, "plot.png")
     except ImportError as error:

@@ -30,6 +30,7 @@ from distrijax import (
     load_pipeline,
     plan_mesh,
 )
+from distrijax.atomic_write import atomic_write
 from distrijax.cli.multiprocess import add_flags, ending_together, join
 from distrijax.cli.options import (
     Parser,
@@ -41,7 +42,6 @@ from distrijax.cli.options import (
     find_model,
     keep_compiled_programs,
     plain_errors,
-    written_whole,
 )
 from distrijax.flags import add_config_flags, config_of, settings_of
 from distrijax.models.families import default_size
@@ -276,5 +276,5 @@ def write(image: Image, output: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if value is not None:
             text.add_text(name, str(value))
-    with written_whole(output) as beside:
+    with atomic_write(output) as beside:
         image.save(beside, format="PNG", pnginfo=text)

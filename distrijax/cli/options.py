@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
-from distrijax.interrupts import INTERRUPTED, undone
+from distrijax.interrupts import INTERRUPTED
 from distrijax.models.families import PARTS
 from distrijax.validate import positive
 from distrijax.weights.dtypes import resolve_dtype
@@ -188,19 +187,3 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
     if path is not None:
         add("")
     return tell
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` at the end, so that no half of a file is ever seen."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with undone(partial(beside.unlink, missing_ok=True)):
-            yield beside
-            beside.replace(path)
-    except OSError as error:
-        raise DistriError(
-            f"{path} could not be written ({error.strerror}); make room or choose another --output"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)

@@ -145,7 +145,7 @@ def test_convert_leaves_what_was_there(tmp_path, force):
     """It is caught between writing the new file and giving it its name, the old one being out of the way."""
     script = (
         "from sitecustomize import stay\nfrom distrijax.interrupts import end_on_interrupt\nend_on_interrupt()\n"
-        "import pathlib, sys, runpy\nimport distrijax.convert.appearing as module\n"
+        "import pathlib, sys, runpy\nimport distrijax.atomic_write as module\n"
         "module._sync = stay\nfrom distrijax.convert.__main__ import main\n"
         "main(sys.argv[1:])"
     )

@@ -19,8 +19,8 @@ from typing import Any
 from PIL import Image
 
 from distrijax import DistriError
+from distrijax.atomic_write import atomic_write
 from distrijax.cli.fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name, text
-from distrijax.cli.options import written_whole
 
 FIGURES = ("exactness", "psnr", "ssim", "lpips", "fid", "fid_real", "received_bytes", "stale_bytes")
 """Columns besides the axes: lossless or lossy; PSNR in dB; SSIM; LPIPS; FID against one device's images, and against real ones;
@@ -57,7 +57,7 @@ class Results:
             raise DistriError(
                 f"--output {folder} cannot be created ({error.strerror}); choose another folder"
             ) from None
-        with written_whole(about) as beside:
+        with atomic_write(about) as beside:
             beside.write_text(json.dumps(common, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def row(self, setting: Setting) -> Row | None:
@@ -72,7 +72,7 @@ class Results:
             self.rows.append(row)
         else:
             old.update(row)
-        with written_whole(self.table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        with atomic_write(self.table) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -92,7 +92,7 @@ class Results:
         """Writes one image of a setting."""
         path = self._image(setting, index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as beside:
+        with atomic_write(path) as beside:
             image.save(beside, format="PNG")
 
     def link_real(self, files: Sequence[Path]) -> Path:
@@ -100,7 +100,7 @@ class Results:
         folder = self.folder / "pictures" / "real"
         folder.mkdir(parents=True, exist_ok=True)
         for index, file in enumerate(files):
-            with written_whole(folder / f"{index:05}{file.suffix}") as beside:
+            with atomic_write(folder / f"{index:05}{file.suffix}") as beside:
                 beside.symlink_to(file.absolute())
         return folder
 

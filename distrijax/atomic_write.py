@@ -1,4 +1,4 @@
-"""A file or folder that appears whole or not at all."""
+"""Atomic writes: a file or folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from distrijax.interrupts import undone
 
 
 @contextmanager
-def appearing(destination: Path, *, force: bool = False) -> Iterator[Path]:
-    """A name beside `destination` to write to, which becomes `destination` when all is well; otherwise nothing is left of it.
+def atomic_write(destination: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yields a name beside `destination` to write to, which becomes `destination` at the end of the context.
 
-    force: take the place of what is there, which stays until the new is whole. Raises DistriError for a destination that
-    exists, and where the disk refuses. An interrupt (Ctrl-C, SIGTERM, a closed terminal) leaves nothing, too.
+    After an exception or an interrupt (Ctrl-C, SIGTERM, a closed terminal) nothing of it is left.
+
+    Args:
+        destination: The file or folder to appear.
+        replace: Whether it replaces what is there, which stays until the new one is complete.
+
+    Raises:
+        DistriError: For a destination that exists and may not be replaced, and where it could not be written.
     """
-    if destination.exists() and not force:
+    if destination.exists() and not replace:
         raise DistriError(f"{destination} exists; choose another name, or --force to replace it")
     beside, old = (destination.with_name(f".{destination.name}.{os.getpid()}{end}") for end in ("", ".old"))
 
