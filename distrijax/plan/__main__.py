@@ -257,3 +257,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write(path)
     except OSError as error:
         raise DistriError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -133,7 +133,7 @@ if flags["--process-id"] == "0":
 def test_scaling_compares_two_processes_of_a_core_each_with_one(tmp_path, capsys, monkeypatch):
     lines, stand_in = tmp_path / "scaling.jsonl", tmp_path / "stand_in.py"
     stand_in.write_text(STAND_IN)
-    monkeypatch.setattr(scaling, "LATENCY", stand_in)
+    monkeypatch.setattr(scaling, "LATENCY_SCRIPT", stand_in)
     scaling.main(["--repeats", "2", "--output", str(lines)])
     printed = capsys.readouterr().out
     assert lines.read_text() == printed

@@ -481,7 +481,7 @@ def test_a_user_may_override_the_options_for_tpus():
         (["--devices", "0"], ["--devices", 0, 1]),
         (["--image-size", "1001"], ["height", 1001, 8, 1000, 1008]),
         (["--image-size", "8", "8", "8"], ["--image-size", "H W", 3]),
-        (["--tpu", "v5e", "--link", "pcie"], ["--link", "--timeline", "GPUs", "--tpu"]),
+        (["--tpu", "v5e", "--link", "pcie"], ["--link", "--timeline", "--gpu", "--tpu"]),
         (["--link", "fast"], ["--link", "'fast'", "nvlink", "pcie", "network", "GB/s"]),
         (["--hlo", "nowhere/x.hlo"], ["--hlo", "nowhere/x.hlo", "No such file or directory"]),
         (["--timeline", "."], ["--timeline", "folder", "file"]),
