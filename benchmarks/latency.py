@@ -15,11 +15,10 @@ peak_bytes    null where the platform does not report it, and where no device us
 
 from __future__ import annotations
 
-from distrijax.atomic_write import atomic_write
 from distrijax.cli.start import begin
 
 if __name__ == "__main__":
-    begin()  # before imports that take seconds
+    begin(several=True)  # before imports that take seconds
 
 import argparse
 import gc
@@ -33,6 +32,7 @@ from typing import Any
 import jax
 
 from distrijax import SCHEDULERS, DistriError, load_pipeline
+from distrijax.atomic_write import atomic_write
 from distrijax.cli.generate import PROMPT
 from distrijax.cli.multiprocess import add_flags, ending_together, join
 from distrijax.cli.options import (

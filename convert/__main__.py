@@ -132,7 +132,10 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
     destination: Path = arguments.destination
     if arguments.dtype:
         checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
-    with watched(checkpoint, destination.name) as seen, atomic_write(destination, replace=arguments.force) as beside:
+    with (
+        watched(checkpoint, destination.name) as seen,
+        atomic_write(destination, replace=arguments.force, durable=True) as beside,
+    ):
         if kind is Format.SINGLE:
             write_safetensors(to_original(seen), beside)
         elif kind is Format.ORBAX:

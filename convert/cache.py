@@ -47,7 +47,10 @@ def prepared(recipe: Recipe, *, token: str | bool | None = None, offline: bool =
     with _locked(destination):
         if not destination.exists():
             checkpoint, _ = assemble(recipe, found)
-            with atomic_write(destination, replace=False) as beside, watched(checkpoint, "convert") as seen:
+            with (
+                atomic_write(destination, replace=False, durable=True) as beside,
+                watched(checkpoint, "convert") as seen,
+            ):
                 write_folder(seen, beside)
     return Prepared(destination, None)
 

@@ -17,7 +17,7 @@ from distrijax.interrupts import undone
 
 
 @contextmanager
-def atomic_write(destination: Path, *, replace: bool = True) -> Iterator[Path]:
+def atomic_write(destination: Path, *, replace: bool = True, durable: bool = False) -> Iterator[Path]:
     """Yields a name beside `destination` to write to, which becomes `destination` at the end of the context.
 
     After an exception or an interrupt (Ctrl-C, SIGTERM, a closed terminal) nothing of it is left.
@@ -25,13 +25,16 @@ def atomic_write(destination: Path, *, replace: bool = True) -> Iterator[Path]:
     Args:
         destination: The file or folder to appear.
         replace: Whether it replaces what is there, which stays until the new one is complete.
+        durable: Whether the disk holds the new content before it gets its name.
 
     Raises:
         DistriError: For a destination that exists and may not be replaced, and where it could not be written.
     """
     if destination.exists() and not replace:
         raise DistriError(f"{destination} exists; choose another name, or --force to replace it")
-    beside, old = (destination.with_name(f".{destination.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    beside, old = (
+        destination.with_name(f".{destination.name}.{threading.get_native_id()}{end}") for end in ("", ".old")
+    )
 
     def restore() -> None:
         if old.exists() and not destination.exists():
@@ -41,18 +44,20 @@ def atomic_write(destination: Path, *, replace: bool = True) -> Iterator[Path]:
 
     try:
         with undone(restore), _ended_by_signals():
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            yield beside
-            _sync(beside)
-            if destination.is_dir() or (destination.exists() and beside.is_dir()):  # which no rename replaces
-                destination.rename(old)
-            beside.replace(destination)
+            try:
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                yield beside
+                if durable:
+                    _sync(beside)
+                if destination.is_dir() or (destination.exists() and beside.is_dir()):  # which no rename replaces
+                    destination.rename(old)
+                beside.replace(destination)
+            finally:
+                restore()
     except OSError as error:
         raise DistriError(
             f"{destination} could not be written ({error.strerror or error}); make room or choose another"
         ) from None
-    finally:
-        restore()
 
 
 def remove(path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 
-import jax
-
 
 class DistriError(ValueError):
     """Invalid input. The message is one sentence: what was got, what is allowed, what to do."""
@@ -18,6 +16,8 @@ class DistriWarning(UserWarning):
 
 def warn(sentence: str) -> None:
     """Issues a DistriWarning at the line that called this package. Of several processes, only process 0 warns."""
+    import jax  # commands import errors before they may spend the seconds that JAX takes
+
     if jax.distributed.is_initialized() and jax.process_index() != 0:
         return
     frame, level = sys._getframe(), 1

@@ -25,6 +25,9 @@ INTERRUPTED = 128 + signal.SIGINT
 PATIENCE = 2.0
 """Seconds that undoing may take before the process ends all the same."""
 
+AGAIN = 0.5
+"""Seconds after which another SIGINT is another press: a launcher may send one to a group, and its leader hand it on."""
+
 _undoing: list[Callable[[], None]] = []
 _standing = threading.Event()
 
@@ -89,9 +92,9 @@ def _end_at_signal(reading: int) -> None:
         pass
     undoing = threading.Thread(target=_undo_all, name="undoing", daemon=True)
     undoing.start()
-    end = time.monotonic() + PATIENCE
-    while undoing.is_alive() and time.monotonic() < end:
-        if select.select([reading], [], [], 0.02)[0] and signal.SIGINT in os.read(reading, 64):
+    begun = time.monotonic()
+    while undoing.is_alive() and (waited := time.monotonic() - begun) < PATIENCE:
+        if select.select([reading], [], [], 0.02)[0] and signal.SIGINT in os.read(reading, 64) and waited > AGAIN:
             break
     os._exit(INTERRUPTED)
 

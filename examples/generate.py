@@ -6,4 +6,4 @@ python examples/generate.py --devices 8 --prompt "a small green star in the cent
 from distrijax.cli.start import run
 
 if __name__ == "__main__":
-    run("distrijax.cli.generate")
+    run("distrijax.cli.generate", several=True)

@@ -24,7 +24,7 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: {name!r} is not a subcommand of distrijax; use one of: {', '.join(COMMANDS)}")
     sys.argv = [f"distrijax {name}", *sys.argv[2:]]
-    run(COMMANDS[name][0])
+    run(COMMANDS[name][0], several=name == "generate")
 
 
 def _help() -> str:

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
-from distrijax.interrupts import INTERRUPTED
 from distrijax.models.families import PARTS
 from distrijax.validate import positive
 from distrijax.weights.dtypes import resolve_dtype
@@ -32,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         summary, _, rest = doc.partition("\n")
-        super().__init__(description=summary, epilog=rest, formatter_class=_Formatter)
+        # `distrijax.cli.start` looks for whole flags
+        super().__init__(description=summary, epilog=rest, formatter_class=_Formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
@@ -119,9 +119,6 @@ def plain_errors() -> Iterator[None]:
             sys.exit(
                 "error: the devices' memory does not suffice; use more devices, a smaller --image-size or bfloat16"
             )
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
 
 
 def keep_compiled_programs() -> None:

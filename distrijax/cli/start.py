@@ -19,21 +19,21 @@ from distrijax.parallel.launchers import tasks
 FLAGS = ("--coordinator", "--num-processes", "--process-id")
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 ABORTED = (
-    "error: another process of this run did not arrive in time, has ended or does not answer (XLA has aborted this one); see the "
-    "log above and what the others said, and start all again"
+    "error: this process was aborted, see the log above; most likely another process of this run did not arrive in time, has ended "
+    "or does not answer: see what the others said, and start all again"
 )
 
 
-def run(module: str) -> None:
-    """Runs `main` of a module as a command."""
-    begin()
+def run(module: str, *, several: bool = False) -> None:
+    """Runs `main` of a module as a command. several: whether it may be one of several processes."""
+    begin(several=several)
     importlib.import_module(module).main()
 
 
-def begin() -> None:
-    """Has Ctrl-C end this process in a line, and where it is one of several goes on in a child of it."""
+def begin(*, several: bool = False) -> None:
+    """Has Ctrl-C end this process in a line. several: where it is one of several, it goes on in a child."""
     given = any(argument.split("=")[0] in FLAGS for argument in sys.argv[1:])
-    if given or tasks() != 1:
+    if several and (given or tasks() != 1):
         _go_on_in_child()
     end_on_interrupt()
 

@@ -146,7 +146,7 @@ class Programs:
         leaves, structure = jax.tree.flatten(arguments)
         taken = tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves)
         precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
-        key = (function, static, structure, taken, precision)
+        key = (function, static, structure, taken, donate, precision)
         with self._lock:
             if (begun := self._compiled.get(key)) is None:
                 shapes = jax.tree.map(_shape, (params, *arguments))
@@ -178,7 +178,9 @@ class Programs:
 
     def abandon(self) -> None:
         """Gives up what was prepared and is not begun."""
-        for key, begun in list(self._compiled.items()):
+        with self._lock:
+            programs = list(self._compiled.items())
+        for key, begun in programs:
             if begun.cancel():
                 self._drop(key, begun)
 
@@ -251,14 +253,10 @@ class _Launches:
         with self._lock:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # which nobody waits for any more
                 wait(self._left)
-            self._left = None
-            result = program(*arguments)
+            self._left = result = program(*arguments)
             if alone:
-                try:
-                    wait(result)
-                except KeyboardInterrupt:  # the devices go on
-                    self._left = result
-                    raise
+                wait(result)  # after an interrupt the devices go on, and the next program waits for them
+            self._left = None
             return result
 
 

@@ -75,13 +75,14 @@ def interruptible(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def _start(function: Callable, *arguments: Any) -> None:
     def work() -> None:
-        _busy.add(threading.current_thread())
         try:
             function(*arguments)
         finally:
-            _busy.discard(threading.current_thread())
+            _busy.discard(thread)
 
-    threading.Thread(target=work, name="distrijax", daemon=True).start()
+    thread = threading.Thread(target=work, name="distrijax", daemon=True)
+    _busy.add(thread)
+    thread.start()
 
 
 def _run(future: Future, function: Callable, arguments: tuple) -> None:

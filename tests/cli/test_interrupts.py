@@ -110,7 +110,7 @@ PIL.Image.Image.save = write_and_stay
 
 @pytest.mark.parametrize("place", ["compiling", *(pytest.param(p, marks=slow) for p in PLACES if p != "compiling")])
 def test_generate_is_ended_and_leaves_nothing(tmp_path, place):
-    script = f"from distrijax.cli import start\nstart.begin()\n{PLACES[place]}\nstart.run('distrijax.cli.generate')"
+    script = f"from distrijax.cli import start\nstart.begin(several=True)\n{PLACES[place]}\nstart.run('distrijax.cli.generate', several=True)"
     flags = ["--devices", "1", "--image-size", "64", "--num-inference-steps", "1"]
     running = start(tmp_path, "-c", f"from sitecustomize import stay\n{script}", *flags)
     assert pressed(running) == (130, "interrupted\n")
@@ -122,10 +122,10 @@ def test_generate_is_ended_and_leaves_nothing(tmp_path, place):
 def test_a_process_that_waits_for_the_others_is_ended(tmp_path, process_id):
     """`stay` says that it is there, and is called right before; it waits for half a minute."""
     script = (
-        "from sitecustomize import pathlib\nfrom distrijax.cli import start\nstart.begin()\n"
+        "from sitecustomize import pathlib\nfrom distrijax.cli import start\nstart.begin(several=True)\n"
         "import jax\ninitialize = jax.distributed.initialize\n"
         "def join(*rest, **options):\n    pathlib.Path('reached').touch()\n    initialize(*rest, **options)\n"
-        "jax.distributed.initialize = join\nstart.run('distrijax.cli.generate')"
+        "jax.distributed.initialize = join\nstart.run('distrijax.cli.generate', several=True)"
     )
     flags = ["--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "1"]
     if process_id == 0:

@@ -36,7 +36,7 @@ LONG = 300  # seconds for what a loaded machine should have done by then
 STEPPING = """
 import functools, pathlib, sys, time
 from distrijax.cli import start
-start.begin()
+start.begin(several=True)
 from distrijax.cli import generate
 from distrijax import DistriSDXLPipeline
 
