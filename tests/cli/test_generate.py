@@ -22,24 +22,19 @@ PROMPT = "a small green star in the center, on a black background — ★"
 NEGATIVE = "a red circle"
 
 
-def generate(folder: Path, model: Path, *flags: str) -> str:
-    """What the script prints; four virtual devices, two patches for each branch, two of three steps exact."""
+@pytest.fixture(scope="module")
+def run(shallow_checkpoint, tmp_path_factory) -> tuple[Path, str]:
+    """A folder with one image in it, and what the script printed; two patches for each branch, two of three steps exact."""
+    folder = tmp_path_factory.mktemp("generate")
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    shared = ["--devices", "4", "--image-size", "64", "--warmup-steps", "1", "--guidance-scale", "4", "--seed", "7"]
-    flags = ["--model", str(model), "--prompt", PROMPT, "--negative-prompt", NEGATIVE, *shared, *flags]
+    flags = ["--model", str(shallow_checkpoint), "--prompt", PROMPT, "--negative-prompt", NEGATIVE]
+    flags += ["--devices", "4", "--image-size", "64", "--num-inference-steps", "3", "--warmup-steps", "1"]
+    flags += ["--guidance-scale", "4", "--seed", "7", "--output", "star.png"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *flags], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def run(shallow_checkpoint, tmp_path_factory) -> tuple[Path, str]:
-    """A folder with one picture in it, and what was printed."""
-    folder = tmp_path_factory.mktemp("generate")
-    return folder, generate(folder, shallow_checkpoint, "--num-inference-steps", "3", "--output", "star.png")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return folder, done.stdout
 
 
 def test_the_plan_and_the_times_are_printed(run):
@@ -85,14 +80,16 @@ def test_the_picture_is_the_pipelines(run, shallow_checkpoint):
     assert np.abs(difference).max() <= 1
 
 
-def test_another_run_overwrites_the_picture(run, shallow_checkpoint):
-    folder, _ = run
-    before = (folder / "star.png").read_bytes()
-    printed = generate(folder, shallow_checkpoint, "--num-inference-steps", "1", "--output", "star.png")
-    says(printed, re.compile(r"run .* s .*\b1 step\b"))
-    assert Image.open(folder / "star.png").text["num_inference_steps"] == "1"
-    assert (folder / "star.png").read_bytes() != before
-    assert [path.name for path in folder.iterdir()] == ["star.png"]
+def test_another_run_overwrites_the_picture(run, shallow_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate_script, "keep_compiled_programs", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    before = Path(shutil.copy(run[0] / "star.png", tmp_path)).read_bytes()
+    flags = ["--devices", "1", "--image-size", "64", "--num-inference-steps", "1", "--output", "star.png"]
+    generate_script.main(["--model", str(shallow_checkpoint), *flags])
+    says(capsys.readouterr().out, re.compile(r"run .* s .*\b1 step\b"))
+    assert Image.open("star.png").text["num_inference_steps"] == "1"
+    assert Path("star.png").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["star.png"]
 
 
 def test_the_plan_alone_needs_no_devices_and_writes_nothing(shallow_checkpoint, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -18,13 +17,13 @@ import latency
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from facts import refuses, says
 from filelock import FileLock
 from oracle import psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
+from tiny_pipeline import load_torch_pipeline
 
 from distrijax.cli import evaluate, generate
 from distrijax.convert.__main__ import main
@@ -61,10 +60,10 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint, tmp_path_factory) -> Path:
-    """The tiny checkpoint, as this package writes it: transformers 5 leaves out the beginning of its text encoders' names."""
+def model(shallow_checkpoint, tmp_path_factory) -> Path:
+    """The checkpoint as this package writes it: transformers 5 leaves out the beginning of its text encoders' names."""
     folder = tmp_path_factory.mktemp("convert") / "model"
-    convert(tiny_checkpoint, folder)
+    convert(shallow_checkpoint, folder)
     return folder
 
 
@@ -96,14 +95,14 @@ def test_in_one_format_and_out_in_another_is_the_same_bytes(formats, model, sour
     assert same(tmp_path / "back", model)
 
 
-def test_diffusers_paints_the_same_from_shards(model, tiny_checkpoint, torch_pipe, tmp_path):
+def test_diffusers_paints_the_same_from_shards(model, shallow_checkpoint, tmp_path):
     convert(model, tmp_path / "shards", "--max-shard-size", "500KB")
     assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
-    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "shards", dtype=torch.float32)
-    pipe.watermark = None
-    pipe.set_progress_bar_config(disable=True)
     call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np", "latents": torch.ones(1, 4, 8, 8)}
-    got, wanted = (each("a red circle", **call).images for each in (pipe, torch_pipe))
+    got, wanted = (
+        load_torch_pipeline(folder)("a red circle", **call).images
+        for folder in (tmp_path / "shards", shallow_checkpoint)
+    )
     assert psnr(got, wanted) > 80
 
 
@@ -263,33 +262,41 @@ def test_a_variant_of_some_parts_is_converted_with_the_others_plain(model, tmp_p
     says(told, "safetensors", "bin", "msgpack", "variant", "bf16")
 
 
+STYLED = "unet.mid_block.attentions.0.proj_in"
+"""A layer with 64 inputs and outputs."""
+
+
 @pytest.fixture
 def style(tmp_path) -> Path:
-    """A LoRA for a layer with 64 inputs and outputs."""
-    module = "unet.mid_block.attentions.0.proj_in"
+    """A LoRA that adds one to all weights of `STYLED`."""
     factors = {"lora_A": np.ones((1, 64), np.float32), "lora_B": np.ones((64, 1), np.float32)}
-    save_file({f"{module}.{role}.weight": array for role, array in factors.items()}, tmp_path / "style.safetensors")
+    save_file({f"{STYLED}.{role}.weight": array for role, array in factors.items()}, tmp_path / "style.safetensors")
     return tmp_path / "style.safetensors"
 
 
+@pytest.fixture(scope="module")
+def half(model) -> Path:
+    """The model in float16."""
+    folder = model.parent / "half"
+    convert(model, folder, "--dtype", "float16")
+    return folder
+
+
 @pytest.mark.parametrize("target", ["out", "out.safetensors", "out --format flax", "out --format orbax"])
-def test_a_lora_that_is_too_much_for_16_bits_is_named_and_nothing_is_written(model, style, tmp_path, target):
-    half = tmp_path / "half"
-    convert(model, half, "--dtype", "float16")
+def test_a_lora_that_is_too_much_for_16_bits_is_named_and_nothing_is_written(model, half, style, tmp_path, target):
     held = {*tmp_path.iterdir()}
     name, *flags = target.split()
     told = refused(half, tmp_path / name, *flags, "--lora", f"{style}:1e9")
     says(told, str(style), "1e+09", "float16")
     told = refused(model, tmp_path / name, *flags, "--lora", f"{style}:1e9", "--dtype", "float16")
-    says(told, "unet.mid_block.attentions.0.proj_in.weight", "float16")
+    says(told, f"{STYLED}.weight", "float16")
     assert {*tmp_path.iterdir()} == held
 
 
-def test_a_lora_that_is_too_much_leaves_no_model_in_the_cache(model, style, tmp_path, monkeypatch):
+def test_a_lora_that_is_too_much_leaves_no_model_in_the_cache(half, style, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    convert(model, tmp_path / "half", "--dtype", "float16")
     with refuses("style.safetensors", "1e+09", "float16"):
-        prepared(Recipe(str(tmp_path / "half"), loras=((str(style), 1e9),)))
+        prepared(Recipe(str(half), loras=((str(style), 1e9),)))
     assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir())
 
 
@@ -312,31 +319,41 @@ def test_a_folder_that_holds_no_model_is_refused_before_it_is_hashed(model, tmp_
         prepared(recipe)
 
 
-PAINT = ["--devices", "2", "--image-size", "64", "--num-inference-steps", "2", "--prompt", "a red circle"]
+CALL = ["--devices", "1", "--image-size", "64", "--num-inference-steps", "1"]
+
+
+class Loaded(Exception):
+    """In place of a pipeline: the folder that it would have been loaded from."""
 
 
 @pytest.fixture
-def paint(tmp_path, monkeypatch):
-    """Paints by the command line, with a cache of its own."""
+def loaded(tmp_path, monkeypatch):
+    """Finds the folder from which `generate` loads a pipeline, with a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def run(*flags: object) -> np.ndarray:
-        generate.main([*PAINT, *map(str, flags), "--output", str(tmp_path / "picture.png")])
-        with Image.open(tmp_path / "picture.png") as picture:
-            return np.asarray(picture, np.float32) / 255
+    def load(folder: Path, *_, **__) -> None:
+        raise Loaded(folder)
+
+    def run(*flags: object) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "load_pipeline", load)
+            with pytest.raises(Loaded) as found:
+                generate.main([*CALL, *map(str, flags)])
+        return found.value.args[0]
 
     return run
 
 
-def test_generate_takes_a_single_file_and_converts_it_once(model, single, paint, tmp_path, monkeypatch):
-    wanted = paint("--model", model)
-    assert not (tmp_path / "cache" / "distrijax" / "converted").exists()
-    assert psnr(paint("--model", single, "--config", model), wanted) > 50
-    (made,) = (path for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir() if path.is_dir())
+def test_generate_takes_a_single_file_and_converts_it_once(model, single, loaded, tmp_path, monkeypatch):
+    converted = tmp_path / "cache" / "distrijax" / "converted"
+    assert loaded("--model", model) == model
+    assert not converted.exists()
+    made = loaded("--model", single, "--config", model)
+    assert [path for path in converted.iterdir() if path.is_dir()] == [made]
     assert same(made, model)
     moved = shutil.copy(single, tmp_path / "elsewhere.safetensors")
     monkeypatch.setattr("distrijax.convert.cache.write_folder", None)  # what is there is taken
-    assert psnr(paint("--model", moved, "--config", model), wanted) > 50
+    assert loaded("--model", moved, "--config", model) == made
 
 
 @pytest.mark.parametrize("obstacle", ["distrijax", "distrijax/digests", "distrijax/converted"])
@@ -348,22 +365,20 @@ def test_a_cache_that_cannot_be_made_is_told_in_a_sentence(single, tmp_path, mon
         prepared(Recipe(str(single)))
 
 
-def test_generate_merges_what_it_is_given_and_says_so_in_the_picture(model, paint, tmp_path):
+def test_generate_merges_what_it_is_given_and_says_so_in_the_picture(model, style, loaded, tmp_path):
+    base, name = weights(model), f"{STYLED}.weight"
+    styled = weights(loaded("--model", model, "--lora", f"{style}:0.5"))
+    assert styled.keys() == base.keys()
+    assert {each for each in base if not np.array_equal(styled[each], base[each])} == {name}
+    np.testing.assert_allclose(styled[name], base[name] + 0.5, rtol=1e-6)
     unet = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    down, up = (
-        np.ones((1, unet[f"{layer}.weight"].shape[1]), np.float32),
-        np.ones((unet[f"{layer}.weight"].shape[0], 1), np.float32),
-    )
-    save_file({f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}, tmp_path / "style.safetensors")
-    plain, styled = paint("--model", model), paint("--model", model, "--lora", f"{tmp_path / 'style.safetensors'}:0.5")
-    assert psnr(plain, styled) < 60
-    with Image.open(tmp_path / "picture.png") as picture:
-        assert "style.safetensors" in picture.text["loras"]
-    unet[f"{layer}.weight"] = unet[f"{layer}.weight"] + 0.5
-    save_file(unet, tmp_path / "unet.safetensors")
-    assert psnr(paint("--model", model, "--unet", tmp_path / "unet.safetensors"), styled) > 50
-    assert os.listdir(tmp_path / "cache" / "distrijax")
+    save_file(unet | {name.removeprefix("unet."): styled[name]}, tmp_path / "unet.safetensors")
+    replaced = weights(loaded("--model", model, "--unet", tmp_path / "unet.safetensors"))
+    assert replaced.keys() == base.keys() and all(np.array_equal(replaced[each], styled[each]) for each in base)
+    image = tmp_path / "image.png"
+    generate.main([*CALL, "--model", str(model), "--lora", f"{style}:0.5", "--output", str(image)])
+    with Image.open(image) as written:
+        says(written.text["loras"], "style.safetensors", 0.5)
 
 
 def test_the_other_scripts_take_a_single_file_as_well(model, single, tmp_path, monkeypatch):

@@ -115,25 +115,6 @@ def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, shal
         np.testing.assert_allclose(first[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
 
 
-def test_process_0_alone_speaks_and_writes(shallow_checkpoint, tmp_path):
-    port, folders = free_port(), [tmp_path / "0", tmp_path / "1"]
-    shared = ["--model", shallow_checkpoint, "--devices", "2", "--image-size", "64", "--num-inference-steps", "3"]
-    both = []
-    for process_id, folder in enumerate(folders):
-        folder.mkdir()
-        script = TESTS.parent / "examples" / "generate.py"
-        both.append(process(script, *flags(port, process_id, *shared, "--prompt", 100 * "red "), cwd=folder))
-    first, second = map(end, both)
-    assert first.code == 0, first
-    assert [line.split()[0] for line in first.out.splitlines()] == ["mesh", "image", "load", "compile", "run", "wrote"]
-    says(first.out, "data 1", "cfg 2", "patch 1", 2, "virtual CPU")
-    assert re.fullmatch(r"(warning: [^\n]*\b\d+ tokens\b.*\n)+", first.err)
-    assert second == End(0, "", "")
-    assert [[path.name for path in folder.iterdir()] for folder in folders] == [["distrijax.png"], []]
-    with Image.open(folders[0] / "distrijax.png") as picture:
-        assert picture.size == (64, 64)
-
-
 def slurm(process_id: int, port: int) -> dict[str, str]:
     """What srun tells each of two tasks."""
     tasks = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
@@ -149,15 +130,26 @@ def open_mpi(process_id: int, port: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("launcher", [slurm, open_mpi])
-def test_a_launcher_tells_all_that_the_flags_would(shallow_checkpoint, tmp_path, launcher):
+def test_a_launcher_tells_all_that_the_flags_would_and_process_0_alone_speaks_and_writes(
+    shallow_checkpoint, tmp_path, launcher
+):
     """Of the number that it makes of the job's, JAX makes a port; CPUs are divided as where a coordinator is given."""
-    script, job = TESTS.parent / "examples" / "generate.py", free_port()
-    settings = ["--model", shallow_checkpoint, "--devices", "4", "--image-size", "64", "--num-inference-steps", "1"]
-    both = [process(script, *settings, cwd=tmp_path, variables=launcher(number, job)) for number in (0, 1)]
+    script, job, folders = TESTS.parent / "examples" / "generate.py", free_port(), [tmp_path / "0", tmp_path / "1"]
+    settings = ["--model", shallow_checkpoint, "--devices", "4", "--image-size", "64", "--num-inference-steps", "3"]
+    settings += ["--prompt", 100 * "red "]
+    both = []
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        both.append(process(script, *settings, cwd=folder, variables=launcher(number, job)))
     first, second = map(end, both)
     assert first.code == 0, first
+    assert [line.split()[0] for line in first.out.splitlines()] == ["mesh", "image", "load", "compile", "run", "wrote"]
     says(first.out, "data 1", "cfg 2", "patch 2", 4, "virtual CPU")
+    assert re.fullmatch(r"(warning: [^\n]*\b\d+ tokens\b.*\n)+", first.err)
     assert second == End(0, "", "")
+    assert [[path.name for path in folder.iterdir()] for folder in folders] == [["distrijax.png"], []]
+    with Image.open(folders[0] / "distrijax.png") as image:
+        assert image.size == (64, 64)
 
 
 @pytest.mark.parametrize(
