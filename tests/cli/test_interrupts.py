@@ -110,7 +110,10 @@ PIL.Image.Image.save = write_and_stay
 
 @pytest.mark.parametrize("place", ["compiling", *(pytest.param(p, marks=slow) for p in PLACES if p != "compiling")])
 def test_generate_is_ended_and_leaves_nothing(tmp_path, place):
-    script = f"from distrijax.cli import start\nstart.begin(several=True)\n{PLACES[place]}\nstart.run('distrijax.cli.generate', several=True)"
+    script = (
+        f"from distrijax.cli import start\nstart.begin(several=True)\n{PLACES[place]}\n"
+        "start.run('distrijax.cli.generate', several=True)"
+    )
     flags = ["--devices", "1", "--image-size", "64", "--num-inference-steps", "1"]
     running = start(tmp_path, "-c", f"from sitecustomize import stay\n{script}", *flags)
     assert pressed(running) == (130, "interrupted\n")
