@@ -90,6 +90,7 @@ TRAINING_IMAGES = {  # height, width and number, for each stage of the UNet
     "unet-128": [(128, 128, 16384)],
     "unet-256": [(256, 256, 4096), (192, 320, 512), (320, 192, 512)],
 }
+BATCH_SIZES = {"unet-128": 32, "unet-256": 16}
 STEP_FLAGS = {
     "vae": "--vae-steps",
     "text": "--text-steps",
@@ -357,11 +358,8 @@ def train_unet(
     unet = quiet_residuals(UNet(UNET, rngs=nnx.Rngs(args.seed + 2)))
     encode = jax.jit(lambda text_model, ids, ids_2: text_model.encode(ids, ids_2))
     scale = None
-    for name, steps, batch, rate in (
-        ("unet-128", args.small_steps, 32, 1.5e-3),
-        ("unet-256", args.large_steps, 16, 1e-3),
-    ):
-        shapes = TRAINING_IMAGES[name]
+    for name, steps, rate in (("unet-128", args.small_steps, 1.5e-3), ("unet-256", args.large_steps, 1e-3)):
+        shapes, batch = TRAINING_IMAGES[name], BATCH_SIZES[name]
         first, caches = 0, []
         for height, width, count in shapes:
             cache = cache_latents(args, vae, tokenizers, height, width, count, first)

@@ -21,7 +21,7 @@ from unet_configs import BASE
 
 from distrijax import DistriConfig, load_scheduler, plan_mesh
 from distrijax.convert.layouts.original import from_original, to_original
-from distrijax.models import layers
+from distrijax.models import attention
 from distrijax.models.unet_config import UNetConfig
 from distrijax.plan.overlap import HloProgram
 from distrijax.plan.traffic import main_step
@@ -93,7 +93,7 @@ def test_what_is_not_installed_is_told_before_anything_is_measured(monkeypatch):
 
 @slow
 def test_a_part_of_a_step_has_its_part_of_the_work_and_no_traffic(monkeypatch):
-    monkeypatch.setattr(layers, "CPU_ATTENTION_CHUNK", 2**24)  # in one piece: XLA counts a loop's work once
+    monkeypatch.setattr(attention, "CPU_ATTENTION_CHUNK", 2**24)  # in one piece: XLA counts a loop's work once
     config, scheduler = DistriConfig(split_batch=False), load_scheduler({"_class_name": "DDIMScheduler"})
 
     def part(of: int) -> jax.stages.Compiled:

@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny_data
 import train_tiny
 from facts import says
 from marks import slow
@@ -23,11 +24,18 @@ def train(folder, *flags: str, **steps: int) -> None:
         train_tiny.main(["--output", str(folder), *given, *flags])
 
 
+def small_crops(seeds: list[int], first: int, **_: int) -> np.ndarray:
+    return tiny_data.scene_crops(seeds, first, count=4, side=32, size=64)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tiny, "TRAINING_IMAGES", {"unet-128": [(128, 128, 32)], "unet-256": [(128, 192, 32)]})
+        patch.setattr(train_tiny, "BATCH_SIZES", {"unet-128": 4, "unet-256": 4})
+        patch.setattr(train_tiny, "crops", lambda seed, step: small_crops([seed, step], step * 4))
+        patch.setattr(train_tiny, "scene_crops", small_crops)
         train(folder)
         yield folder
 
