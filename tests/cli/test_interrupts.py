@@ -78,11 +78,17 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
 def pressed(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and stderr after one Ctrl-C."""
     process.send_signal(signal.SIGINT)
-    try:
-        err = process.communicate(timeout=SOON)[1]
-    finally:
-        process.kill()
+    _, err = printed(process)
     return process.returncode, err
+
+
+def printed(process: subprocess.Popen) -> tuple[str, str]:
+    """What it printed on stdout and stderr, once it has ended."""
+    with process:  # closes its pipes
+        try:
+            return process.communicate(timeout=SOON)
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -225,10 +231,7 @@ def test_a_users_script_is_interrupted_and_ends(tmp_path, place):
     running = start(tmp_path, "-c", script)
     time.sleep(0.5)  # a program that runs says so before it is handed over
     running.send_signal(signal.SIGINT)
-    try:
-        out, err = running.communicate(timeout=SOON)
-    finally:
-        running.kill()
+    out, err = printed(running)
     assert running.returncode == -signal.SIGINT
     assert (out, err.splitlines()[-1]) == ("farewell\n", "KeyboardInterrupt")
 
@@ -257,6 +260,7 @@ def test_an_interrupt_that_falls_into_a_callback_of_the_garbage_collector_is_not
         gc.collect()
         time.sleep(10)
 
+    gc.collect()  # what other tests left
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.callbacks.append(callback)
     try:
