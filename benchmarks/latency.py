@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dic
         **settings_of(config),
         "dtype": dtype.name,
         "jax": jax.__version__,
-        "compile_s": round(pipe.programs.seconds, 3),
+        "compile_s": round(pipe.programs.compile_seconds, 3),
         "loop_s": trimmed_mean(loops[arguments.warmup_times :], arguments.ignore_ratio),
         "end_to_end_s": trimmed_mean(calls[arguments.warmup_times :], arguments.ignore_ratio),
         "peak_bytes": peak if peak != before else None,

@@ -39,7 +39,7 @@ def test_what_is_compiled_is_logged(caplog):
         return x / static
 
     with caplog.at_level(logging.INFO, "distrijax"):
-        programs = Programs("cpu", most=1)
+        programs = Programs("cpu", max_programs=1)
         for static in (2.0, 4.0):
             programs(halve, static, (), x)
     said = [record.getMessage() for record in caplog.records if record.name == "distrijax"]

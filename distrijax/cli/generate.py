@@ -189,7 +189,7 @@ def run_call(pipe: Pipeline, call: dict[str, Any], arguments: argparse.Namespace
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar unless stderr is a terminal
     start = time.perf_counter()
     images = pipe(**call, num_images_per_prompt=arguments.batch).images
-    waited = pipe.programs.waited
+    waited = pipe.programs.blocked_seconds
     running = time.perf_counter() - start - waited
     print(f"compile  {waited:.1f} s more for {pipe.programs.count} programs")
     steps = f"{arguments.num_inference_steps} step{'s' if arguments.num_inference_steps > 1 else ''}"

@@ -1,4 +1,4 @@
-"""Compiled programs, kept by what they depend on, so that compile time is known apart from run time."""
+"""Compiled programs, cached and compiled ahead of time, so that compile time and run time are known apart."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "xla_max_concurrent_async_collective_permutes": 64,
     },
 }
-"""XLA's options for each of JAX's platforms.
+"""XLA's options by JAX's name of the platform.
 
-Without the latency-hiding scheduler nothing travels while a GPU computes; by its model of Hopper's links what is small need not
-be hidden; with one collective at a time, those that wait their turn begin too late, and with many, more is held at once. Only
-small gathers are combined: XLA would otherwise have the first GroupNorm wait for the keys and values of a layer far behind it.
-Boundary rows, which are small, travel all together, or at 3840x3840 half of them: one by one, some would get their turn where no
-product hides them, and take that of the first GroupNorm's moments.
-Products of matrices are cuBLAS's, which adds biases and residuals itself: XLA's own kernels need others around them.
+GPU:
+    - Transfers overlap with compute only under the latency-hiding scheduler. Its analytical latency model regards small
+      transfers over Hopper's links as not worth hiding, so it is off.
+    - Three collectives may be in flight. With one, collectives that queue start too late; with many, more memory is held at once.
+    - Only small all-gathers are combined. Otherwise XLA makes the first GroupNorm wait for the keys and values of a much later layer.
+    - Boundary rows are small; all of them travel in one permute, at 3840x3840 in two. Permuted one by one, some would be
+      scheduled where no matmul hides them, in the place of the first GroupNorm's moments.
+    - Matmuls run in cuBLAS, which fuses biases and residuals itself; Triton's GEMMs need other kernels around them.
 
-On TPUs what is displaced comes by permutes, which can travel beside any computing. libtpu lets few of them travel at a time: those
-that wait their turn then travel one after the other, where nothing hides them.
+TPU: displaced values arrive by collective permutes, which can overlap with any compute. libtpu keeps few of them in flight by
+default; those that queue then run one after the other where nothing hides them.
 
-On CPUs YNNPACK computes sums and no more: its convolutions of up to 64 channels run on one core, and Eigen's products are faster.
+CPU: YNNPACK fuses only reductions. Its convolutions of up to 64 channels run on one core, and Eigen's matmuls are faster.
 """
 
 SHARDED: dict[str, dict[str, Any]] = {
@@ -59,46 +61,53 @@ SHARDED: dict[str, dict[str, Any]] = {
         "xla_max_concurrent_async_all_gathers": 16,
     },
 }
-"""What is different where weights travel, too: on GPUs with fewer at a time, keys and values are gathered far too early.
+"""What is different if weights are sharded, and so gathered by the programs.
 
-On TPUs kernels of products carry the gathers of weights, by themselves one at a time, and what does not find one in time is
-gathered while nothing else is done; with these, less of it. What is under way is held in full.
+GPU: with fewer collectives in flight, keys and values are gathered far too early.
+
+TPU: fusions of matmuls carry the all-gathers of weights, by default one at a time, and a gather that finds no matmul in time
+blocks. These options reduce such gathers. All collectives in flight are held in full.
 """
 
 
 def options_for(platform: str, *, shard_weights: bool = False) -> dict[str, Any]:
-    """This project's options for XLA on one of JAX's platforms."""
+    """distrijax's default options for XLA.
+
+    Args:
+        platform: JAX's name of the platform; one without defaults gets no options.
+        shard_weights: Whether parameters are sharded, and so gathered by the programs.
+    """
     return {**OPTIONS.get(platform, {}), **(SHARDED.get(platform, {}) if shard_weights else {})}
 
 
 Params = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
-"""The leaves of a module, or their shapes, as a compiled program takes them: quick to hand over, whatever the module's depth."""
+"""A module's leaves, or their shapes, as a compiled program takes them; a flat tuple dispatches fast at any module depth."""
 
 
-MOST = 64
-"""How many programs a pipeline keeps unless told otherwise.
+MAX_PROGRAMS = 64
+"""Default limit of the programs that a pipeline keeps.
 
-Each holds some 300 memory maps on CPUs, of which Linux allows a process 65,530, and its code on accelerators. A call runs about
-7 programs, of which another image size needs 5 anew.
+On CPUs each one holds some 300 memory maps, of which Linux allows a process 65,530; on accelerators it holds its code. A call
+runs about 7 programs; another image size compiles 5 of them again.
 """
 
 
 class Programs:
-    """Compiles `function(static, params, *arguments)` once for each static value and each shape of the arguments.
+    """Compiles and runs `function(static, params, *arguments)`.
 
-    And for each precision of products that a caller has set (`jax.default_matmul_precision`). Several threads may call at once;
-    their programs run one after the other.
+    A program is compiled once for each function, static value, shapes and shardings of the arguments, and the caller's
+    `jax.default_matmul_precision`. Several threads may call at once; their programs run one after the other.
 
     Args:
-        platform: JAX's name for the devices'.
-        options: a user's for XLA, before those of `options_for`.
-        shard_weights: whether parameters are gathered in the programs.
-        most: how many programs are kept. Those that have not been used for longest give way to new ones, unless they are being
+        platform: JAX's name of the devices' platform.
+        options: A user's options for XLA; they take precedence over `options_for`.
+        shard_weights: Whether parameters are sharded, and so gathered by the programs.
+        max_programs: Limit of the programs that are kept. The least recently used ones are evicted, except those that are being
             compiled or run.
 
     Attributes:
-        seconds: of tracing and compiling so far, which several programs may have spent at the same time.
-        waited: seconds that calls stood still for it.
+        compile_seconds: Time spent in tracing and compiling, summed over programs, which may have been compiled concurrently.
+        blocked_seconds: Time for which calls waited for compilation.
     """
 
     def __init__(
@@ -107,25 +116,25 @@ class Programs:
         options: Mapping[str, Any] | None = None,
         *,
         shard_weights: bool = False,
-        most: int = MOST,
+        max_programs: int = MAX_PROGRAMS,
     ):
         _check_jit()
         if not isinstance(options, Mapping | None):
             raise DistriError(f"compiler_options is {options!r:.60}; give a dict of XLA's options")
         self.platform = platform
-        self.ours, self.options = options_for(platform, shard_weights=shard_weights), dict(options or {})
-        self.most = positive(most, "max_programs")
-        self.seconds = self.waited = 0.0
+        self.defaults, self.options = options_for(platform, shard_weights=shard_weights), dict(options or {})
+        self.max_programs = positive(max_programs, "max_programs")
+        self.compile_seconds = self.blocked_seconds = 0.0
         self._lock = threading.Lock()
         self._compiled: collections.OrderedDict[Hashable, Future[jax.stages.Compiled]] = collections.OrderedDict()
         self._running: collections.Counter[Hashable] = collections.Counter()
-        self._fit: set[Hashable] = set()
-        # several processes have to compile in one order, for XLA may have them try out kernels together
+        self._memory_checked: set[Hashable] = set()
+        # all processes must compile in the same order: XLA may autotune kernels across them
         self._compilers = compilers(1 if jax.process_count() > 1 else 4)
 
     @property
     def count(self) -> int:
-        """How many programs there are."""
+        """Number of cached programs."""
         return len(self._compiled)
 
     def prepare(
@@ -137,14 +146,22 @@ class Programs:
         donate: tuple[int, ...] = (),
         traced: jax.stages.Traced | None = None,
     ) -> tuple[Hashable, Future[jax.stages.Compiled]]:
-        """Begins to compile a program that will be called, while something else goes on; returns its key, and what will be it.
+        """Starts to compile a program in the background.
 
-        Arguments may be shapes with shardings. donate: which of `arguments` (from 0) the program may overwrite. traced: what
-        `trace` has made of all this, if it has been called.
+        Args:
+            function: The function to compile.
+            static: Its first argument.
+            params: Its parameters, arrays or shapes with shardings.
+            *arguments: Its other arguments, arrays or shapes with shardings.
+            donate: Indices into `arguments` of those that the program may overwrite.
+            traced: What `trace` returned for the same arguments, if it has been called.
+
+        Returns:
+            The program's key, and the future of the program.
         """
         _check_jit()
         leaves, structure = jax.tree.flatten(arguments)
-        taken = tuple((leaf.shape, leaf.dtype, _cuts(leaf.sharding)) for leaf in leaves)
+        taken = tuple((leaf.shape, leaf.dtype, _canonical_spec(leaf.sharding)) for leaf in leaves)
         precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
         key = (function, static, structure, taken, donate, precision)
         with self._lock:
@@ -160,24 +177,24 @@ class Programs:
     def __call__(
         self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
     ) -> Any:
-        """Runs the program. donate: which of `arguments` (from 0) it may overwrite."""
+        """Runs a program, compiled if it is not yet; the arguments are those of `prepare`, all of them arrays."""
         key, begun = self.prepare(function, static, params, *arguments, donate=donate)
         with self._in_use(key):
             start = time.perf_counter()
             try:
                 program = begun.result()
             except Exception:
-                self._drop(key, begun)  # it is none, and a later call may try again
+                self._drop(key, begun)  # a later call may try again
                 raise
-            if key not in self._fit:
-                self._add(waited=time.perf_counter() - start)
-                wait(arguments)  # what made them has given back its memory
+            if key not in self._memory_checked:
+                self._add_time(blocked=time.perf_counter() - start)
+                wait(arguments)  # the programs that computed them have freed their memory
                 check_memory(program, jax.tree.leaves(arguments)[0].sharding.mesh.local_devices[0])
-                self._fit.add(key)
+                self._memory_checked.add(key)
             return _launches(program, params, *arguments, alone=self.platform == "cpu")
 
-    def abandon(self) -> None:
-        """Gives up what was prepared and is not begun."""
+    def cancel_pending(self) -> None:
+        """Cancels the compilations that have not started."""
         with self._lock:
             programs = list(self._compiled.items())
         for key, begun in programs:
@@ -196,16 +213,16 @@ class Programs:
         start = time.perf_counter()
         with jax.default_matmul_precision(precision):
             lowered = (traced or trace(function, static, *shapes, donate=donate)).lower()
-        program = compiled(lowered, self.ours, self.options)
+        program = compiled(lowered, self.defaults, self.options)
         seconds = time.perf_counter() - start
-        self._add(seconds=seconds)
+        self._add_time(compiling=seconds)
         logger.info("compiled %s in %.1f s", function.__name__, seconds)
         return program
 
-    def _add(self, *, seconds: float = 0, waited: float = 0) -> None:
+    def _add_time(self, *, compiling: float = 0, blocked: float = 0) -> None:
         with self._lock:
-            self.seconds += seconds
-            self.waited += waited
+            self.compile_seconds += compiling
+            self.blocked_seconds += blocked
 
     @contextlib.contextmanager
     def _in_use(self, key: Hashable) -> Iterator[None]:
@@ -216,19 +233,19 @@ class Programs:
         finally:
             with self._lock:
                 self._running[key] -= 1
-                self._running += collections.Counter()  # drops what is zero
+                self._running += collections.Counter()  # removes zero counts
 
     def _evict(self, newest: Hashable) -> None:
-        """Drops the programs above `most` that have not been used for longest."""
-        if self.count <= self.most:
+        """Drops the least recently used programs above `max_programs`."""
+        if self.count <= self.max_programs:
             return
         idle = [
             key for key, begun in self._compiled.items() if begun.done() and key != newest and key not in self._running
         ]
-        for key in idle[: self.count - self.most]:
-            logger.info("evicted %s: more than %d programs", key[0].__name__, self.most)
+        for key in idle[: self.count - self.max_programs]:
+            logger.info("evicted %s: more than %d programs", key[0].__name__, self.max_programs)
             del self._compiled[key]
-            self._fit.discard(key)
+            self._memory_checked.discard(key)
 
     def _drop(self, key: Hashable, begun: Future) -> None:
         with self._lock:
@@ -237,26 +254,26 @@ class Programs:
 
 
 class _Launches:
-    """Has programs begin in one order on all devices, whichever threads and pipelines call them.
+    """Launches programs in the same order on all devices, for all threads and pipelines of a process.
 
-    Otherwise each of two programs could wait in a collective for a device that has begun with the other. Virtual CPU devices
-    share one pool of threads: with a second program in it, the collectives of the first may wait for ever for a device that
-    gets no thread; so there a program ends before the next begins.
+    Otherwise two programs could deadlock, each waiting in a collective for a device that runs the other. Virtual CPU devices
+    share one thread pool: with a second program in it, a collective of the first may wait forever for a device that gets no
+    thread. There a program ends before the next one starts.
     """
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._left: Any = None
+        self._unfinished: Any = None
 
     def __call__(self, program: jax.stages.Compiled, *arguments: Any, alone: bool) -> Any:
-        """The program's result. alone: whether to wait for it."""
+        """Runs a program and returns its result, without waiting for it unless it is to run `alone`."""
         with self._lock:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # which nobody waits for any more
-                wait(self._left)
-            self._left = result = program(*arguments)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # of an interrupted call
+                wait(self._unfinished)
+            self._unfinished = result = program(*arguments)
             if alone:
-                wait(result)  # after an interrupt the devices go on, and the next program waits for them
-            self._left = None
+                wait(result)  # an interrupt does not stop the devices; the next launch waits for them
+            self._unfinished = None
             return result
 
 
@@ -265,7 +282,7 @@ _launches = _Launches()
 
 def _check_jit() -> None:
     if jax.config.jax_disable_jit:
-        raise DistriError("jax_disable_jit is set, and programs are compiled ahead here; unset it")
+        raise DistriError("jax_disable_jit is set, and distrijax compiles programs ahead of time; unset it")
 
 
 def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -275,41 +292,63 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def trace(
     function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Traced:
-    """`function(static, params, *arguments)`, of arrays or shapes. donate: which of `arguments` it may overwrite.
+    """Traces `function(static, params, *arguments)`.
 
-    JAX's caches keep what comes of a function, compiled programs included, for as long as the function lives. This one lives as
-    long as the result.
+    JAX's caches keep what was made from a function, compiled programs included, as long as the function lives. The function
+    that is traced here lives as long as the result.
+
+    Args:
+        function: The function to trace.
+        static: Its first argument.
+        params: Its parameters, arrays or shapes with shardings.
+        *arguments: Its other arguments, arrays or shapes with shardings.
+        donate: Indices into `arguments` of those that the program may overwrite.
     """
     jitted = jax.jit(functools.partial(function, static), donate_argnums=tuple(1 + index for index in donate))
     return jitted.trace(params, *arguments)
 
 
-def compiled(lowered: jax.stages.Lowered, ours: Mapping[str, Any], options: Mapping[str, Any]) -> jax.stages.Compiled:
-    """The program, compiled with this project's options (`options_for`) and, before them, a user's.
+def compiled(
+    lowered: jax.stages.Lowered, defaults: Mapping[str, Any], options: Mapping[str, Any]
+) -> jax.stages.Compiled:
+    """Compiles a program.
 
-    An option of ours that this version of XLA does not have is left out, with a DistriWarning. Raises DistriError for a
-    user's that XLA does not have, or with a value that it does not take.
+    Args:
+        lowered: The program.
+        defaults: Options for XLA, such as those of `options_for`. One that this version of XLA does not have is left out, with a
+            DistriWarning.
+        options: A user's options, which take precedence.
+
+    Raises:
+        DistriError: For a user's option that XLA does not have, or whose value it refuses.
     """
-    chosen = {**ours, **options}
+    chosen = {**defaults, **options}
     while True:
         try:
             return lowered.compile(compiler_options=chosen)
         except jax.errors.JaxRuntimeError as error:
-            told = str(error)
-            refused = next((name for name in chosen if re.search(rf"\b{re.escape(name)}\b", told)), None)
-            if "INVALID_ARGUMENT" not in told or refused is None:
+            message = str(error)
+            refused = next((name for name in chosen if re.search(rf"\b{re.escape(name)}\b", message)), None)
+            if "INVALID_ARGUMENT" not in message or refused is None:
                 raise
             if refused in options:
-                raise DistriError(f"XLA refuses a compiler option ({told}); leave it out or correct it") from None
-            told = f"this XLA has no option {refused}; programs may be slower than they could be"
-            warn(told)
+                raise DistriError(f"XLA refuses a compiler option ({message}); leave it out or correct it") from None
+            warn(f"this XLA has no option {refused}; programs may be slower than they could be")
             del chosen[refused]
 
 
 def check_memory(program: jax.stages.Compiled, device: jax.Device) -> None:
-    """Raises DistriError for a program that would not fit beside what a device already holds, its arguments included."""
+    """Checks that a program fits into a device's free memory; does nothing where the platform reports no limit.
+
+    Args:
+        program: A program whose arguments are on the device already.
+        device: The device.
+
+    Raises:
+        DistriError: For a program that needs more memory than is free.
+    """
     stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:  # a platform that does not tell
+    if "bytes_limit" not in stats:
         return
     analysis = program.memory_analysis()
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -322,10 +361,10 @@ def check_memory(program: jax.stages.Compiled, device: jax.Device) -> None:
 
 
 @functools.cache
-def _cuts(sharding: NamedSharding) -> Hashable:
-    """A sharding without the mesh axes of size 1, which JAX may name or not: they cut nothing."""
+def _canonical_spec(sharding: NamedSharding) -> Hashable:
+    """A sharding without the mesh axes of size 1, which JAX may name or not; equal keys mean equal placement."""
     parts = [axes if isinstance(axes, tuple) else (axes,) for axes in sharding.spec]
-    cuts = [tuple(axis for axis in axes if axis and sharding.mesh.shape[axis] > 1) for axes in parts]
-    while cuts and not cuts[-1]:
-        cuts.pop()
-    return sharding.mesh, tuple(cuts)
+    spec = [tuple(axis for axis in axes if axis and sharding.mesh.shape[axis] > 1) for axes in parts]
+    while spec and not spec[-1]:
+        spec.pop()
+    return sharding.mesh, tuple(spec)

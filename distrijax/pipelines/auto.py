@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrijax.config import DistriConfig
-from distrijax.parallel.programs import MOST
+from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import find_family, find_folder
 from distrijax.pipelines.sd import DistriSDPipeline
@@ -27,7 +27,7 @@ def load_pipeline(
     local_files_only: bool = False,
     compiler_options: Mapping[str, Any] | None = None,
     compile_for: Mapping[str, Any] | None = None,
-    max_programs: int = MOST,
+    max_programs: int = MAX_PROGRAMS,
 ) -> Pipeline:
     """Loads a checkpoint with DistriSDPipeline or DistriSDXLPipeline, as its model_index.json says.
 

@@ -18,7 +18,7 @@ from distrijax.models.families import default_size
 from distrijax.parallel.layout import check_images
 from distrijax.parallel.mesh import DATA, pick_devices, plan_mesh
 from distrijax.parallel.processes import warm_up_collectives
-from distrijax.parallel.programs import MOST
+from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.pipelines.call import (
     Call,
     PipelineOutput,
@@ -61,7 +61,7 @@ class Pipeline(Runner):
         local_files_only: bool = False,
         compiler_options: Mapping[str, Any] | None = None,
         compile_for: Mapping[str, Any] | None = None,
-        max_programs: int = MOST,
+        max_programs: int = MAX_PROGRAMS,
     ) -> Self:
         """Loads a checkpoint onto the devices.
 
@@ -117,7 +117,7 @@ class Pipeline(Runner):
                 pipe._prepare(compile_for)
             pipe._set_components(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
         except BaseException:
-            pipe.programs.abandon()
+            pipe.programs.cancel_pending()
             raise
         return pipe
 

@@ -19,7 +19,7 @@ from distrijax.parallel.displaced import strategy_of
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG, DATA
 from distrijax.parallel.processes import is_main_process, to_devices, to_host
-from distrijax.parallel.programs import MOST, Programs
+from distrijax.parallel.programs import MAX_PROGRAMS, Programs
 from distrijax.pipelines.call import (
     Call,
     Callback,
@@ -52,13 +52,15 @@ class Runner:
         config: DistriConfig,
         dtype: jnp.dtype,
         compiler_options: Mapping[str, Any] | None = None,
-        max_programs: int = MOST,
+        max_programs: int = MAX_PROGRAMS,
     ):
         self.mesh, self.config, self.dtype = mesh, config, dtype
         self.scheduler = components.scheduler
         self.unet_config, self.vae_config = components.unet.config, components.vae.config
         platform = mesh.devices.flat[0].platform
-        self.programs = Programs(platform, compiler_options, shard_weights=config.shard_weights, most=max_programs)
+        self.programs = Programs(
+            platform, compiler_options, shard_weights=config.shard_weights, max_programs=max_programs
+        )
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
         self._progress: dict[str, Any] = {}
         self._set_components(components)

@@ -11,7 +11,7 @@ import pytest
 from facts import refuses
 
 from distrijax import DistriConfig, DistriSDXLPipeline
-from distrijax.parallel.programs import MOST, Programs
+from distrijax.parallel.programs import MAX_PROGRAMS, Programs
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
 FEW = 150
@@ -31,7 +31,7 @@ def arrays() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
-def load(checkpoint: Path, *, max_programs: int = MOST, compile_for: dict | None = None, **settings):
+def load(checkpoint: Path, *, max_programs: int = MAX_PROGRAMS, compile_for: dict | None = None, **settings):
     config = DistriConfig(devices=2, warmup_steps=0, **settings)
     pipe = DistriSDXLPipeline.from_pretrained(checkpoint, config, max_programs=max_programs, compile_for=compile_for)
     pipe.set_progress_bar_config(disable=True)
@@ -87,11 +87,11 @@ def test_a_pipeline_called_at_many_sizes_keeps_the_programs_it_used_last(shallow
         assert pipe.programs.count == most
     assert maps() < before + 2 * FEW
     assert arrays() == bytes_before
-    seconds = pipe.programs.seconds
+    seconds = pipe.programs.compile_seconds
     paint(pipe, 96)
-    assert pipe.programs.seconds == seconds
+    assert pipe.programs.compile_seconds == seconds
     paint(pipe)
-    assert pipe.programs.seconds > seconds
+    assert pipe.programs.compile_seconds > seconds
 
 
 def add(static, params, x):
@@ -109,7 +109,7 @@ def kept(programs: Programs) -> list[int]:
 
 
 def test_the_program_that_was_not_used_for_longest_gives_way():
-    programs, x = Programs("cpu", most=2), one()
+    programs, x = Programs("cpu", max_programs=2), one()
     for static in (1, 2, 1, 3):
         programs(add, static, (), x)
     assert kept(programs) == [1, 3]
@@ -117,7 +117,7 @@ def test_the_program_that_was_not_used_for_longest_gives_way():
 
 def test_a_program_in_use_does_not_give_way():
     """Neither one that runs nor one that compiles."""
-    programs, x, other = Programs("cpu", most=1), one(), one()
+    programs, x, other = Programs("cpu", max_programs=1), one(), one()
 
     def outer(static, params, x):
         programs(add, 5, (), other)  # while this one compiles

@@ -419,7 +419,7 @@ def test_another_size_compiles_again_and_only_once(one):
     assert after > before
     generated(one, height=32, width=32, seed=9)
     assert one.programs.count == after
-    assert one.programs.seconds > 0
+    assert one.programs.compile_seconds > 0
 
 
 def test_callback_sees_every_step_and_may_change_the_latents(one):
