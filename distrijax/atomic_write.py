@@ -18,17 +18,17 @@ from distrijax.interrupts import undone
 
 @contextmanager
 def atomic_write(destination: Path, *, replace: bool = True, durable: bool = False) -> Iterator[Path]:
-    """Yields a name beside `destination` to write to, which becomes `destination` at the end of the context.
+    """Yields a temporary path beside `destination`, which is renamed to `destination` at the end of the context.
 
-    After an exception or an interrupt (Ctrl-C, SIGTERM, a closed terminal) nothing of it is left.
+    An exception or an interrupt (Ctrl-C, SIGTERM, a closed terminal) removes the temporary path.
 
     Args:
-        destination: The file or folder to appear.
-        replace: Whether it replaces what is there, which stays until the new one is complete.
-        durable: Whether the disk holds the new content before it gets its name.
+        destination: The file or folder to write.
+        replace: Whether it may replace an existing one, which stays until the new one is complete.
+        durable: Whether to flush the new content to the disk before it is renamed.
 
     Raises:
-        DistriError: For a destination that exists and may not be replaced, and where it could not be written.
+        DistriError: For a destination that exists and may not be replaced, and if it could not be written.
     """
     if destination.exists() and not replace:
         raise DistriError(f"{destination} exists; choose another name, or --force to replace it")
@@ -49,7 +49,7 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
                 yield beside
                 if durable:
                     _sync(beside)
-                if destination.is_dir() or (destination.exists() and beside.is_dir()):  # which no rename replaces
+                if destination.is_dir() or (destination.exists() and beside.is_dir()):  # a rename cannot replace these
                     destination.rename(old)
                 beside.replace(destination)
             finally:
@@ -61,7 +61,7 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it, if it is there."""
+    """Removes a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -69,7 +69,7 @@ def remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has the disk hold what was written before anything is renamed."""
+    """Flushes a file, or a folder with its content, to the disk."""
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
         descriptor = os.open(each, os.O_RDONLY)
         try:
@@ -80,7 +80,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Has SIGTERM and SIGHUP unwind the stack, as Ctrl-C does; Python would end at once and leave what it was writing."""
+    """Lets SIGTERM and SIGHUP unwind the stack, as Ctrl-C does; by default they end Python at once and leave the temporary path."""
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -1,9 +1,9 @@
-"""Ctrl-C: in commands it ends the process at once, in a user's script it is not lost.
+"""Ctrl-C: commands end at once, and users' scripts always get their KeyboardInterrupt.
 
-Python runs the handler of a signal between two instructions of the main thread, so not while XLA computes there; and an exception
-that a handler raises within a finalizer or a callback of the garbage collector, of which JAX has one, is printed and forgotten. In
-commands (`end_on_interrupt`) a thread therefore ends the process, after it has undone what was being written (`undone`). This
-module imports nothing that takes time, so that commands can call it first.
+Python runs a signal handler between two instructions of the main thread, so not while that thread is inside XLA. An exception
+that a handler raises within a finalizer or a garbage collector's callback (JAX has one) is printed and dropped. In commands
+(`end_on_interrupt`) another thread therefore ends the process, after it has undone unfinished writes (`undone`). This module has
+only fast imports, so that commands can call it first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from types import FrameType
 from typing import Any
 
 INTERRUPTED = 128 + signal.SIGINT
-"""How a command exits after Ctrl-C."""
+"""Exit code of a command after Ctrl-C."""
 
 PATIENCE = 2.0
-"""Seconds that undoing may take before the process ends all the same."""
+"""Seconds for undoing, after which the process ends anyway."""
 
 AGAIN = 0.5
-"""Seconds after which another SIGINT is another press: a launcher may send one to a group, and its leader hand it on."""
+"""Seconds after which another SIGINT is a second Ctrl-C; within them, a launcher and a group's leader may both have sent the first."""
 
 _undoing: list[Callable[[], None]] = []
 _standing = threading.Event()
@@ -34,7 +34,11 @@ _standing = threading.Event()
 
 @contextlib.contextmanager
 def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Has a command that is interrupted meanwhile call `undo`. It may run in another thread and must not wait for this one."""
+    """Calls `undo` if the command is interrupted within the context.
+
+    Args:
+        undo: Called in another thread, perhaps; it must not wait for the calling one.
+    """
     _undoing.append(undo)
     try:
         yield
@@ -43,9 +47,9 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
 
 
 def end_on_interrupt() -> None:
-    """Has Ctrl-C end this process with one line on stderr and exit code 130; for commands, before their imports.
+    """Makes Ctrl-C end this process with one line on stderr and exit code 130; commands call it before their imports.
 
-    Does nothing where SIGINT is ignored, as in the background of a shell's script.
+    It has no effect where SIGINT is ignored, as in background jobs of a shell script.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
@@ -58,16 +62,16 @@ def end_on_interrupt() -> None:
 
 @contextlib.contextmanager
 def not_lost() -> Iterator[None]:
-    """Raises a KeyboardInterrupt again that Python would forget, because it came within a finalizer or JAX's callback."""
+    """Raises a KeyboardInterrupt again if Python dropped it because it came within a finalizer or JAX's callback."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, _interrupt_main_thread).start()  # here it would be lost again
+            threading.Timer(0.01, _interrupt_main_thread).start()  # raised here, it would be dropped again
         else:
             before(unraisable)
 
-    if threading.current_thread() is threading.main_thread():  # no other thread is interrupted
+    if threading.current_thread() is threading.main_thread():  # only this thread gets KeyboardInterrupt
         sys.unraisablehook = hook
     try:
         yield
@@ -81,7 +85,7 @@ def _interrupt_main_thread() -> None:
 
 
 def _stand_still(number: int, frame: FrameType | None) -> None:
-    """Keeps the main thread from writing more while another one undoes what it wrote."""
+    """Stops the main thread, so that it writes no more while another thread undoes its writes."""
     _standing.set()
     threading.Event().wait()
 
@@ -102,7 +106,7 @@ def _end_at_signal(reading: int) -> None:
 def _undo_all() -> None:
     with contextlib.suppress(OSError):  # no stderr
         os.write(2, b"\ninterrupted\n" if os.isatty(2) else b"interrupted\n")
-    _standing.wait(0.3)  # unless it is inside XLA
+    _standing.wait(0.3)  # it does not if it is inside XLA
     for undo in reversed(_undoing):
         with contextlib.suppress(Exception):
             undo()

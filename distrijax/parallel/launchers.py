@@ -1,4 +1,4 @@
-"""What starts several processes, and how it tells each of them of the others."""
+"""Detects the launchers of multi-process runs by their environment variables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ LAUNCHERS: dict[str, tuple[str, ...]] = {
     "JOB_COMPLETION_INDEX": (),
     "TPU_WORKER_HOSTNAMES": (),
 }
-"""Variables that those who start several processes set, and those in which they tell how many; a shell in an allocation is
-often one of one. Open MPI (also within SLURM), SLURM, Kubernetes, and Google's for TPUs: JAX asks them in this order."""
+"""A variable that each launcher sets, and the variables with its number of processes, in the order in which JAX asks launchers.
+
+Open MPI (also within SLURM), SLURM, Kubernetes, and Google's for TPUs. A shell in an allocation often has a number of 1.
+"""
 
 
 def tasks() -> int | None:
-    """How many processes a launcher has started, this one among them: None where JAX has yet to find out, 1 without a launcher."""
+    """Number of processes that a launcher has started, with this one; None if only JAX can find out, 1 without a launcher."""
     for variable, counts in LAUNCHERS.items():
         if variable in os.environ:
             return next((int(os.environ[count]) for count in counts if count in os.environ), None)

@@ -1,7 +1,7 @@
-"""Several processes, on one host or many: they find each other, and share arrays that no one of them holds alone.
+"""Several processes, on one host or many: how they join, and arrays that are sharded over the devices of all.
 
-All run the same program on one mesh. Each computes on its own devices; what it hands to a program is the same in all
-(`put`), and what it reads back is whole in all (`fetch`).
+All processes run the same program on one device mesh, each on its own devices. A program's inputs are the same in all processes
+(`to_devices`), and results that are read back are complete in all of them (`to_host`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distrijax.parallel.threads import interruptible, wait
 from distrijax.validate import positive
 
 TIMEOUT = 30
-"""Seconds to wait for a process that does not arrive, or falls silent, before the others end."""
+"""Seconds without a sign of another process, at the start or later, after which a process ends."""
 
 
 def initialize(
@@ -36,13 +36,22 @@ def initialize(
     devices: int | None = None,
     timeout: int = TIMEOUT,
 ) -> None:
-    """Makes this process one of several (`jax.distributed.initialize`); to be called before JAX looks at a device.
+    """Joins this process with others (`jax.distributed.initialize`); call it before JAX looks for devices.
 
-    coordinator: "HOST:PORT" on the host of process 0, the same for all. num_processes, process_id: how many, and which
-    of them, from 0. Without these three JAX asks the launcher (SLURM, Open MPI, Kubernetes, TPU pods), and where there is
-    none this process stays alone. devices: of all processes together, which CPUs are divided into where their number is
-    known. timeout: seconds after which a process that has not arrived, or no longer answers, ends the others.
-    Raises DistriError for arguments that cannot be. A process that is missing is no exception: JAX aborts this one.
+    Give all of coordinator, num_processes and process_id, or none of them: then JAX asks the launcher (SLURM, Open MPI,
+    Kubernetes, TPU pods), and without a launcher this process stays alone. A process that does not arrive raises no exception:
+    JAX aborts this one.
+
+    Args:
+        coordinator: "HOST:PORT" on the host of process 0, the same for all processes.
+        num_processes: Number of processes.
+        process_id: This process's number, from 0.
+        devices: Number of devices of all processes together; on CPUs, each process makes its share of virtual devices if the
+            number of processes is known.
+        timeout: Seconds after which a process that has not arrived, or does not answer, ends the others.
+
+    Raises:
+        DistriError: For invalid arguments, and if this process could not join the others.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     timeout = positive(timeout, "timeout")
@@ -73,7 +82,7 @@ def initialize(
 
 
 def _divide_cpus(devices: int | None, count: int | None) -> None:
-    """Has each of so many processes divide its CPU into its share of the devices, where both numbers are known."""
+    """Sets the number of this process's virtual CPU devices, an equal share of `devices`, where both numbers are known."""
     if devices is None or count is None:
         return
     if devices % count:
@@ -82,11 +91,11 @@ def _divide_cpus(devices: int | None, count: int | None) -> None:
 
 
 def _start_launched(timeout: int) -> None:
-    """Lets JAX ask the launcher; where it finds none, or is in use already, this process stays alone."""
+    """Lets JAX ask the launcher; where there is none, or JAX is in use already, this process stays alone."""
     try:
         _initialize(timeout)
     except (RuntimeError, ValueError, OSError) as error:
-        if not any(told in str(error) for told in ("coordinator_address should be defined", "must be called before")):
+        if not any(words in str(error) for words in ("coordinator_address should be defined", "must be called before")):
             raise DistriError(
                 f"JAX could not join the processes of the launcher ({_line(error)}); "
                 "give coordinator, num_processes and process_id"
@@ -94,7 +103,7 @@ def _start_launched(timeout: int) -> None:
 
 
 def _initialize(timeout: int, *coordinates: str | int, **settings: Any) -> None:
-    # this service's handler of SIGTERM would only take note, and the process would live on
+    # this service's SIGTERM handler only sets a flag, and the process would live on
     jax.config.update("jax_enable_preemption_service", False)
     settings |= {"initialization_timeout": timeout, "heartbeat_timeout_seconds": timeout}
     interruptible(partial(jax.distributed.initialize, *coordinates, **settings))
@@ -109,10 +118,10 @@ def _port(coordinator: str) -> int:
 
 
 def _check_free(coordinator: str, port: int) -> None:
-    """Raises DistriError where process 0 could not listen; JAX itself would crash."""
+    """Raises DistriError if process 0 cannot listen; JAX would crash."""
     try:
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended is no hindrance
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a run that has just ended is free
             probe.bind(("", port))
     except OSError as error:
         raise DistriError(
@@ -125,15 +134,18 @@ def _line(error: Exception) -> str:
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0, which speaks and writes for all; true where there is no other."""
+    """Whether this is process 0, the only one that prints and writes files; true if there is only one process."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def warm_up_collectives(mesh: Mesh) -> None:
-    """Has the processes of a mesh connect along all its axes, now that they are in step.
+    """Connects the processes of a CPU mesh along all its axes; does nothing on accelerators.
 
-    Gloo gives a group of devices 30 seconds to form, at its first exchange, and that comes after compiling, which may take
-    one process longer than another. A group that has formed waits for as long as it takes.
+    Gloo gives a group of devices 30 seconds to connect at its first collective. Without this function that comes after
+    compiling, which may take one process longer than another. A connected group has no time limit.
+
+    Args:
+        mesh: The device mesh; every process must call this with the same one.
     """
     if mesh.devices.flat[0].platform != "cpu" or len({device.process_index for device in mesh.devices.flat}) == 1:
         return
@@ -151,7 +163,12 @@ def warm_up_collectives(mesh: Mesh) -> None:
 
 
 def to_devices(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSharding) -> PyTree[jax.Array]:
-    """A host's arrays on the devices of all processes, each of which has the same ones; nothing travels between them."""
+    """Places arrays that every process has on the devices of all processes, without communication.
+
+    Args:
+        value: Arrays on the host, the same in all processes.
+        sharding: Where they are placed.
+    """
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     return jax.tree.map(lambda leaf: blocks_to_devices(leaf.shape, sharding, leaf.__getitem__), value)
@@ -160,7 +177,13 @@ def to_devices(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: N
 def blocks_to_devices(
     shape: tuple[int, ...], sharding: NamedSharding, block: Callable[[tuple[slice, ...]], np.ndarray | jax.Array]
 ) -> jax.Array:
-    """An array of so many elements along each axis, of which every process makes what its devices hold, and nothing twice."""
+    """Makes an array block by block; a process makes the blocks of its own devices, each of them once.
+
+    Args:
+        shape: The array's shape.
+        sharding: The array's placement.
+        block: Returns the block at these slices of the array.
+    """
     made: dict[tuple, np.ndarray | jax.Array] = {}
 
     def once(at: tuple[slice, ...]) -> np.ndarray | jax.Array:
@@ -169,12 +192,16 @@ def blocks_to_devices(
             made[key] = block(at)
         return made[key]
 
-    # JAX takes what it makes of the blocks for transfers that nobody meant
+    # JAX counts the transfer of the blocks as implicit
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(shape, sharding, once)
 
 
 def to_host(array: Shaped[jax.Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """The whole of an array on the host, in every process; all of them have to ask for it."""
+    """Copies an array to the host of every process, sharded or not; all processes must call it.
+
+    Args:
+        array: An array of any shape and placement.
+    """
     here = array.is_fully_addressable or array.is_fully_replicated
     return np.asarray(wait(array)) if here else multihost_utils.process_allgather(array, tiled=True)

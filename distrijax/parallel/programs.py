@@ -43,7 +43,7 @@ GPU:
     - Transfers overlap with compute only under the latency-hiding scheduler. Its analytical latency model regards small
       transfers over Hopper's links as not worth hiding, so it is off.
     - Three collectives may be in flight. With one, collectives that queue start too late; with many, more memory is held at once.
-    - Only small all-gathers are combined. Otherwise XLA makes the first GroupNorm wait for the keys and values of a much later layer.
+    - Only small all-gathers are combined. Otherwise XLA makes the first GroupNorm wait for the K/V of a much later layer.
     - Boundary rows are small; all of them travel in one permute, at 3840x3840 in two. Permuted one by one, some would be
       scheduled where no matmul hides them, in the place of the first GroupNorm's moments.
     - Matmuls run in cuBLAS, which fuses biases and residuals itself; Triton's GEMMs need other kernels around them.

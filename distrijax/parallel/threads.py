@@ -1,8 +1,8 @@
-"""Threads for what would keep the main thread from seeing Ctrl-C: compiling, and waiting for devices.
+"""Threads for calls that would block Ctrl-C in the main thread: compiling, and waiting for devices.
 
-Python raises KeyboardInterrupt between two instructions of the main thread, so never while it is inside XLA. What takes long
-runs in threads here, and the main thread waits for a Python lock, which Ctrl-C interrupts. The threads are daemons: at exit
-Python does not wait for them. `_finish` does, unless the script was interrupted.
+Python raises KeyboardInterrupt between two instructions of the main thread, so not while that thread is inside XLA. Here long
+calls run in other threads, and the main thread waits for a Python lock, which Ctrl-C interrupts. The threads are daemons, so
+Python does not wait for them at exit. `_finish` does, unless the script was interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax
 Result = TypeVar("Result")
 
 _busy: set[threading.Thread] = set()
-"""The threads that run something."""
+"""The running threads."""
 
 
 class Tasks:
@@ -35,14 +35,14 @@ class Tasks:
         self._waiting: collections.deque[tuple[Future, Callable, tuple]] = collections.deque()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """The result to be, or the exception, of `function(*arguments)`."""
+        """Returns the future of `function(*arguments)`."""
         future: Future[Result] = Future()
         self._waiting.append((future, function, arguments))
         _start(self._work)
         return future
 
     def _work(self) -> None:
-        """Runs what waits, whoever submitted it: an interrupt between the two lines of `submit` then loses nothing."""
+        """Runs all waiting tasks, not just its own, so that an interrupt between the lines of `submit` loses none."""
         with self._slots, contextlib.suppress(IndexError):
             while True:
                 _run(*self._waiting.popleft())
@@ -50,24 +50,36 @@ class Tasks:
 
 @functools.cache
 def compilers(limit: int) -> Tasks:
-    """The threads that compile for all pipelines of this process."""
+    """The threads that compile for all pipelines of this process, at most `limit` at a time."""
     return Tasks(limit)
 
 
 def wait(arrays: Result) -> Result:
-    """`jax.block_until_ready`, which Ctrl-C interrupts."""
+    """`jax.block_until_ready` that Ctrl-C can interrupt.
+
+    Args:
+        arrays: A pytree of arrays, which is returned.
+    """
     if threading.current_thread() is not threading.main_thread() or _ready(arrays):
         return jax.block_until_ready(arrays)
     return interruptible(jax.block_until_ready, arrays)
 
 
 def _ready(arrays: Any) -> bool:
-    """Whether all is known to be there; random keys do not tell."""
+    """Whether all arrays are known to be ready; random keys have no `is_ready`."""
     return all(getattr(leaf, "is_ready", bool)() for leaf in jax.tree.leaves(arrays))
 
 
 def interruptible(function: Callable[..., Result], *arguments: Any) -> Result:
-    """`function(*arguments)` in a thread of its own, so that Ctrl-C interrupts the wait for it, though not the function."""
+    """Runs a function in another thread and waits for it; Ctrl-C interrupts the wait, not the function.
+
+    Args:
+        function: The function.
+        *arguments: Its arguments.
+
+    Returns:
+        Its result; its exception is raised.
+    """
     future: Future[Result] = Future()
     _start(_run, future, function, arguments)
     return future.result()
@@ -91,12 +103,12 @@ def _run(future: Future, function: Callable, arguments: tuple) -> None:
             future.set_result(function(*arguments))
         except BaseException as error:
             future.set_exception(error)
-            del future  # which has the exception, whose traceback has this frame
+            del future  # else a reference cycle: its exception's traceback holds this frame
 
 
 @atexit.register
 def _finish() -> None:
-    """Waits for the threads before Python ends; after an interrupt that nobody caught, or at another one, ends at once."""
+    """Waits for the threads at exit; after an uncaught interrupt, or at another one, ends the process at once."""
     try:
         if getattr(sys, "last_type", None) is not KeyboardInterrupt:
             for thread in list(_busy):
@@ -108,10 +120,10 @@ def _finish() -> None:
 
 
 def _end_as_interrupted() -> NoReturn:
-    """Ends the process as Python does after an uncaught KeyboardInterrupt, without what XLA's threads would have to agree to."""
+    """Ends the process as Python does after an uncaught KeyboardInterrupt, but without waiting for XLA's threads."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
-    os._exit(128 + signal.SIGINT)  # where SIGINT is blocked
+    os._exit(128 + signal.SIGINT)  # if SIGINT is blocked

@@ -224,7 +224,7 @@ def _compiled(
     Returns:
         The executable, and seconds of each stage.
     """
-    ours = options_for(platform, shard_weights=config.shard_weights)
+    defaults = options_for(platform, shard_weights=config.shard_weights)
     times = [time.perf_counter()]
     with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without the device
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
@@ -232,7 +232,7 @@ def _compiled(
         times.append(time.perf_counter())
         lowered = traced.lower()
         times.append(time.perf_counter())
-        executable = compiled(lowered, ours, options or {})
+        executable = compiled(lowered, defaults, options or {})
         times.append(time.perf_counter())
     stages = (end - start for start, end in itertools.pairwise(times))
     return executable, dict(zip(("tracing", "lowering", "XLA"), stages, strict=True))
