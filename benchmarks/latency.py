@@ -34,7 +34,7 @@ import jax
 from distrijax import SCHEDULERS, DistriError, load_pipeline
 from distrijax.atomic_write import atomic_write
 from distrijax.cli.generate import PROMPT
-from distrijax.cli.multiprocess import add_flags, ending_together, join
+from distrijax.cli.multiprocess import add_process_flags, fail_together, join
 from distrijax.cli.options import (
     Parser,
     add_model_flags,
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: For wrong input, with a code other than 0 and one line on stderr.
     """
     arguments = parse(argv)
-    with ending_together(), plain_errors():
+    with fail_together(), plain_errors():
         positive(min(arguments.devices), "--devices")
         join(arguments, max(arguments.devices))
         benchmark(arguments)
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.2,
         help="share of them left out, half at each end (default: %(default)s)",
     )
-    add_flags(parser)
+    add_process_flags(parser)
     add("--output", type=Path, metavar="FILE", help="append the lines of JSON to a file")
     add("--plot", type=Path, metavar="FILE", help="plot of the speed-up over devices (PNG; extra `eval`)")
     arguments = parser.parse_args(argv)

@@ -26,7 +26,7 @@ PATIENCE = 2.0
 """Seconds for undoing, after which the process ends anyway."""
 
 AGAIN = 0.5
-"""Seconds after which another SIGINT is a second Ctrl-C; within them, a launcher and a group's leader may both have sent the first."""
+"""Seconds after which another SIGINT is a second Ctrl-C; a launcher and a group's leader may both send the first."""
 
 _undoing: list[Callable[[], None]] = []
 _standing = threading.Event()

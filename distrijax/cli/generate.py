@@ -31,7 +31,7 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax.atomic_write import atomic_write
-from distrijax.cli.multiprocess import add_flags, ending_together, join
+from distrijax.cli.multiprocess import add_process_flags, fail_together, join
 from distrijax.cli.options import (
     Parser,
     add_model_flags,
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: For wrong input, with a code other than 0 and one line on stderr.
     """
     arguments = parse(argv)
-    with ending_together(), plain_errors():
+    with fail_together(), plain_errors():
         if not arguments.plan:
             join(arguments, arguments.devices)
         generate(arguments)
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     parser.add_values("--compiler-option", "an XLA option that replaces this project's")
-    add_flags(parser)
+    add_process_flags(parser)
     add(
         "--plan",
         action="store_true",

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: flags told wrong in one line, the model, the devices, compiled and written files."""
+"""What distrijax's commands, benchmarks and examples share: one-line errors, flags of the model, devices, caches, JSON output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log, which has nothing for a user
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # hides XLA's log, which is not meant for users
 
 import jax
 import jax.numpy as jnp
@@ -27,30 +27,39 @@ from distrijax.weights.hub import find
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in one line, and a script's docstring in its help."""
+    """An argument parser that reports a wrong flag in one line.
+
+    Args:
+        doc: A script's docstring; its first line goes above the flags in the help, the rest below.
+    """
 
     def __init__(self, doc: str):
         summary, _, rest = doc.partition("\n")
-        # `distrijax.cli.start` looks for whole flags
+        # `distrijax.cli.start` knows only unabbreviated flags
         super().__init__(description=summary, epilog=rest, formatter_class=_Formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
     def add_values(self, flag: str, help: str) -> None:
-        """A flag that takes NAME=VALUE, several times, and gives a dictionary: numbers, true, false and null as such, or text."""
+        """Adds a flag NAME=VALUE that may be given several times and is parsed to a dictionary.
+
+        Args:
+            flag: The flag, such as "--option". Values are parsed as JSON if they are valid JSON, else taken as text.
+            help: Its help text.
+        """
         help += "; may be given several times"
         self.add_argument(flag, action=_Values, default={}, metavar="NAME=VALUE", help=help)
 
     def size(self, numbers: Sequence[int] | None) -> tuple[int, int] | None:
-        """Height and width out of what --image-size got."""
+        """The height and width in pixels that --image-size gives, with one number or two; None without it."""
         if numbers and len(numbers) > 2:
             self.error(f"--image-size takes H or H W, not {len(numbers)} numbers")
         return (numbers[0], numbers[-1]) if numbers else None
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model, and what is put on top of it."""
+    """Adds --model and the flags of adapters and replaced parts, which `find_model` reads."""
     parser.add_argument(
         "--model", help="Stable Diffusion 1.x, 2.x or XL: a folder, a single file or a hub id (default: embedded)"
     )
@@ -58,13 +67,30 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def find_model(arguments: argparse.Namespace) -> tuple[Recipe, Prepared]:
-    """What those flags say, and the folder to load it from. Raises DistriError for what can't be had or converted."""
+    """Finds the model that the flags of `add_model_flags` name; fetches and converts it where needed.
+
+    Args:
+        arguments: Of a parser with `add_model_flags`.
+
+    Returns:
+        The recipe, and the prepared folder to load from.
+
+    Raises:
+        DistriError: If it could not be found, fetched or converted.
+    """
     recipe = _recipe(arguments)
     return recipe, prepared(recipe, token=arguments.token, offline=arguments.offline)
 
 
 def find_configurations(arguments: argparse.Namespace) -> Path:
-    """A folder with the configurations of what those flags say; of one in the diffusers layout no weights are fetched."""
+    """The folder with the configurations of a model, without its weights if it is in the diffusers layout.
+
+    Args:
+        arguments: Of a parser with `add_model_flags`.
+
+    Raises:
+        DistriError: If it could not be found, fetched or converted.
+    """
     recipe = _recipe(arguments)
     if recipe.plain:
         options = {"revision": recipe.revision, "token": arguments.token, "offline": arguments.offline}
@@ -79,7 +105,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows what `Parser.size` takes, where argparse would promise any number of numbers."""
+    """Shows the one or two numbers of `Parser.size`, where argparse would show any number of them."""
 
     def _format_args(self, action, default_metavar):
         return "H [W]" if action.metavar == ("H", "W") else super()._format_args(action, default_metavar)
@@ -96,7 +122,15 @@ class _Values(argparse.Action):
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises DistriError for the first of those flags that is given and is no whole number of at least 1."""
+    """Checks that flags are positive integers where they are given.
+
+    Args:
+        arguments: The parsed flags.
+        *names: Names of attributes of `arguments`.
+
+    Raises:
+        DistriError: For the first one that is not.
+    """
     for name in names:
         if getattr(arguments, name) is not None:
             positive(getattr(arguments, name), "--" + name.replace("_", "-"))
@@ -104,7 +138,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raises SystemExit, with one line for stderr, for what a user can mend; prints warnings of this project alone."""
+    """A context that turns errors a user can correct into SystemExit with one line, and prints only distrijax's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("once", DistriWarning)
@@ -122,20 +156,26 @@ def plain_errors() -> Iterator[None]:
 
 
 def keep_compiled_programs() -> None:
-    """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder, however quick they were."""
+    """Caches all compiled programs in JAX_COMPILATION_CACHE_DIR or in the user's cache folder, however fast they compiled."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def find_devices(wanted: int | None) -> int:
-    """How many devices to use. Raises DistriError where there are fewer accelerators than `wanted`.
+    """Number of devices to use.
 
-    A machine without accelerators gets as many virtual CPU devices; accelerators do not care for that setting, which must be
-    made before the first look at them. Several processes have made it when they joined, each for its part.
+    On a machine without accelerators, JAX makes as many virtual CPU devices as are wanted. That setting must be made before JAX
+    looks for devices, and has no effect on accelerators. One of several processes has made it when it joined.
+
+    Args:
+        wanted: Number of devices; None takes all.
+
+    Raises:
+        DistriError: If there are fewer devices than `wanted`, or none of the platform in JAX_PLATFORMS.
     """
     if wanted is not None and not jax.distributed.is_initialized():
-        with contextlib.suppress(RuntimeError):  # JAX has been used in this process, and its devices are what they are
+        with contextlib.suppress(RuntimeError):  # JAX has been used, and its devices are fixed
             jax.config.update("jax_num_cpu_devices", wanted)
     try:
         found = len(jax.devices())
@@ -152,20 +192,24 @@ def find_devices(wanted: int | None) -> int:
 
 
 def find_dtype(name: str | None) -> jnp.dtype:
-    """What --dtype says, or what suits the devices."""
+    """The dtype that --dtype names; None takes the one that suits the devices."""
     return resolve_dtype(name, jax.devices()[0].platform)
 
 
 def device_kind() -> str:
-    """What the devices are, for people."""
+    """The devices' kind for display, such as "NVIDIA H200" or "virtual CPU"."""
     device = jax.devices()[0]
     return "virtual CPU" if device.platform == "cpu" else device.device_kind
 
 
 def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
-    """A function that prints a row as a line of JSON, and adds it to `path`, if any.
+    """Returns a function that prints a row as a line of JSON, and appends it to a file.
 
-    Raises DistriError at once where that could not be written, before anything is measured.
+    Args:
+        path: The file; None only prints.
+
+    Raises:
+        DistriError: At once, before anything is measured, if the file cannot be written.
     """
 
     def add(text: str) -> None:
@@ -175,7 +219,7 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
         except OSError as error:
             raise DistriError(f"--output {path} cannot be written ({error.strerror}); choose another file") from None
 
-    def tell(row: dict[str, Any]) -> None:
+    def write(row: dict[str, Any]) -> None:
         line = json.dumps(row)
         print(line, flush=True)
         if path is not None:
@@ -183,4 +227,4 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
 
     if path is not None:
         add("")
-    return tell
+    return write

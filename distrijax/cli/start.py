@@ -1,7 +1,7 @@
-"""How a command starts, before the imports that take seconds: what Ctrl-C does, and what one of several processes does.
+"""Starts a command before its slow imports: handles Ctrl-C, and supervises one of several processes.
 
-Where one of several processes dies, XLA aborts the others after a page of its log. No code of Python's runs in a process that is
-aborted; so it is the child of another one, which says in a sentence what that means.
+If one of several processes dies, XLA aborts the others after a page of its log. An aborted process runs no more Python code;
+so it is a child of a supervising process, which explains the abort in one line.
 """
 
 from __future__ import annotations
@@ -20,26 +20,35 @@ FLAGS = ("--coordinator", "--num-processes", "--process-id")
 FORWARDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 ABORTED = (
     "error: this process was aborted, see the log above; most likely another process of this run did not arrive in time, has ended "
-    "or does not answer: see what the others said, and start all again"
+    "or does not answer: see the output of the others, and start all of them again"
 )
 
 
 def run(module: str, *, several: bool = False) -> None:
-    """Runs `main` of a module as a command. several: whether it may be one of several processes."""
+    """Runs `main` of a module as a command.
+
+    Args:
+        module: The module's name.
+        several: Whether the command may run in several processes.
+    """
     begin(several=several)
     importlib.import_module(module).main()
 
 
 def begin(*, several: bool = False) -> None:
-    """Has Ctrl-C end this process in a line. several: where it is one of several, it goes on in a child."""
+    """Makes Ctrl-C end this process with one line on stderr.
+
+    Args:
+        several: Whether the command may run in several processes; one of several continues in a supervised child.
+    """
     given = any(argument.split("=")[0] in FLAGS for argument in sys.argv[1:])
     if several and (given or tasks() != 1):
-        _go_on_in_child()
+        _continue_in_child()
     end_on_interrupt()
 
 
-def _go_on_in_child() -> None:
-    """Returns in a child process alone; this one hands on signals to it, ends as it does, and tells of an abort in a sentence."""
+def _continue_in_child() -> None:
+    """Returns in a child process only; this process forwards signals to it, ends as it does, and explains an abort."""
     reading, writing = os.pipe()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD})
     child = os.fork()
@@ -52,19 +61,19 @@ def _go_on_in_child() -> None:
 
 
 def _wait_for(child: int) -> int:
-    """The status with which the child ended."""
+    """Waits for the child and returns its status; forwards signals meanwhile."""
     while True:
-        told = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
-        if told.si_signo == signal.SIGCHLD:
+        info = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
+        if info.si_signo == signal.SIGCHLD:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return status
-        elif told.si_code <= 0:  # from a process; what comes from the terminal comes to the child, too
-            os.kill(child, told.si_signo)
+        elif info.si_code <= 0:  # sent by a process; the terminal's signals reach the child, too
+            os.kill(child, info.si_signo)
 
 
 def _end_as(status: int) -> None:
-    """Ends this process as one with that status ended, but for an abort."""
+    """Ends this process with a child's status; after an abort, with a sentence and exit code 1."""
     number = -os.waitstatus_to_exitcode(status)
     if number <= 0:
         os._exit(-number)
@@ -80,6 +89,6 @@ def _end_as(status: int) -> None:
 
 
 def _end_with_parent(reading: int) -> None:
-    """Ends the child when its parent, whose end of the pipe nobody else has, was killed."""
+    """Ends the child if its parent was killed, which closes the pipe."""
     os.read(reading, 1)
     os._exit(1)
