@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     summary, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        "python -m distrijax.convert",
+        sys.argv[0] if sys.argv[0] == "distrijax convert" else "python -m distrijax.convert",
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,

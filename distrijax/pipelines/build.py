@@ -30,7 +30,7 @@ from distrijax.pipelines.call import (
 )
 from distrijax.pipelines.loading import abstract_components, find_folder, read_components, read_configs
 from distrijax.pipelines.prompt import Embeddings, Prompts
-from distrijax.pipelines.run import Runner, begin, pad_latents
+from distrijax.pipelines.run import Runner, initial_state, pad_latents
 from distrijax.sampling import denoise
 from distrijax.sampling.decode import decode
 from distrijax.sampling.denoise import image_layout
@@ -150,7 +150,7 @@ class Pipeline(Runner):
         if call.latents is not None:
             given_latents(call.latents, (images, unet.in_channels, *loop.layout.latent))
             noise = latents
-        self.programs.prepare(begin, (loop, unet.in_channels), (), seeds, sigma, noise)
+        self.programs.prepare(initial_state, (loop, unet.in_channels), (), seeds, sigma, noise)
         if call.output_type != "latent":
             self.programs.prepare(decode, self._decoder(loop.layout), self._vae.params, latents)
 

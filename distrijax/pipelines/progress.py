@@ -39,7 +39,7 @@ class Progress:
         finally:
             self._bar.close()
 
-    def handed_over(self, steps: int, result: jax.Array) -> None:
+    def dispatched(self, steps: int, result: jax.Array) -> None:
         """Notes that more steps have been dispatched, and waits for those before.
 
         Args:

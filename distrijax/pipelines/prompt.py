@@ -129,7 +129,7 @@ class PromptEncoder:
             The unconditional branch, if any, then the conditional one. None stands for embeddings of zeros.
 
         Raises:
-            DistriError: For prompts that are missing or contradict each other. A DistriWarning tells of those without effect.
+            DistriError: For prompts that are missing or contradict each other. Those without effect raise a DistriWarning.
         """
         prompts, negative_prompts = _without_empty(prompts), _without_empty(negative_prompts)
         for name, ones, other in (("prompt", prompts, given), ("negative_prompt", negative_prompts, given_negative)):

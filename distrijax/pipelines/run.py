@@ -98,7 +98,7 @@ class Runner:
             noise = pad_latents(layout, given_latents(call.latents, (images, channels, *layout.latent)))
         embeddings = self._prompts.encode(branches, clip_skip=call.clip_skip)
         sigma = to_devices(np.float32(init_noise_sigma), self._everywhere)
-        keys, state = self.programs(begin, (loop, channels), (), seeds, sigma, noise)
+        keys, state = self.programs(initial_state, (loop, channels), (), seeds, sigma, noise)
         inputs = self._inputs(loop, embeddings, time_ids, call, keys)
         state = self._denoise(loop, inputs, state, StepInputs.of(steps), call.chunk_size, call.callback_on_step_end)
         if call.output_type == "latent":
@@ -200,7 +200,7 @@ class Runner:
                     state, stale = run(denoise.warm_up, state, piece, donate=(1,))
                 else:
                     state = run(denoise.synchronous_steps, state, piece, donate=(1,))
-                progress.handed_over(stop - start, state.latents)
+                progress.dispatched(stop - start, state.latents)
                 if callback is not None:
                     state = self._run_callback(
                         loop.layout, callback, stop - 1, float(xs.scheduler.timestep[stop - 1]), state
@@ -264,7 +264,7 @@ def pad_latents(layout: Layout, latents: np.ndarray) -> jax.Array:
     return to_devices(padded, layout.sharding(layout.latents))
 
 
-def begin(static, params, seeds, sigma, noise):
+def initial_state(static, params, seeds, sigma, noise):
     """Returns the images' random keys, and the state before the first step from the caller's noise or the keys' noise."""
     loop, channels = static
     layout = loop.layout

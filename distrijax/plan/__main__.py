@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     summary, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        "python -m distrijax.plan",
+        sys.argv[0] if sys.argv[0] == "distrijax plan" else "python -m distrijax.plan",
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,

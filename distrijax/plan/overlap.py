@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable
 
-COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
+HLO_COLLECTIVES = ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter")
 
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id", "after-all", "iota")
 """Opcodes that launch no kernel."""
@@ -73,7 +73,7 @@ class Transfer:
     """A collective of a module.
 
     Attributes:
-        kind: One of `COLLECTIVES`.
+        kind: One of `HLO_COLLECTIVES`.
         arrays: Result arrays on one device.
         received: Bytes that one device receives; those of a ring for an all-reduce.
         start: Index of its start in the schedule.
@@ -121,7 +121,7 @@ class HloProgram:
         result = []
         chains: dict[str, list[tuple[int, Instruction]]] = {}
         for place, instruction in enumerate(self.step):
-            if instruction.opcode in COLLECTIVES:
+            if instruction.opcode in HLO_COLLECTIVES:
                 result.append(self._transfer(instruction, place, place))
             elif instruction.opcode.endswith("-done"):
                 start = places[instruction.operands[0]]
@@ -180,16 +180,16 @@ class HloProgram:
 
     def _started(self, start: Instruction) -> Instruction | None:
         """The collective that an asynchronous start begins: itself, or the one it wraps; None for another instruction."""
-        if start.opcode.removesuffix("-start") in COLLECTIVES:
+        if start.opcode.removesuffix("-start") in HLO_COLLECTIVES:
             return start
         inner = [each for name in start.called for each in self.computations.get(name, ())]
-        return next((each for each in inner if each.opcode in COLLECTIVES), None)
+        return next((each for each in inner if each.opcode in HLO_COLLECTIVES), None)
 
     def _within(self, fusion: Instruction) -> list[Instruction]:
         """The collectives in a fusion and in the fusions nested in it."""
         inner = [each for name in fusion.called for each in self.computations.get(name, ())]
         deeper = [found for each in inner if each.opcode == "fusion" for found in self._within(each)]
-        return [each for each in inner if each.opcode in COLLECTIVES] + deeper
+        return [each for each in inner if each.opcode in HLO_COLLECTIVES] + deeper
 
     def _carried(self, chain: list[tuple[int, Instruction]]) -> Transfer:
         """The collective that a chain of fusions begins, carries and ends.

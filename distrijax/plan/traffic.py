@@ -27,7 +27,7 @@ from distrijax.sampling.shapes import StepProgram, step_programs
 from distrijax.schedulers import Scheduler
 from distrijax.weights.sharding import ModelLayout
 
-COLLECTIVES = {
+PRIMITIVES = {
     "all_gather": None,
     "all_gather_invariant": "weights",
     "ppermute": HALO,
@@ -179,20 +179,20 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
             for program in inner:
                 yield from _collectives(program, sizes)
         name = equation.primitive.name
-        if name not in COLLECTIVES:
+        if name not in PRIMITIVES:
             continue
         axes = equation.params.get("axes") or equation.params["axis_name"]
         axes = axes if isinstance(axes, tuple) else (axes,)
         n = math.prod(sizes[axis] for axis in axes)
         for operand in (variable.aval for variable in equation.invars):
             if name == "ppermute":
-                yield from ((COLLECTIVES[name], target, _bytes(operand)) for _, target in equation.params["perm"])
+                yield from ((PRIMITIVES[name], target, _bytes(operand)) for _, target in equation.params["perm"])
                 continue
             times = {"all_gather": n - 1, "all_gather_invariant": n - 1, "all_to_all": (n - 1) / n}.get(
                 name, 2 * (n - 1) / n
             )
             summed = "guidance" if CFG in axes else "partial sums"
-            kind = COLLECTIVES[name] or (_kind(operand) if name == "all_gather" else summed)
+            kind = PRIMITIVES[name] or (_kind(operand) if name == "all_gather" else summed)
             yield kind, None, times * _bytes(operand)
 
 

@@ -51,7 +51,7 @@ class Remote(NamedTuple):
     file: str | None
 
 
-def parse(name: str) -> Remote | None:
+def parse_remote(name: str) -> Remote | None:
     """Parses a hub id (`owner/model`, with or without a file's path), `hf://` path or URL of the hub; None for other names."""
     if name.startswith((".", "~", "/")):
         return None
@@ -92,7 +92,7 @@ def find(
     """
     if (path := Path(name).expanduser()).exists():
         return path
-    remote = parse(str(name))
+    remote = parse_remote(str(name))
     if remote is None or (remote.file is None and path.suffix in FILE_SUFFIXES):
         raise DistriError(
             f"{name} is neither a local file or folder nor a hub id; give a path, or a hub id like owner/model"

@@ -397,7 +397,7 @@ def test_another_scheduler_compiles_the_loop_again_and_nothing_else(one, monkeyp
     monkeypatch.setattr(one, "scheduler", with_class(one.scheduler, "euler-ancestral"))
     generated(one, kind="np")
     assert {function.__name__ for function, *_ in one.programs._compiled.keys() - before} == {
-        "begin",
+        "initial_state",
         "synchronous_steps",
     }
 

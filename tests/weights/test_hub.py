@@ -20,7 +20,7 @@ from distrijax.models.families import PARTS
 from distrijax.pipelines.loading import find_folder
 from distrijax.weights import hub
 from distrijax.weights.files import STEMS
-from distrijax.weights.hub import Remote, find, parse
+from distrijax.weights.hub import Remote, find, parse_remote
 
 STEM = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "safety_checker/model")
 TEXTS = ["unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]
@@ -161,7 +161,7 @@ def test_a_repository_of_single_files_says_how_to_name_one(repository):
     }.items(),
 )
 def test_names_on_the_hub_are_told_from_paths(name, remote):
-    assert parse(name) == remote
+    assert parse_remote(name) == remote
 
 
 @pytest.mark.parametrize(
