@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from adapters import checkpoint_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from facts import refuses
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
 from distrijax.convert.layouts.flax_names import flax_part, from_flax, to_flax
 from distrijax.convert.readers.flax_files import write_flax
@@ -75,12 +73,6 @@ TEXT = {  # of FlaxCLIPTextModel
     "text_model.encoder.layers.0.mlp.fc2.kernel": (64, 32),
     "text_model.final_layer_norm.bias": (32,),
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tiny_checkpoint, tiny_sd_checkpoints) -> dict[str | int, Checkpoint]:
-    folders = {"xl": tiny_checkpoint, **tiny_sd_checkpoints}
-    return {family: checkpoint_of(folder) for family, folder in folders.items()}
 
 
 def shapes(tensors: Tensors) -> dict[str, Shape]:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from adapters import checkpoint_of
 from facts import refuses, warns
 from flax import nnx
 from safetensors.numpy import save_file
@@ -45,16 +44,6 @@ def vectors(*shape: int) -> np.ndarray:
 
 def of(**arrays: np.ndarray) -> Tensors:
     return {name: of_array(array) for name, array in arrays.items()}
-
-
-@pytest.fixture(scope="module")
-def sd(tiny_sd_checkpoints) -> Checkpoint:
-    return checkpoint_of(tiny_sd_checkpoints[1])
-
-
-@pytest.fixture(scope="module")
-def xl(tiny_checkpoint) -> Checkpoint:
-    return checkpoint_of(tiny_checkpoint)
 
 
 def written(checkpoint: Checkpoint, part: str, folder: Path) -> tuple[CLIPTokenizer, CLIPTextEncoder]:

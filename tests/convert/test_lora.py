@@ -2,150 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import warnings
-from pathlib import Path
-from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from adapters import (
-    ATTENTION,
-    CONVOLUTIONS,
-    LINEAR,
-    TEXT,
     add_adapter,
     changed,
-    checkpoint_of,
     file_tensors,
-    fused,
     largest_difference,
     merged_by_peft,
-    save_adapter,
     tensors_of,
 )
-from diffusers.loaders.lora_conversion_utils import (
-    _convert_non_diffusers_lora_to_diffusers,
-    _maybe_map_sgm_blocks_to_diffusers,
-)
-from diffusers.utils import convert_state_dict_to_kohya
-from facts import refuses, warns
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from original_layouts import original, unread
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from lora_files import CLOSE, KOHYA, loaded_unet, random_lora, saved, to_kohya, unet_lora
+from peft import LoHaConfig, LoKrConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
 from tiny_pipeline import load_torch_pipeline
 from torch.nn.functional import conv2d
 
 from distrijax.convert.adapters.lora import Lora, with_loras
-from distrijax.convert.adapters.lora_names import spellings
 from distrijax.convert.adapters.merging import LORA, Change, merged
-from distrijax.convert.cache import fingerprint
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.layouts.family import UNET
-from distrijax.convert.layouts.original import from_original
-from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
-from distrijax.convert.sources import Found, Recipe, assemble
-from distrijax.convert.tensors import Tensor, Tensors, of_array
-from distrijax.weights import hub
-
-Weights = dict[str, dict[str, np.ndarray]]
-CLOSE = 5e-6
-"""Largest difference of weights near 1, both merged in float32."""
-
-
-@pytest.fixture(scope="module")
-def xl(tiny_checkpoint) -> Checkpoint:
-    return checkpoint_of(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def sd(tiny_sd_checkpoints) -> Checkpoint:
-    return checkpoint_of(tiny_sd_checkpoints[1])
-
-
-def unet_lora(**options) -> LoraConfig:
-    modules = ATTENTION + LINEAR + (CONVOLUTIONS if options.pop("convolutions", False) else [])
-    return LoraConfig(r=4, target_modules=modules, **{"lora_alpha": 6, **options})
-
-
-def text_lora(**options) -> LoraConfig:
-    return LoraConfig(r=3, target_modules=TEXT, **{"lora_alpha": 2, **options})
-
-
-def saved(checkpoint: Path, folder: Path, configs: dict[str, LoraConfig], seed: int) -> tuple[Path, Weights]:
-    """An adapter as diffusers saves it, and the weights that it leads to: the UNet as diffusers loads it from the file, the
-    text encoders as PEFT merges them where they were made."""
-    pipe = load_torch_pipeline(checkpoint)
-    torch.manual_seed(seed)
-    add_adapter(pipe, "one", configs)
-    file = save_adapter(pipe, "one", list(configs), folder)
-    expected = fused(pipe, [part for part in configs if part != "unet"])
-    return file, {"unet": merged_by_peft(loaded_unet(checkpoint, {file: 1.0}))} | expected
-
-
-def loaded_unet(checkpoint: Path, files: dict[Path, float]) -> torch.nn.Module:
-    """The UNet of a pipeline with adapters that diffusers has loaded, with their weights."""
-    pipe = load_torch_pipeline(checkpoint)
-    for number, file in enumerate(files):
-        metadata = json.loads(file_tensors(file)[1]["lora_adapter_metadata"])
-        state = {name: tensor for name, tensor in load_file(file).items() if name.startswith("unet.")}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the second adapter is meant
-            pipe.load_lora_into_unet(
-                state, network_alphas=None, unet=pipe.unet, adapter_name=f"n{number}", metadata=metadata
-            )
-    pipe.unet.set_adapters([f"n{number}" for number in range(len(files))], list(files.values()))
-    return pipe.unet
-
-
-@pytest.fixture(scope="module")
-def xl_saved(tiny_checkpoint, tmp_path_factory) -> tuple[Path, Weights]:
-    """A LoCon of all three models of SDXL."""
-    configs = {
-        "unet": unet_lora(convolutions=True, alpha_pattern={"to_q": 3, "attn2.to_k": 11}),
-        "text_encoder": text_lora(),
-        "text_encoder_2": text_lora(lora_alpha=5),
-    }
-    return saved(tiny_checkpoint, tmp_path_factory.mktemp("xl_lora"), configs, 1)
-
-
-@pytest.fixture(scope="module")
-def xl_file(xl_saved) -> Path:
-    return xl_saved[0]
-
-
-@pytest.fixture(scope="module")
-def xl_expected(xl_saved) -> Weights:
-    return xl_saved[1]
-
-
-def to_kohya(file: Path, prefixes: dict[str, str]) -> Tensors:
-    """A file of diffusers in kohya's naming, by diffusers' converter; alpha as its metadata says, DoRA's lengths dropped."""
-    state = {name: tensor for name, tensor in load_file(file).items() if "magnitude" not in name}
-    state = convert_state_dict_to_kohya(state)
-    settings = json.loads(file_tensors(file)[1]["lora_adapter_metadata"])
-    named = {}
-    for name, tensor in state.items():
-        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-        if name.endswith(".alpha"):
-            tensor = torch.tensor(float(alpha_of(name, prefixes[prefix], settings)))
-        named[name] = tensor
-    return tensors_of(named)
-
-
-def alpha_of(name: str, part: str, settings: dict) -> float:
-    module = name.removesuffix(".alpha")
-    ends = {key.replace(".", "_"): value for key, value in (settings.get(f"{part}.alpha_pattern") or {}).items()}
-    return next((value for end, value in ends.items() if module.endswith(f"_{end}")), settings[f"{part}.lora_alpha"])
-
-
-KOHYA = {"lora_te2_": "text_encoder_2", "lora_te1_": "text_encoder", "lora_unet_": "unet"}
+from distrijax.convert.tensors import Tensor, of_array
 
 
 def test_diffusers_file_of_three_models_merges_as_by_peft(xl, xl_file, xl_expected):
@@ -153,66 +32,6 @@ def test_diffusers_file_of_three_models_merges_as_by_peft(xl, xl_file, xl_expect
     ours = with_loras(xl, [Lora(tensors, "a LoRA", metadata=metadata)])
     assert len(changed(xl, ours)) == sum(name.endswith("lora_A.weight") for name in tensors) > 150
     assert largest_difference(ours, xl_expected) < CLOSE
-
-
-def test_kohya_file_merges_as_the_diffusers_one(xl, xl_file, xl_expected):
-    ours = with_loras(xl, [Lora(to_kohya(xl_file, KOHYA), "a LoRA")])
-    assert largest_difference(ours, xl_expected) < CLOSE
-
-
-def test_sgm_block_names_merge_as_the_diffusers_ones(xl, xl_file, xl_expected):
-    table = unet_table(UNetLayout.of_ours(xl.tensors["unet"], "tiny"))
-    renamed = {}
-    for name in xl.tensors["unet"]:
-        module = name.removesuffix(".weight")
-        theirs = table.from_ours(name).theirs.removesuffix(".weight")
-        renamed["lora_unet_" + module.replace(".", "_")] = "lora_unet_" + theirs.replace(".", "_")
-    kohya = {
-        ".".join([renamed.get(name.split(".")[0], name.split(".")[0]), *name.split(".")[1:]]): tensor
-        for name, tensor in to_kohya(xl_file, KOHYA).items()
-    }
-    assert any(name.startswith("lora_unet_input_blocks_3_1_") for name in kohya)
-    assert not any("down_blocks" in name for name in kohya)
-    assert largest_difference(with_loras(xl, [Lora(kohya, "a LoRA")]), xl_expected) < CLOSE
-
-
-def test_sgm_names_of_sdxl_in_full_size_mean_what_they_mean_to_diffusers():
-    held = unread(original("sdxl"))
-    known = spellings(from_original(held, "SDXL"))
-    modules = [name.removeprefix(UNET).removesuffix(".weight") for name in held if name.startswith(UNET)]
-    modules = [
-        name for name in modules if not re.search(r"bias|norm|layers\.0|^out\.0", name)
-    ]  # a LoRA changes no norm
-    assert len(modules) == 794
-    for module in modules:
-        key = "lora_unet_" + module.replace(".", "_")
-        state = {f"{key}.lora_{side}.weight": torch.zeros(1) for side in ("down", "up")}
-        mapped, _ = _convert_non_diffusers_lora_to_diffusers(
-            _maybe_map_sgm_blocks_to_diffusers(state, SimpleNamespace(layers_per_block=2))
-        )
-        theirs = re.sub(
-            r"^unet\.|\.processor|[._]lora\.down\.weight", "", next(name for name in mapped if "down.w" in name)
-        )
-        (found,) = known[key, "weight"]
-        assert found.name == re.sub(r"to_out$", "to_out.0", theirs) + ".weight" and found.original
-
-
-def test_a_module_in_both_layouts_counts_once_and_diffusers_name_wins(xl):
-    place = "transformer_blocks_0_attn1_to_k"
-    wins, loses = (
-        random_lora(f"lora_unet_{block}_{place}", 64, 64) for block in ("mid_block_attentions_0", "middle_block_1")
-    )
-    alone, both = (with_loras(xl, [Lora(tensors, "a LoRA")]) for tensors in (wins, loses | wins))
-    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k.weight"
-    assert changed(xl, both) == {f"unet.{name}"}
-    np.testing.assert_array_equal(both.tensors["unet"][name].read(), alone.tensors["unet"][name].read())
-
-
-@pytest.fixture(scope="module")
-def dora(tiny_checkpoint, tmp_path_factory) -> tuple[Path, Weights]:
-    """DoRA of linear layers and convolutions."""
-    configs = {"unet": unet_lora(convolutions=True, use_dora=True), "text_encoder": text_lora(use_dora=True)}
-    return saved(tiny_checkpoint, tmp_path_factory.mktemp("xl_dora"), configs, 2)
 
 
 def test_dora_merges_as_by_peft(xl, dora):
@@ -277,131 +96,6 @@ def test_dora_of_half_weight_paints_as_in_diffusers(tiny_checkpoint, xl, dora, x
     np.testing.assert_allclose(held, expected, atol=CLOSE)
 
 
-def test_sd1_kohya_file_merges_as_by_peft(tiny_sd_checkpoints, sd, tmp_path):
-    """Its transformers begin and end with convolutions of 1x1; its text encoder is `lora_te_`."""
-    file, expected = saved(tiny_sd_checkpoints[1], tmp_path, {"unet": unet_lora(), "text_encoder": text_lora()}, 4)
-    kohya = {
-        name.replace("lora_te1_encoder", "lora_te_text_model_encoder"): tensor
-        for name, tensor in to_kohya(file, KOHYA).items()
-    }
-    assert any(name.startswith("lora_te_text_model_encoder") for name in kohya)
-    assert largest_difference(with_loras(sd, [Lora(kohya, "a LoRA")]), expected) < CLOSE
-
-
-def test_names_of_old_diffusers_files_find_their_place(xl, xl_file, xl_expected):
-    """As `save_attn_procs` and `save_lora_weights` wrote them before PEFT; alpha was the rank."""
-    tensors = {name: tensor for name, tensor in file_tensors(xl_file)[0].items() if "attn" in name}
-    old = {}
-    for name, tensor in tensors.items():
-        name = name.replace("lora_A", "lora_linear_layer.down").replace("lora_B", "lora_linear_layer.up")
-        if name.startswith("unet."):
-            name = re.sub(r"\.(to_q|to_k|to_v|to_out)(\.0)?\.lora_linear_layer", r".processor.\1_lora", name)
-        old[name] = tensor
-    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight" in old
-    now, then = (with_loras(xl, [Lora(named, "a LoRA")]) for named in (tensors, old))
-    assert changed(xl, then) == changed(xl, now) and len(changed(xl, now)) > 40
-    assert not changed(now, then)
-    bare = {name.removeprefix("unet."): tensor for name, tensor in old.items() if name.startswith("unet.")}
-    assert {name for name in changed(xl, now) if name.startswith("unet.")} == changed(
-        xl, with_loras(xl, [Lora(bare, "old")])
-    )
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_peft_names_and_settings_find_their_part(sd, tiny_sd_checkpoints):
-    pipe = load_torch_pipeline(tiny_sd_checkpoints[1])
-    for part, config in {"unet": unet_lora(use_rslora=True), "text_encoder": text_lora()}.items():
-        model = get_peft_model(getattr(pipe, part), config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.copy_(0.2 * torch.randn_like(parameter))
-        state = tensors_of(get_peft_model_state_dict(model))
-        named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in state.items()}
-        settings = json.loads(json.dumps(config.to_dict(), default=list))
-        expected = {part: merged_by_peft(getattr(pipe, part))}
-        for tensors in (state, named):
-            assert all(name.startswith("base_model.model.") for name in tensors)
-            assert largest_difference(with_loras(sd, [Lora(tensors, part, metadata=settings)]), expected) < CLOSE
-
-
-@pytest.fixture(scope="module")
-def peft_adapter(tiny_sd_checkpoints, tmp_path_factory) -> tuple[Path, Weights]:
-    """A folder that PEFT saved, and the weights that it merges; copy it before changing it."""
-    unet = load_torch_pipeline(tiny_sd_checkpoints[1]).unet
-    model = get_peft_model(
-        unet, LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k"], alpha_pattern={"to_k": 3})
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("peft") / "style"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder)
-    return folder, {"unet": {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}}
-
-
-def assembled(model: Path, *loras: Path | str) -> Checkpoint:
-    recipe = Recipe(str(model), loras=tuple((str(lora), 1.0) for lora in loras))
-    return assemble(recipe, Found.of(recipe))[0]
-
-
-@pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
-def test_pefts_folder_merges_as_by_peft(tiny_sd_checkpoints, peft_adapter, file):
-    folder, expected = peft_adapter
-    assert largest_difference(assembled(tiny_sd_checkpoints[1], folder / file), expected) < CLOSE
-
-
-@pytest.mark.parametrize("file", ["", "/adapter_model.safetensors"])
-def test_pefts_settings_are_fetched_with_its_file(tiny_sd_checkpoints, peft_adapter, tmp_path, monkeypatch, file):
-    folder, expected = peft_adapter
-
-    def download(repository: str, name: str, **_) -> str:
-        if not (folder / name).exists():
-            raise EntryNotFoundError.__new__(EntryNotFoundError)
-        return shutil.copy(folder / name, tmp_path / name)
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    assert largest_difference(assembled(tiny_sd_checkpoints[1], f"owner/style{file}"), expected) < CLOSE
-
-
-def test_the_hub_is_waited_for_once_where_it_can_not_be_asked(tiny_sd_checkpoints, monkeypatch):
-    asked = []
-
-    def download(repository: str, name: str, *, local_files_only: bool, **_) -> str:
-        asked.append((name, local_files_only))
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(hub, "hf_hub_download", download)
-    monkeypatch.setattr(hub, "constants", SimpleNamespace(HF_HUB_OFFLINE=False))
-    with refuses("owner/style", "hub"):
-        assembled(tiny_sd_checkpoints[1], "owner/style")
-    assert asked == [("pytorch_lora_weights.safetensors", False), ("adapter_model.safetensors", True)]
-
-
-def test_pefts_adapter_without_alpha_is_merged_with_a_warning(tiny_sd_checkpoints, peft_adapter, tmp_path):
-    file = shutil.copy(peft_adapter[0] / "adapter_model.safetensors", tmp_path)
-    with warns("adapter_model.safetensors", "PEFT", "adapter_config.json", "alpha"):
-        assembled(tiny_sd_checkpoints[1], file)
-
-
-def test_a_folder_without_a_lora_is_refused(tiny_sd_checkpoints, tmp_path):
-    with refuses(str(tmp_path), "pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
-        assembled(tiny_sd_checkpoints[1], tmp_path)
-
-
-def test_another_alpha_is_another_model_in_the_cache(tiny_sd_checkpoints, peft_adapter, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = shutil.copytree(peft_adapter[0], tmp_path / "style")
-    recipe = Recipe(str(tiny_sd_checkpoints[1]), loras=((str(folder / "adapter_model.safetensors"), 1.0),))
-    before = fingerprint(recipe, Found.of(recipe))
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
-    assert fingerprint(recipe, Found.of(recipe)) != before
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -423,12 +117,6 @@ def test_loha_and_lokr_merge_as_by_peft(tiny_checkpoint, xl, config):
     ours = with_loras(xl, [Lora(tensors_of(tensors | alphas), "a LyCORIS")])
     assert any(re.search(r"_t[12]?$|_t2$", name) for name in tensors) == bool(config.use_effective_conv2d)
     assert largest_difference(ours, {"unet": merged_by_peft(pipe.unet)}) < CLOSE
-
-
-def random_lora(module: str, outer: int, inner: int, *, kernel: tuple[int, ...] = (), rank: int = 2) -> Tensors:
-    ones = (1,) * len(kernel)
-    shapes = {"lora_down": (rank, inner, *kernel), "lora_up": (outer, rank, *ones)}
-    return tensors_of({f"{module}.{role}.weight": torch.randn(shape) for role, shape in shapes.items()})
 
 
 def test_locon_with_a_core_is_the_chain_of_its_three_convolutions(xl):
@@ -477,65 +165,3 @@ def test_half_precision_is_merged_in_float32_and_read_only_when_asked(xl):
     exact = lazy.read().astype(np.float32) + up.astype(np.float32) @ down.astype(np.float32)
     assert tensor.dtype == tensor.read().dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(tensor.read(), exact.astype(ml_dtypes.bfloat16))
-
-
-def test_lora_of_another_model_is_refused_with_its_tensors(xl, sd):
-    kohya = random_lora("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 64, 32)
-    with refuses("style.safetensors", 1, next(iter(kohya)).split(".")[0], "[64, 32]", "[64, 64]"):
-        with_loras(xl, [Lora(kohya, "style.safetensors")])
-    assert len(changed(sd, with_loras(sd, [Lora(kohya, "style.safetensors")]))) == 1
-    for module in ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "lora_unet_mid_block_attentions_7_proj_in"):
-        with refuses("style", f"1 unknown ({module})"):
-            with_loras(sd, [Lora(random_lora(module, 64, 32), "style")])
-
-
-@pytest.mark.parametrize(
-    "edit, told",
-    [
-        (lambda t: t.pop("m.lora_up.weight"), r"\b1 incomplete \(\w+ .*\bup\)"),
-        (lambda t: t.pop("m.lora_down.weight"), r"\b1 incomplete \(\w+ .*\bdown\)"),
-        (lambda t: t.update({"m.lora_x.weight": t["m.lora_up.weight"]}), r"\b1 unknown \(\w+\.lora_x\.weight\)"),
-        (lambda t: t.update({"m.lora_A.weight": t["m.lora_down.weight"]}), r"\b1 duplicate"),
-        (lambda t: t.update({"m.hada_w1_a": t["m.lora_up.weight"]}), r"\b1 [^;(]*methods"),
-        (lambda t: t.update({"m.alpha": t["m.lora_up.weight"]}), r"\b1 [^;(]*shape[^;(]* \([^)]*\balpha\b.*\[64, 2\]"),
-        (lambda t: t.update({"m.dora_scale": of_array(np.ones((7, 1), np.float32))}), r"\b1 [^;(]*shape"),
-        (lambda t: t.update({"m.lora_up.weight": of_array(np.ones((64, 5), np.float32))}), r"\b1 [^;(]*shape.*\bdown\b.*\bup\b"),
-        (lambda t: t.update({"other.alpha": of_array(np.float32(1).reshape(()))}), r"\b1 [^;(]*factors \(other\)"),
-        (lambda t: t.update({"m.oft_blocks": t["m.lora_up.weight"]}), r"\bOFT or BOFT \(.*\bLoRA\b"),
-    ],
-)  # fmt: skip
-def test_each_tensor_without_a_place_is_named(xl, edit, told):
-    module = "lora_unet_mid_block_attentions_0_proj_in"
-    tensors = {name.replace(module, "m"): tensor for name, tensor in random_lora(module, 64, 64).items()}
-    edit(tensors)
-    tensors = {re.sub("^m[.]", f"{module}.", name): tensor for name, tensor in tensors.items()}
-    with refuses("broken", re.compile(told)):
-        with_loras(xl, [Lora(tensors, "broken")])
-
-
-def test_what_is_no_lora_and_what_is_no_weight_is_refused(xl):
-    with refuses("vae.safetensors", "VAE", "LoRA", "LoCon"):
-        with_loras(xl, [Lora(xl.tensors["vae"], "vae.safetensors")])
-    lora = random_lora("lora_unet_mid_block_attentions_0_proj_in", 64, 64)
-    for weight in (float("nan"), "1", True):
-        with refuses("weight", "style", repr(weight)):
-            Lora(lora, "style", weight)
-    for metadata in ({"lora_adapter_metadata": "{"}, {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 1}}'}):
-        with refuses("style", re.compile("PEFT|diffusers")):
-            with_loras(xl, [Lora(lora, "style", metadata=metadata)])
-
-
-@pytest.mark.parametrize("begun", ["pissa_niter_16", "olora"])
-def test_adapters_that_began_by_changing_the_models_weights_are_refused(xl, begun):
-    lora = random_lora("lora_unet_mid_block_attentions_0_proj_in", 64, 64)
-    settings = {"peft_type": "LORA", "init_lora_weights": begun}
-    for metadata in (settings, {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": begun})}):
-        with refuses("style", begun, "PEFT", "LoRA"):
-            with_loras(xl, [Lora(lora, "style", metadata=metadata)])
-    with_loras(xl, [Lora(lora, "style", metadata=settings | {"init_lora_weights": "gaussian"})])
-
-
-def test_peft_name_that_two_encoders_have_is_refused_as_ambiguous(xl):
-    module = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
-    with refuses("style", "1 ambiguous", "text_encoder", "text_encoder_2"):
-        with_loras(xl, [Lora(random_lora(module, 64, 32), "style")])

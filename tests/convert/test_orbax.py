@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from adapters import checkpoint_of
 from facts import refuses
 
 import distrijax
@@ -28,12 +27,6 @@ from distrijax.convert.readers.safetensors_files import DTYPES
 from distrijax.convert.tensors import Tensor, Tensors, of_array
 
 FAMILIES = ("xl", 1, 2)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tiny_checkpoint, tiny_sd_checkpoints) -> dict[str | int, Checkpoint]:
-    folders = {"xl": tiny_checkpoint, **tiny_sd_checkpoints}
-    return {family: checkpoint_of(folder) for family, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")

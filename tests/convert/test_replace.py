@@ -8,28 +8,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from adapters import checkpoint_of, tensors_of
+from adapters import tensors_of
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from facts import refuses
 from tiny_pipeline import SD_VAE, UNET, VAE
 
 from distrijax.convert.adapters.replace import with_unet, with_vae
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
 from distrijax.convert.tensors import Tensors
 from distrijax.models.unet_config import UNetConfig
 
 TIME_COND = "time_embedding.cond_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def xl(tiny_checkpoint) -> Checkpoint:
-    return checkpoint_of(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def sd(tiny_sd_checkpoints) -> Checkpoint:
-    return checkpoint_of(tiny_sd_checkpoints[1])
 
 
 def unet(**options) -> Tensors:
