@@ -188,6 +188,10 @@ class Artwork:
         self.folder = Path(folder)
         self.picture = lru_cache(maxsize=None)(self._picture)
 
+    def __reduce__(self):
+        """Another process reads the archives itself, once."""
+        return _shared, (self.folder,)
+
     @cached_property
     def _files(self) -> dict[str, bytes]:
         """The archive's webp files by what their code points are without variation selectors."""
@@ -225,6 +229,11 @@ class Artwork:
         return {
             name: sorted(tag for tag in tags if sum(tag in t for t in own.values()) == 1) for name, tags in own.items()
         }
+
+
+@lru_cache(maxsize=1)
+def _shared(folder: Path) -> Artwork:
+    return Artwork(folder)
 
 
 def names_of(name: str) -> list[str]:

@@ -11,6 +11,8 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from flax import nnx
 from distrijax.models.tokenizer import CLIPTokenizer
 from distrijax.models.vae import AutoencoderKL
 from distrijax.parallel.exchange import WholeImage
+from embedded.ahead import ahead
 from embedded.artwork import Artwork
 from embedded.autoencoder import to_pixels
 from embedded.captions import caption
@@ -65,31 +68,35 @@ def extend_cache(
     *,
     seed: int,
     wanted: dict[str, int],
+    workers: int = 0,
 ) -> None:
-    """Makes the files that are missing. wanted: how many files of each of FRAMES there shall be."""
+    """Makes the files that are missing. wanted: how many files of each of FRAMES there shall be. workers: processes that draw."""
     folder.mkdir(parents=True, exist_ok=True)
     encode = jax.jit(lambda vae, pixels: vae.encode(pixels, WholeImage())[0])
-    for name, count in wanted.items():
-        for chunk in range(count):
-            file = folder / f"{name}-{chunk:03d}.npz"
-            if not file.exists():
-                content = _chunk(name, chunk, lambda pixels: encode(vae, pixels), artwork, tokenizers, words, seed)
-                beside = file.with_suffix(".part.npz")
-                np.savez(beside, **content)
-                os.replace(beside, file)
+    named = {folder / f"{name}-{i:03d}.npz": (name, i) for name, count in wanted.items() for i in range(count)}
+    missing = [file for file in named if not file.exists()]
+    # no scene is seen in two ways
+    firsts = [(list(FRAMES).index(name) * 4096 + i) * CHUNK for name, i in map(named.get, missing)]
+    starts = (start for first in firsts for start in range(first, first + CHUNK, GROUP))
+    groups = ahead(partial(_group, artwork=artwork, tokenizers=tokenizers, words=words, seed=seed), starts, workers)
+    for file in missing:
+        parts = []
+        for pictures, *rest in islice(groups, CHUNK // GROUP):
+            parts.append((np.asarray(encode(vae, to_pixels(pictures)), np.float16), *rest))
+        whole = map(np.concatenate, zip(*parts, strict=True))
+        beside = file.with_suffix(".part.npz")
+        np.savez(beside, **dict(zip(("latents", "ids", "ids_2", "time_ids"), whole, strict=True)))
+        os.replace(beside, file)
 
 
-def _chunk(name: str, chunk: int, encode, artwork: Artwork, tokenizers, words, seed: int) -> dict[str, np.ndarray]:
-    first = (list(FRAMES).index(name) * 4096 + chunk) * CHUNK  # no scene is seen in two ways
-    parts = []
-    for start in range(first, first + CHUNK, GROUP):
-        views = [_view(FRAMES[name], artwork, words, seed, index) for index in range(start, start + GROUP)]
-        pictures, told, time_ids = zip(*views, strict=True)
-        flat = [text for texts in told for text in texts]
-        ids = [tokenizer(flat).reshape(GROUP, CAPTIONS, -1).astype(np.int16) for tokenizer in tokenizers]
-        parts.append((np.asarray(encode(to_pixels(pictures)), np.float16), *ids, np.float32(time_ids)))
-    whole = map(np.concatenate, zip(*parts, strict=True))
-    return dict(zip(("latents", "ids", "ids_2", "time_ids"), whole, strict=True))
+def _group(start: int, *, artwork: Artwork, tokenizers, words: tuple[str, ...], seed: int) -> tuple:
+    """GROUP pictures, and the arrays of a file but for the latents."""
+    frame = list(FRAMES.values())[start // (4096 * CHUNK)]
+    views = [_view(frame, artwork, words, seed, index) for index in range(start, start + GROUP)]
+    pictures, told, time_ids = zip(*views, strict=True)
+    flat = [text for texts in told for text in texts]
+    ids = [tokenizer(flat).reshape(GROUP, CAPTIONS, -1).astype(np.int16) for tokenizer in tokenizers]
+    return pictures, *ids, np.float32(time_ids)
 
 
 def _view(frame: Frame, artwork: Artwork, words: tuple[str, ...], seed: int, index: int) -> tuple:

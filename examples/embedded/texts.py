@@ -5,8 +5,9 @@ SDXL's text encoders were taught by pictures too, before there was a UNet (CLIP,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,18 +132,8 @@ def train_texts(
     words: tuple[str, ...],
     *,
     seed: int,
-    minutes: float,
-    file: Path,
-    after_keeping: Callable | None = None,
+    **settings: Any,
 ) -> Reader:
-    """The text encoders under their heads, trained for some minutes more."""
-    return fit(
-        reader,
-        reader_loss,
-        lambda step: lesson(artwork, tokenizers, seed, step, words),
-        minutes=minutes,
-        learning_rate=RATE,
-        average=0.995,
-        file=file,
-        after_keeping=after_keeping,
-    )
+    """The text encoders under their heads, trained for some minutes more. settings: `fit`'s."""
+    batches = partial(lesson, artwork=artwork, tokenizers=tokenizers, words=words, seed=seed)
+    return fit(reader, reader_loss, batches, learning_rate=RATE, average=0.995, **settings)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from embedded import artwork, backgrounds, perceptual, texts
+from embedded.ahead import ahead
 from embedded.artwork import ART, DATA, OBJECTS, Artwork, names_of, plural
+from embedded.autoencoder import SIDE, VAE, crops, widened
 from embedded.caching import FRAMES, batch_of, cache_folder, extend_cache, read_cache
 from embedded.captions import PLACE_WORDS, SIZE_WORDS, caption
 from embedded.fitting import fit
@@ -25,6 +27,8 @@ from PIL import Image
 
 from distrijax.errors import DistriError
 from distrijax.models.layers import Linear
+from distrijax.models.vae import AutoencoderKL
+from distrijax.parallel.exchange import WholeImage
 
 CODES = {name: f"1F{i:03X}" for i, name in enumerate(OBJECTS)}
 
@@ -140,12 +144,12 @@ def test_a_step_of_training_lowers_the_loss_of_the_text_encoders(art, tmp_path, 
     shallow = partial(dataclasses.replace, num_hidden_layers=1)
     monkeypatch.setattr(texts, "text_config", lambda *args, make=texts.text_config: shallow(make(*args)))
     tokenizers = write_tokenizers(art, tmp_path, merges=0)
-    batch = lesson(art, tokenizers, 0, 0, ())
+    batch = lesson(0, art, tokenizers, (), 0)
     graph, state = nnx.split(Reader(tokenizers, rngs=nnx.Rngs(0)))
     loss = jax.jit(jax.value_and_grad(lambda state: reader_loss(nnx.merge(graph, state), jax.random.key(0), *batch)))
     with jax.numpy_dtype_promotion("standard"):
         before, gradient = loss(state)
-        after, _ = loss(jax.tree.map(lambda value, slope: value - 0.03 * slope, state, gradient))
+        after, _ = loss(jax.tree.map(lambda value, slope: value - 0.001 * slope, state, gradient))
     assert after < before
 
 
@@ -196,6 +200,25 @@ def test_a_cache_is_read_as_it_was_written_and_belongs_to_one_encoder(art, tmp_p
     np.testing.assert_array_equal(time_ids[:, :2], time_ids[:, 4:])
 
 
+def test_an_autoencoder_of_twice_as_many_channels_gives_the_same_and_its_pairs_differ():
+    vae = AutoencoderKL(dataclasses.replace(VAE, block_out_channels=(4, 4, 4, 4)), rngs=nnx.Rngs(0))
+    wide = widened(vae, 0)
+    trip = jax.jit(lambda vae, x: vae.decode(vae.encode(x, WholeImage())[0], WholeImage()))
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(trip(wide, pixels), trip(vae, pixels), atol=2e-5)
+    kernel = np.asarray(wide.decoder.conv_in.kernel.get_value())
+    assert kernel.shape[-1] == 8
+    inner = np.asarray(wide.encoder.mid_block.resnets[0].conv1.kernel.get_value())
+    assert not np.allclose(inner[:, :, ::2], inner[:, :, 1::2])
+
+
+def test_batches_are_the_same_when_other_processes_draw_them(art):
+    make = partial(crops, artwork=art, seed=0, count=2)
+    (near,), (far,) = (list(ahead(make, [3], workers)) for workers in (0, 1))
+    assert near.shape == (2, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(near, far)
+
+
 def test_lpips_reads_arrays_and_nothing_else(tmp_path):
     attack = b"cos\nsystem\n(S'true'\ntR."
     _pack(tmp_path / "weights.tar.gz", {perceptual.MEMBER: attack})
@@ -211,5 +234,6 @@ def test_lpips_is_nothing_for_equal_pictures_and_grows_with_their_difference():
         weights |= {f"bias{i}": np.zeros(features, np.float32), f"linear{i}": np.ones(features, np.float32)}
         channels = features
     a, noise = rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32), rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
-    same, near, far = (np.asarray(perceptual.lpips(weights, a, a + np.float32(s) * noise)) for s in (0, 0.05, 0.5))
+    distance = jax.jit(perceptual.lpips)
+    same, near, far = (np.asarray(distance(weights, a, a + np.float32(s) * noise)) for s in (0, 0.05, 0.5))
     assert np.allclose(same, 0, atol=1e-6) and (near < far).all() and (near > 0).all()
