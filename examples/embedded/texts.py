@@ -103,7 +103,7 @@ def kinds_of_cells(scene: Scene) -> Int[np.ndarray, "k"]:
 
 
 def lesson(
-    artwork: Artwork, tokenizers: Sequence[CLIPTokenizer], seed: int, step: int, words: tuple[str, ...]
+    step: int, artwork: Artwork, tokenizers: Sequence[CLIPTokenizer], words: tuple[str, ...], seed: int
 ) -> tuple:
     """A batch: ids for both encoders, colours and kinds of cells."""
     captions, pictures, kinds = [], [], []
