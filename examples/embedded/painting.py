@@ -23,11 +23,11 @@ from embedded.fitting import fit
 from embedded.texts import WIDTHS, Texts
 
 UNET = UNetConfig(
-    block_out_channels=(64, 128, 192),
+    block_out_channels=(64, 128, 160),
     cross_attention_dim=sum(WIDTHS),
     layers_per_block=1,
     transformer_layers_per_block=(1, 1, 1),
-    attention_head_dim=(2, 4, 6),
+    attention_head_dim=(2, 4, 4),
     norm_num_groups=16,
     use_linear_projection=True,
     addition_embed_type="text_time",
