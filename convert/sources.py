@@ -208,7 +208,7 @@ def _model(
 
 def _find_lora(file: str, find: Callable[..., Path]) -> Path:
     """The file of a LoRA, or of a folder or repository of one; PEFT's settings are fetched with it."""
-    remote = None if Path(file).expanduser().exists() else hub.parse(file)
+    remote = None if Path(file).expanduser().exists() else hub.parse_remote(file)
     if remote is None:
         path = find(file, parts=())
         held = [path / name for name in LORA_FILES if (path / name).is_file()]

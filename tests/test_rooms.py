@@ -26,7 +26,7 @@ FLOORS = (
 )
 """Rooms and single files of the package, from the top; each may import from those below it, and from itself."""
 
-LINES = 700
+LINES = 500
 """Of the longest file; more than this holds more than one idea."""
 
 

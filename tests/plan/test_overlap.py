@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -491,15 +489,3 @@ def test_a_user_may_override_the_options_for_tpus():
 def test_the_command_refuses_wrong_flags_in_one_line(flags, told):
     with refuses(*told, error=SystemExit):
         plan_command.main(flags)
-
-
-def test_what_is_not_installed_is_told_before_anything_is_compiled(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(plan_command, "compile_step", lambda *_, **__: pytest.fail("a step was compiled"))
-    with refuses("--timeline", "matplotlib", "`plan`", error=SystemExit):
-        plan_command.main(["--timeline", "x.png"])
-
-
-def test_the_command_runs_as_a_module():
-    command = [sys.executable, "-m", "distrijax.plan", "--help"]
-    assert "--gpu" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
