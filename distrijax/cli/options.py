@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
+from distrijax.interrupts import INTERRUPTED
 from distrijax.models.families import PARTS
 from distrijax.validate import positive
 from distrijax.weights.dtypes import resolve_dtype
@@ -153,6 +154,9 @@ def plain_errors() -> Iterator[None]:
             sys.exit(
                 "error: the devices' memory does not suffice; use more devices, a smaller --image-size or bfloat16"
             )
+        except KeyboardInterrupt:  # where a `main` is called from Python, not as a command
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
 
 def keep_compiled_programs() -> None:
