@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -15,6 +17,9 @@ from memory import give_memory_back
 from safetensors.numpy import load_file
 
 from distrijax import DistriConfig, DistriSDXLPipeline
+from distrijax.models.layers import abstract
+from distrijax.models.unet import abstract_unet
+from distrijax.models.vae import AutoencoderKL
 
 STAGES = ("vae", "text", "small", "large", "decoder")
 
@@ -36,6 +41,22 @@ def train(folder, *flags: str, **steps: int) -> None:
             train_tiny.main(["--output", str(folder), *given, *flags])
 
 
+SMALL = {
+    "TRAINING_IMAGES": {"unet-128": [(128, 128, 32)], "unet-256": [(128, 192, 32)]},
+    "BATCH_SIZES": {"unet-128": 4, "unet-256": 4},
+    "VAE": dataclasses.replace(train_tiny.VAE, block_out_channels=(8, 8, 16, 16)),
+    "UNET": dataclasses.replace(
+        train_tiny.UNET,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(1, 2),
+    ),
+}
+"""In place of the script's own models, whose gradients take minutes to compile, and gigabytes."""
+
+
 def small_crops(seeds: list[int], first: int, **_: int) -> np.ndarray:
     return tiny_data.scene_crops(seeds, first, count=4, side=32, size=64)
 
@@ -44,8 +65,8 @@ def small_crops(seeds: list[int], first: int, **_: int) -> np.ndarray:
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tiny, "TRAINING_IMAGES", {"unet-128": [(128, 128, 32)], "unet-256": [(128, 192, 32)]})
-        patch.setattr(train_tiny, "BATCH_SIZES", {"unet-128": 4, "unet-256": 4})
+        for name, value in SMALL.items():
+            patch.setattr(train_tiny, name, value)
         patch.setattr(train_tiny, "crops", lambda seed, step: small_crops([seed, step], step * 4))
         patch.setattr(train_tiny, "scene_crops", small_crops)
         train(folder)
@@ -84,6 +105,14 @@ def weights(folder) -> dict[str, np.ndarray]:
         for path in sorted(folder.glob("*/*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+def test_the_scripts_own_models_fit_together():
+    unet, widths = abstract_unet(train_tiny.UNET), train_tiny.TEXT_WIDTHS
+    assert unet.config.in_channels == train_tiny.VAE.latent_channels
+    assert unet.config.cross_attention_dim == sum(widths)
+    assert unet.config.projection_class_embeddings_input_dim == widths[1] + 6 * unet.config.addition_time_embed_dim
+    abstract(functools.partial(AutoencoderKL, train_tiny.VAE))
 
 
 @slow
