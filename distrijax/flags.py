@@ -41,7 +41,12 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Container[str] = ()) -> None:
-    """Adds the flags of all fields, except those in `without`."""
+    """Adds a flag for each field of a configuration.
+
+    Args:
+        parser: The parser.
+        without: Names of fields that get no flag.
+    """
     for name, settings in FLAGS.items():
         if name not in without:
             flag = ("no-" if settings.get("action") == "store_false" else "") + name.replace("_", "-")

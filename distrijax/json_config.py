@@ -66,7 +66,14 @@ MAX_CHARACTERS = 32 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises DistriError if the file does not exist or does not contain one."""
+    """Reads a JSON object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DistriError: If the file does not exist or does not contain one.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)

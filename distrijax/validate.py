@@ -18,7 +18,16 @@ Choice = TypeVar("Choice", bound=enum.StrEnum)
 
 
 def choose(kind: type[Choice], value: str, name: str) -> Choice:
-    """The member of `kind` called `value`; otherwise raises DistriError, which lists the allowed names."""
+    """Returns the member of `kind` called `value`.
+
+    Args:
+        kind: An enumeration of strings.
+        value: The name of a member.
+        name: What the value is called in the error.
+
+    Raises:
+        DistriError: For any other name; the error lists the allowed ones.
+    """
     try:
         return kind(value)
     except ValueError:
@@ -27,7 +36,16 @@ def choose(kind: type[Choice], value: str, name: str) -> Choice:
 
 
 def positive(value: Any, name: str, *, least: int = 1) -> int:
-    """`value` as an int, if it is a whole number of at least `least`, of any library; otherwise raises DistriError."""
+    """Returns `value` as an int.
+
+    Args:
+        value: A whole number of any library.
+        name: What the value is called in the error.
+        least: The smallest that is allowed.
+
+    Raises:
+        DistriError: For anything else.
+    """
     value = scalar(value)
     if not is_whole(value) or value < least:
         raise DistriError(f"{name} is {value!r}; give a whole number of at least {least}")
@@ -48,7 +66,15 @@ def is_whole(value: Any) -> bool:
 
 
 def flag(value: Any, name: str) -> bool:
-    """`value` as a bool; raises DistriError if it is not one."""
+    """Returns `value` as a bool.
+
+    Args:
+        value: A bool of any library.
+        name: What the value is called in the error.
+
+    Raises:
+        DistriError: For anything else.
+    """
     value = scalar(value)
     if not isinstance(value, bool):
         raise DistriError(f"{name} is {value!r}; use true or false")
@@ -56,7 +82,16 @@ def flag(value: Any, name: str) -> bool:
 
 
 def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
-    """`value` as a float, if it is a finite number of at least `least`; otherwise raises DistriError."""
+    """Returns `value` as a float.
+
+    Args:
+        value: A real number of any library.
+        name: What the value is called in the error.
+        least: The smallest that is allowed.
+
+    Raises:
+        DistriError: For anything else, and for NaN and infinity.
+    """
     value = scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
         bound = "" if least == -math.inf else f" of at least {least}"
@@ -65,7 +100,15 @@ def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
 
 
 def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
-    """An array of any library as float32 on the host. Raises DistriError if it is not an array of finite numbers."""
+    """Returns an array as float32 on the host.
+
+    Args:
+        value: An array of any library, of any shape.
+        name: What the value is called in the error.
+
+    Raises:
+        DistriError: If it is not an array of finite numbers.
+    """
     if value is None:
         raise DistriError(f"{name} is None; give an array of numbers")
     try:
@@ -80,7 +123,15 @@ def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Raises DistriError if the file that a flag names cannot be written; to be called before anything is loaded."""
+    """Checks that a file can be written; to be called before anything is loaded.
+
+    Args:
+        path: The file.
+        flag: The flag that names it.
+
+    Raises:
+        DistriError: If the file cannot be written.
+    """
     if path.is_dir():
         raise DistriError(f"{flag} {path} is a folder; give the name of a file")
     try:
@@ -90,7 +141,16 @@ def check_file(path: Path, flag: str) -> None:
 
 
 def per_block(value: Any, blocks: int, name: str) -> tuple:
-    """A tuple with one value for each block; a single value is repeated. Raises DistriError if its length is wrong."""
+    """Returns a tuple with one value for each block.
+
+    Args:
+        value: A tuple with one value for each block, or a single value, which is repeated.
+        blocks: Number of blocks.
+        name: What the value is called in the error.
+
+    Raises:
+        DistriError: If the tuple's length is wrong.
+    """
     values = value if isinstance(value, tuple) else (value,) * blocks
     if len(values) != blocks:
         raise DistriError(
@@ -100,6 +160,15 @@ def per_block(value: Any, blocks: int, name: str) -> tuple:
 
 
 def check_choice(value: Any, allowed: tuple, name: str) -> None:
-    """Raises DistriError unless `value` is one of `allowed`."""
+    """Checks that a value is one of the allowed ones.
+
+    Args:
+        value: A value.
+        allowed: The allowed ones.
+        name: What the value is called in the error.
+
+    Raises:
+        DistriError: If it is none of them.
+    """
     if value not in allowed:
         raise DistriError(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")

@@ -200,7 +200,15 @@ def common(job: Job) -> dict[str, Any]:
 
 
 def check(setting: Setting, job: Job) -> int:
-    """Number of patches of an image; raises DistriError, before anything is generated, for an invalid setting."""
+    """Number of patches of an image.
+
+    Args:
+        setting: A setting of the grid.
+        job: What all settings share.
+
+    Raises:
+        DistriError: Before anything is generated, for an invalid setting.
+    """
     config = DistriConfig(**setting)
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
     mesh = plan_mesh(config, config.devices, branches=job.configs.unet.branches).abstract()
@@ -208,7 +216,12 @@ def check(setting: Setting, job: Job) -> int:
 
 
 def cost(setting: Setting, job: Job) -> dict[str, Any]:
-    """Bytes that a setting exchanges for one image, and whether it is lossless: equal up to float rounding."""
+    """Bytes that a setting exchanges for one image, and whether it is lossless: equal up to float rounding.
+
+    Args:
+        setting: A setting of the grid.
+        job: What all settings share.
+    """
     config, vae_scale = DistriConfig(**setting), job.configs.vae.scale
     planned = traffic(
         config,

@@ -124,7 +124,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Loads the model, generates and writes the images; prints the plan and the time of each stage."""
+    """Loads the model, generates and writes the images; prints the plan and the time of each stage.
+
+    Args:
+        arguments: The parsed flags.
+    """
     config = config_of(arguments, devices=arguments.devices)
     if arguments.plan:
         print_plan(arguments, config)
@@ -172,7 +176,12 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def call_arguments(arguments: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
-    """Keyword arguments of the pipeline's call, without the number of images."""
+    """Keyword arguments of the pipeline's call, without the number of images.
+
+    Args:
+        arguments: The parsed flags.
+        size: Height and width in pixels.
+    """
     return {
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
@@ -185,7 +194,13 @@ def call_arguments(arguments: argparse.Namespace, size: tuple[int, int]) -> dict
 
 
 def run_call(pipe: Pipeline, call: dict[str, Any], arguments: argparse.Namespace) -> list[Image]:
-    """Calls the pipeline, and prints how long it compiled and ran."""
+    """Calls the pipeline, and prints how long it compiled and ran.
+
+    Args:
+        pipe: The pipeline.
+        call: Keyword arguments of its call.
+        arguments: The parsed flags.
+    """
     pipe.set_progress_bar_config(disable=None, leave=False)  # None: no bar unless stderr is a terminal
     start = time.perf_counter()
     images = pipe(**call, num_images_per_prompt=arguments.batch).images
@@ -260,7 +275,15 @@ def describe_image(layout: Layout, batch: int, scale: int) -> str:
 
 
 def output_files(output: Path, batch: int) -> list[Path]:
-    """One file for each image; raises DistriError, before anything is loaded, for files that cannot be written."""
+    """One file for each image.
+
+    Args:
+        output: The path of --output.
+        batch: Number of images.
+
+    Raises:
+        DistriError: Before anything is loaded, for files that cannot be written.
+    """
     if output.suffix.lower() != ".png":
         raise DistriError(f"--output is {output}; give a name that ends in .png")
     names = [output.name] if batch == 1 else [f"{output.stem}-{index}{output.suffix}" for index in range(batch)]
@@ -271,7 +294,13 @@ def output_files(output: Path, batch: int) -> list[Path]:
 
 
 def write(image: Image, output: Path, settings: dict[str, Any]) -> None:
-    """Writes a PNG with its settings as text chunks, atomically."""
+    """Writes a PNG with its settings as text chunks, atomically.
+
+    Args:
+        image: The image.
+        output: The PNG's path.
+        settings: Text chunks by name.
+    """
     text = PngInfo()
     for name, value in settings.items():
         if value is not None:

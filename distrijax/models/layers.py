@@ -46,12 +46,23 @@ class TPSpec:
 
 
 def normal(key: Array | None, shape: tuple[int, ...], stddev: float) -> Array:
-    """Initial values, float32: normally distributed, or zeros without a key."""
+    """Initial values, float32: normally distributed, or zeros without a key.
+
+    Args:
+        key: A random key, or None.
+        shape: Shape of the result.
+        stddev: Standard deviation.
+    """
     return jnp.zeros(shape, jnp.float32) if key is None else jax.random.normal(key, shape, jnp.float32) * stddev
 
 
 def variance_scaling(key: Array | None, shape: tuple[int, ...]) -> Array:
-    """`normal` of variance 1 / fan_in, for a kernel whose last axis is the output."""
+    """`normal` of variance 1 / fan_in, for a kernel whose last axis is the output.
+
+    Args:
+        key: A random key, or None.
+        shape: Shape of the kernel.
+    """
     return normal(key, shape, (1 / math.prod(shape[:-1])) ** 0.5)
 
 
@@ -184,7 +195,14 @@ class Embedding(nnx.Module):
 def sinusoidal(
     values: Float[Array, "n"], size: int, *, flip_sin_to_cos: bool, shift: float
 ) -> Float[Array, "n {size}"]:
-    """Sinusoidal embedding of timesteps, float32, as diffusers' `get_timestep_embedding` (`shift`: downscale_freq_shift)."""
+    """Sinusoidal embedding of timesteps, [n, size], float32, as diffusers' `get_timestep_embedding`.
+
+    Args:
+        values: Timesteps, [n].
+        size: Length of an embedding.
+        flip_sin_to_cos: Whether cosines come before sines.
+        shift: diffusers' `downscale_freq_shift`.
+    """
     half = size // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = values.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -213,14 +231,23 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": 
 
 
 def name_layers(module: nnx.Module) -> None:
-    """Sets `path` of every layer that has one to its path in the module, e.g. `down_blocks.0.resnets.1.conv1`."""
+    """Sets `path` of every layer that has one to its path in the module, e.g. `down_blocks.0.resnets.1.conv1`.
+
+    Args:
+        module: The outermost module.
+    """
     for path, part in walk(module):
         if hasattr(part, "path"):
             part.path = ".".join(map(str, path))
 
 
 def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], nnx.Module]]:
-    """A module and all modules in it, each after its path."""
+    """A module and all modules in it, each after its path.
+
+    Args:
+        module: The outermost module.
+        path: Its own path.
+    """
     yield path, module
     children = enumerate(module) if isinstance(module, nnx.List) else list(vars(module).items())
     for key, child in children:

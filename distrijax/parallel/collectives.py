@@ -25,28 +25,50 @@ LAST, FIRST = ".last", ".first"
 
 
 def local_branches(x: Float[Array, "k ..."]) -> Float[Array, "j ..."]:
-    """This device's guidance branches, of all branches."""
+    """This device's guidance branches, of all branches.
+
+    Args:
+        x: An array whose first axis is all guidance branches.
+    """
     count = x.shape[0] // lax.axis_size(CFG)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(CFG) * count, count)
 
 
 def all_gather_flat(share: Float[Array, "n"]) -> Float[Array, "N"]:
-    """All-gathers a flat array of which every device of the mesh has an equal share."""
+    """All-gathers a flat array of which every device of the mesh has an equal share.
+
+    Args:
+        share: This device's share, [n].
+    """
     return lax.all_gather(share, EVERY_AXIS, tiled=True, to="invarying")
 
 
 def gather(x: Shaped[Array, "..."], axis: Axis) -> Shaped[Array, "n ..."]:
-    """All-gathers `x` along a new first axis, blocking."""
+    """All-gathers `x` along a new first axis, blocking.
+
+    Args:
+        x: This patch's array.
+        axis: The mesh axis, or axes, of the patches.
+    """
     return lax.all_gather(x, axis)
 
 
 def gather_rows(x: Shaped[Array, "b t c"], axis: Axis) -> Shaped[Array, "b T c"]:
-    """All-gathers `x` along its second axis (rows, or pixels), blocking."""
+    """All-gathers `x` along its second axis (rows, or pixels), blocking.
+
+    Args:
+        x: This patch's rows or pixels, [b, t, c].
+        axis: The mesh axis, or axes, of the patches.
+    """
     return lax.all_gather(x, axis, axis=1, tiled=True)
 
 
 def gather_channels(part: Float[Array, "... c"]) -> Float[Array, "... C"]:
-    """All-gathers channels of which every device of an image has an equal part."""
+    """All-gathers channels of which every device of an image has an equal part.
+
+    Args:
+        part: This device's channels, [..., c].
+    """
     return lax.all_gather(part, (PATCH, CFG), axis=part.ndim - 1, tiled=True, to="invarying")
 
 
@@ -66,13 +88,24 @@ def vary_over_cfg(x: Array) -> Array:
 
 
 def map_columns(function: Callable[[Array], Array], x: Float[Array, "b h w c"], axis: Axis) -> Float[Array, "b h w c"]:
-    """Applies `function` to bands of columns, where `x` and the result are bands of rows."""
+    """Applies `function` to bands of columns, where `x` and the result are bands of rows.
+
+    Args:
+        function: Maps [b, H, w, c] to the same shape.
+        x: A band of rows, [b, h, W, c].
+        axis: The mesh axis, or axes, of the patches.
+    """
     columns = lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
     return lax.all_to_all(function(columns), axis, split_axis=1, concat_axis=2, tiled=True)
 
 
 def first_row(rows: int, axis: Axis) -> Array:
-    """The index in the image of this patch's first row, if every patch has `rows`."""
+    """The index in the image of this patch's first row.
+
+    Args:
+        rows: Rows of every patch.
+        axis: The mesh axis, or axes, of the patches.
+    """
     return lax.axis_index(axis) * rows
 
 
@@ -96,7 +129,12 @@ def with_neighbours(x: Array, edges: dict[str, Array], axis: Axis, *, separate: 
 
 
 def all_patches(x: Shaped[Array, "..."], axis: Axis) -> Shaped[Array, "n ..."]:
-    """All patches' `x`, which is known long before it is read: by permutes on TPUs, by an all-gather elsewhere."""
+    """All patches' `x`, which is known long before it is read: by permutes on TPUs, by an all-gather elsewhere.
+
+    Args:
+        x: This patch's array.
+        axis: The mesh axis, or axes, of the patches.
+    """
 
     def permuted(x):
         return jnp.roll(jnp.stack(_in_ring_order(x, axis)), lax.axis_index(axis), 0)
@@ -160,6 +198,10 @@ def _after(x: Array, read: Array) -> Array:
 
 
 def split_kv(kv: Float[Array, "b t c2"]) -> KeysValues:
-    """Keys and values, of both side by side."""
+    """Splits keys and values, [b, t, c] each.
+
+    Args:
+        kv: Keys and values side by side, [b, t, 2 c].
+    """
     keys, values = jnp.split(kv, 2, -1)
     return keys, values

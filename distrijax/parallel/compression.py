@@ -43,7 +43,13 @@ def quantize(
 def dequantize(
     indices: UInt8[Array, "*n t packed"], channel_range: Float[Array, "*n 2 c"], compression: Compression
 ) -> Float[Array, "*n t c"]:
-    """The inverse of `quantize`, up to rounding, in the dtype of `channel_range`."""
+    """The inverse of `quantize`, up to rounding, in the dtype of `channel_range`.
+
+    Args:
+        indices: Of the quantization steps, as from `quantize`.
+        channel_range: Per-channel minimum and maximum.
+        compression: The compression.
+    """
     if compression is Compression.INT4:
         indices = jnp.concatenate([indices & 15, indices >> 4], -1)
     minimum, step = _quantization_steps(channel_range, compression)

@@ -245,7 +245,12 @@ class Strategy:
 
 
 def strategy_of(config: DistriConfig, patches: int) -> Strategy | None:
-    """The strategy after the warm-up; None if all steps are synchronous, as they are with a single patch."""
+    """The strategy after the warm-up; None if all steps are synchronous, as they are with a single patch.
+
+    Args:
+        config: The run's configuration.
+        patches: Number of patches of an image.
+    """
     if config.sync_mode not in STRATEGIES or patches == 1:
         return None
     return Strategy(STRATEGIES[config.sync_mode], config.extrapolate, config.compress)

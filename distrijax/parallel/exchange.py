@@ -315,5 +315,9 @@ class Synchronous(WholeImage):
 
 
 def flatten_pixels(x: Float[Array, "b ... c"]) -> Float[Array, "b t c"]:
-    """Merges the spatial axes, in raster order."""
+    """Merges the spatial axes in raster order, to [b, h * w, c].
+
+    Args:
+        x: [b, h, w, c].
+    """
     return x.reshape(x.shape[0], -1, x.shape[-1])

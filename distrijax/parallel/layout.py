@@ -80,7 +80,11 @@ class Layout:
         return P((DATA, CFG) if self.guided else DATA, self.rows)
 
     def sharding(self, spec: P) -> NamedSharding:
-        """A specification on this mesh."""
+        """A specification on this mesh.
+
+        Args:
+            spec: Mesh axes of each array axis.
+        """
         return NamedSharding(self.mesh, spec)
 
     def exact(self) -> Exchange:
@@ -108,6 +112,14 @@ def check_sizes(*, height: int, width: int, vae_scale: int) -> None:
 
 
 def check_images(images: int, data: int) -> None:
-    """Raises DistriError unless the number of images is a multiple of the `data` axis' size."""
+    """Checks that the images can be divided over the `data` axis.
+
+    Args:
+        images: Number of images of a call.
+        data: Size of the `data` axis.
+
+    Raises:
+        DistriError: If it is not a multiple of the axis' size.
+    """
     if images % data:
         raise DistriError(f"{images} images cannot be divided among data={data}; generate a multiple of {data}")

@@ -52,6 +52,9 @@ class MeshPlan:
         `patch` comes before `cfg` in the mesh, because rows may be sharded along both, and a permute along several axes
         numbers the devices in the mesh's order, whatever order its argument has.
 
+        Args:
+            devices: The devices, in order.
+
         Raises:
             DistriError: There are more devices than the mesh has, or fewer.
         """

@@ -158,7 +158,11 @@ class StepInputs(NamedTuple):
 
     @classmethod
     def of(cls, scheduler: Any) -> StepInputs:
-        """The constants of all steps of a schedule, on the host. The ratio is 1 at both ends, and where a timestep is repeated."""
+        """The constants of all steps of a schedule, on the host. The ratio is 1 at both ends, and where a timestep is repeated.
+
+        Args:
+            scheduler: The scheduler's constants of all steps, `[steps]` each.
+        """
         strides = np.diff(np.asarray(scheduler.timestep, np.float64))
         ratio = np.ones(len(strides) + 1, np.float32)
         moving = (strides[1:] != 0) & (strides[:-1] != 0)
@@ -168,6 +172,10 @@ class StepInputs(NamedTuple):
 
 def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
     """`CallInputs.weights` of classifier-free guidance, uncond + scale * (text - uncond).
+
+    Args:
+        scale: The guidance scale.
+        guided: Whether there is an unconditional branch.
 
     References:
         arXiv 2207.12598.
@@ -209,7 +217,18 @@ def condition(
 
 
 def warm_up(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> tuple[Any, Stale]:
-    """Runs synchronous steps, and returns the state and what the last step published."""
+    """Runs synchronous steps, the last of which publishes a stale state.
+
+    Args:
+        loop: Static description of the loop.
+        params: The UNet's parameters.
+        inputs: What is the same in all steps.
+        state: The scheduler's state, sharded by rows.
+        xs: Constants of the steps to run.
+
+    Returns:
+        The state, and the stale state.
+    """
 
     def local(params, inputs, state, xs):
         return _warm_up(loop, params, inputs, state, xs)
@@ -218,7 +237,18 @@ def warm_up(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: 
 
 
 def synchronous_steps(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> Any:
-    """Runs steps that keep nothing for the next one, and returns the state."""
+    """Runs steps that keep nothing for the next one.
+
+    Args:
+        loop: Static description of the loop.
+        params: The UNet's parameters.
+        inputs: What is the same in all steps.
+        state: The scheduler's state, sharded by rows.
+        xs: Constants of the steps to run.
+
+    Returns:
+        The state.
+    """
 
     def local(params, inputs, state, xs):
         return _scan_synchronous(loop, params, inputs, state, _step_constants(loop, params, inputs, xs))
@@ -229,7 +259,19 @@ def synchronous_steps(loop: LoopSpec, params: Params, inputs: CallInputs, state:
 def displaced(
     loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, stale: Stale, xs: StepInputs
 ) -> tuple[Any, Stale]:
-    """Runs displaced steps, the first from the stale state `stale`; returns the state and the new stale state."""
+    """Runs displaced steps.
+
+    Args:
+        loop: Static description of the loop.
+        params: The UNet's parameters.
+        inputs: What is the same in all steps.
+        state: The scheduler's state, sharded by rows.
+        stale: What the step before published.
+        xs: Constants of the steps to run.
+
+    Returns:
+        The state, and the new stale state.
+    """
 
     def local(params, inputs, state, stale, xs):
         return _scan_displaced(loop, params, inputs, state, stale, xs)
@@ -239,7 +281,19 @@ def displaced(
 
 
 def whole(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, warm_xs: StepInputs, xs: StepInputs) -> Any:
-    """Runs warm-up and displaced steps in one program, and returns the state."""
+    """Runs warm-up and displaced steps in one program.
+
+    Args:
+        loop: Static description of the loop.
+        params: The UNet's parameters.
+        inputs: What is the same in all steps.
+        state: The scheduler's state, sharded by rows.
+        warm_xs: Constants of the synchronous steps.
+        xs: Constants of the displaced steps.
+
+    Returns:
+        The state.
+    """
 
     def local(params, inputs, state, all_xs):
         state, stale = _warm_up(loop, params, inputs, state, all_xs[0])
@@ -249,7 +303,12 @@ def whole(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, warm_x
 
 
 def specs_of(loop: LoopSpec, *, stale: bool) -> tuple:
-    """The shardings of a program's arguments after `loop`. `stale`: whether it takes a stale state."""
+    """The shardings of a program's arguments after `loop`.
+
+    Args:
+        loop: Static description of the loop.
+        stale: Whether the program takes a stale state.
+    """
     layout = loop.layout
     inputs = CallInputs(_conditioning_specs(layout), P(CFG) if layout.guided else P(), P(), P(DATA))
     return (loop.unet.specs, inputs, layout.latents, *((layout.stale,) if stale else ()), P())

@@ -145,11 +145,21 @@ class Scheduler(ModelConfig, abc.ABC):
         """
 
     def init(self, noise: Float[Array, "b h w c"], init_noise_sigma: float | np.floating | Float[Array, ""]) -> State:
-        """The state before the first step, from standard normal noise."""
+        """The state before the first step.
+
+        Args:
+            noise: Standard normal noise, [b, h, w, c].
+            init_noise_sigma: The standard deviation of the first latents.
+        """
         return State(jnp.asarray(noise, jnp.float32) * init_noise_sigma)
 
     def scale_input(self, latents: Float[Array, "b h w c"], step: Steps) -> Float[Array, "b h w c"]:
-        """The latents as the model takes them, float32."""
+        """The latents as the model takes them, float32.
+
+        Args:
+            latents: The latents, [b, h, w, c].
+            step: The step's constants.
+        """
         return latents
 
     @abc.abstractmethod
@@ -183,7 +193,15 @@ class Scheduler(ModelConfig, abc.ABC):
         return common.cumulative_alphas(self.betas(), rescale_zero_snr=False)
 
     def spaced_timesteps(self, num_inference_steps: int, *, omit_zero: bool = False) -> common.PerStep:
-        """The timesteps to visit, descending. Raises DistriError if there are fewer than 1, or more than training timesteps."""
+        """The timesteps to visit, descending.
+
+        Args:
+            num_inference_steps: Number of steps.
+            omit_zero: As in `common.spaced_timesteps`.
+
+        Raises:
+            DistriError: If there are fewer than 1 step, or more than training timesteps.
+        """
         positive(num_inference_steps, "num_inference_steps")
         # without timestep 0, `leading` needs one timestep more than there are steps
         leading = self.timestep_spacing == common.Spacing.LEADING
@@ -198,7 +216,14 @@ class Scheduler(ModelConfig, abc.ABC):
         )
 
     def whole_timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """`spaced_timesteps` as whole numbers. Also raises DistriError if they reach beyond the training timesteps."""
+        """`spaced_timesteps` as whole numbers.
+
+        Args:
+            num_inference_steps: Number of steps.
+
+        Raises:
+            DistriError: As `spaced_timesteps`, and if timesteps reach beyond the training timesteps.
+        """
         timesteps = np.round(self.spaced_timesteps(num_inference_steps)).astype(int)
         last = self.num_train_timesteps - 1
         if timesteps[0] > last:

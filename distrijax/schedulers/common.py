@@ -56,7 +56,14 @@ class FinalSigma(enum.StrEnum):
 
 
 def betas(schedule: BetaSchedule, start: float, end: float, count: int) -> TrainTable:
-    """The variance added at each of `count` training timesteps, float32."""
+    """The variance added at each training timestep, float32.
+
+    Args:
+        schedule: How they grow.
+        start: The first one.
+        end: The last one; `squaredcos_cap_v2` uses neither.
+        count: Number of training timesteps.
+    """
     match schedule:
         case BetaSchedule.LINEAR:
             return np.linspace(start, end, count, dtype=np.float32)
@@ -73,6 +80,10 @@ def cumulative_alphas(betas: TrainTable, *, rescale_zero_snr: bool) -> TrainTabl
     The rescaling shifts alpha to end at 0 and stretches it to begin where it did. Differences of nearly equal numbers are taken
     in float32 and in diffusers' order, which converts the result to betas and back: at the first timesteps 1 - alpha^2 is so
     small that one more rounding would show in sigma.
+
+    Args:
+        betas: As from `betas`.
+        rescale_zero_snr: Whether the last timestep has no signal.
 
     References:
         arXiv 2305.08891, algorithm 1.
@@ -91,7 +102,11 @@ def _cumulative_product(factors: TrainTable) -> TrainTable:
 
 
 def sigma_table(cumulative_alphas: TrainTable) -> TrainTable:
-    """sigma / alpha at each training timestep, float32. With zero SNR it is 4096 instead of infinity, as in diffusers."""
+    """sigma / alpha at each training timestep, float32. With zero SNR it is 4096 instead of infinity, as in diffusers.
+
+    Args:
+        cumulative_alphas: alpha^2 at each training timestep.
+    """
     squares = np.where(cumulative_alphas == 0, np.float32(2**-24), cumulative_alphas)
     return np.sqrt((1 - squares) / squares)
 
@@ -122,6 +137,11 @@ def spaced_timesteps(spacing: Spacing, train: int, steps: int, offset: int, *, o
 def karras_sigmas(largest: float, smallest: float, steps: int) -> PerStep:
     """Noise levels that are evenly spaced in sigma^(1/7), descending, float64.
 
+    Args:
+        largest: The first one.
+        smallest: The last one.
+        steps: Number of levels.
+
     References:
         arXiv 2206.00364, equation 5.
     """
@@ -130,7 +150,12 @@ def karras_sigmas(largest: float, smallest: float, steps: int) -> PerStep:
 
 
 def sigmas_to_timesteps(sigmas: PerStep, table: TrainTable) -> PerStep:
-    """The training timesteps, with fractions, of these noise levels, by linear interpolation of log sigma."""
+    """The training timesteps, with fractions, of these noise levels, by linear interpolation of log sigma.
+
+    Args:
+        sigmas: Noise levels.
+        table: sigma / alpha at each training timestep.
+    """
     # not np.interp, because differences of the table are float32 in diffusers: DPM-Solver rounds or truncates the result,
     # so the last digit can decide between two timesteps
     known, wanted = np.log(table), np.log(sigmas)
@@ -140,13 +165,25 @@ def sigmas_to_timesteps(sigmas: PerStep, table: TrainTable) -> PerStep:
 
 
 def with_final(sigmas: PerStep, final: FinalSigma, table: TrainTable) -> Boundaries:
-    """The noise levels before each step and after the last. Rounded to float32 as in diffusers, stored as float64."""
+    """The noise levels before each step and after the last. Rounded to float32 as in diffusers, stored as float64.
+
+    Args:
+        sigmas: The noise level before each step.
+        final: The one after the last step.
+        table: sigma / alpha at each training timestep.
+    """
     last = 0.0 if final == FinalSigma.ZERO else table[0]
     return np.append(sigmas, last).astype(np.float32).astype(np.float64)
 
 
 def image_weights(prediction: Prediction, alpha: PerStep, sigma: PerStep) -> tuple[PerStep, PerStep]:
-    """(a, b) such that a * latents + b * model_output is the image, for latents alpha * image + sigma * noise."""
+    """(a, b) such that a * latents + b * model_output is the image, for latents alpha * image + sigma * noise.
+
+    Args:
+        prediction: What the model's output is.
+        alpha: The image's factor in the latents.
+        sigma: The noise's factor in the latents.
+    """
     match prediction:
         case Prediction.EPSILON:
             return 1 / alpha, -sigma / alpha
@@ -157,6 +194,12 @@ def image_weights(prediction: Prediction, alpha: PerStep, sigma: PerStep) -> tup
 
 
 def noise_weights(prediction: Prediction, alpha: PerStep, sigma: PerStep) -> tuple[PerStep, PerStep]:
-    """(a, b) such that a * latents + b * model_output is the noise, for latents alpha * image + sigma * noise."""
+    """(a, b) such that a * latents + b * model_output is the noise, for latents alpha * image + sigma * noise.
+
+    Args:
+        prediction: What the model's output is.
+        alpha: The image's factor in the latents.
+        sigma: The noise's factor in the latents.
+    """
     on_latents, on_output = image_weights(prediction, alpha, sigma)
     return (1 - alpha * on_latents) / sigma, -alpha * on_output / sigma

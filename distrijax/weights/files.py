@@ -44,7 +44,17 @@ def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str
 
 
 def check_variant(folder: Path, parts: Iterable[str], variant: str | None, formats: Sequence[str] = LOADABLE) -> None:
-    """Raises DistriError if the parts (subfolders) of a folder have weights, but none of them has any of the variant."""
+    """Checks that a folder has weights of a variant.
+
+    Args:
+        folder: The pipeline's folder.
+        parts: Its subfolders that are needed.
+        variant: Of the weights, such as "fp16"; None is none.
+        formats: Keys of `STEMS`.
+
+    Raises:
+        DistriError: If the parts have weights, but none of the variant.
+    """
     folders = [folder / part for part in parts if (folder / part).is_dir()]
     found = [name for each in folders for name in _weight_names(each)]
     if variant and found and all(_files_of(each, variant, formats) is None for each in folders):

@@ -52,7 +52,11 @@ class Remote(NamedTuple):
 
 
 def parse_remote(name: str) -> Remote | None:
-    """Parses a hub id (`owner/model`, with or without a file's path), `hf://` path or URL of the hub; None for other names."""
+    """Parses a hub id (`owner/model`, with or without a file's path), `hf://` path or URL of the hub; None for other names.
+
+    Args:
+        name: A hub id, `hf://` path or URL, or any other name.
+    """
     if name.startswith((".", "~", "/")):
         return None
     for pattern in (_URL, _HF, _ID):

@@ -112,7 +112,15 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
 
 
 def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, stem: str, dtype: np.dtype) -> None:
-    """Writes a module's folder: config.json, and `stem`.safetensors with PyTorch's names and axis orders."""
+    """Writes a module's folder: config.json, and a safetensors file with PyTorch's names and axis orders.
+
+    Args:
+        module: The module.
+        config: Content of its config.json.
+        folder: The folder, created if needed.
+        stem: Name of the weights file, without suffix.
+        dtype: Of the stored weights.
+    """
     tensors = {}
     for path, leaf in nnx.to_flat_state(nnx.split(module)[1]):
         value = to_pytorch(path[-1], np.asarray(leaf.get_value())).astype(dtype)
@@ -164,7 +172,14 @@ class Stored:
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, FileTensor]]:
-    """Names (by `current_name`) and tensors of safetensors files; read each tensor before asking for the next one."""
+    """Names (by `current_name`) and tensors of safetensors files; read each tensor before asking for the next one.
+
+    Args:
+        files: The files.
+
+    Raises:
+        DistriError: If a file is missing or not a complete safetensors file.
+    """
     for file in files:
         if file.exists() and not file.is_file():
             raise DistriError(f"{file} is a folder or a pipe; put the weights file there")

@@ -21,29 +21,52 @@ MAX_SHOWN = 150
 
 
 def checkpoint_name(path: tuple) -> str:
-    """The PyTorch name of a parameter's path."""
+    """The PyTorch name of a parameter's path.
+
+    Args:
+        path: Keys of the modules, then the parameter's name within its layer.
+    """
     *module, leaf = path
     return ".".join(map(str, [*module, leaf if leaf == "bias" else "weight"]))
 
 
 def to_native(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    """A PyTorch parameter in this project's axis order."""
+    """A PyTorch parameter in this project's axis order.
+
+    Args:
+        leaf: The parameter's name within its layer, such as "kernel".
+        tensor: The parameter in PyTorch's axis order.
+    """
     return tensor.transpose(native_axes(leaf, tensor.ndim))
 
 
 def to_pytorch(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    """The inverse of `to_native`."""
+    """The inverse of `to_native`.
+
+    Args:
+        leaf: The parameter's name within its layer, such as "kernel".
+        tensor: The parameter in this project's axis order.
+    """
     return tensor.transpose(np.argsort(native_axes(leaf, tensor.ndim)))
 
 
 def native_axes(leaf: str, rank: int) -> tuple[int, ...]:
-    """PyTorch's axes of a parameter in this project's order."""
+    """PyTorch's axes of a parameter in this project's order.
+
+    Args:
+        leaf: The parameter's name within its layer, such as "kernel".
+        rank: Its number of axes.
+    """
     kernels = {4: (2, 3, 1, 0), 2: (1, 0)}
     return kernels[rank] if leaf == "kernel" and rank in kernels else tuple(range(rank))
 
 
 def current_name(name: str) -> str:
-    """A parameter's name as diffusers and transformers write it today."""
+    """A parameter's name as diffusers and transformers write it today.
+
+    Args:
+        name: A name in a checkpoint, possibly of an older version.
+    """
     if name.startswith(UNPREFIXED):
         return f"text_model.{name}"
     if ".mid_block.attentions." in name:
