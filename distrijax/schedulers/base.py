@@ -200,7 +200,7 @@ class Scheduler(ModelConfig, abc.ABC):
             omit_zero: As in `common.spaced_timesteps`.
 
         Raises:
-            DistriError: If there are fewer than 1 step, or more than training timesteps.
+            DistriError: For less than 1 step, and for more steps than training timesteps.
         """
         positive(num_inference_steps, "num_inference_steps")
         # without timestep 0, `leading` needs one timestep more than there are steps
