@@ -116,10 +116,19 @@ class ChannelParallel(Protocol):
     """
 
     def channels(self, x: Float[Array, "... c"], count: int) -> Float[Array, "... {count}"]:
-        """Returns this device's `count` channels of `x`, or `x` if it has no others."""
+        """Returns this device's `count` channels of `x`, or `x` if it has no others.
+
+        Args:
+            x: An array whose last axis is channels.
+            count: Number of channels of a device's part.
+        """
 
     def whole_sum(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns the sum of all devices' partial results `x`."""
+        """Returns the sum of all devices' partial results.
+
+        Args:
+            x: This device's partial result.
+        """
 
     def context(self, part: Float[Array, "... c"], channels: int) -> Float[Array, "... C"]:
         """Returns the prompt's keys, or values, that this device's cross-attention reads.
@@ -144,10 +153,21 @@ class Exchange(ChannelParallel, Protocol):
         """
 
     def kv(self, name: str, kv: Float[Array, "b h w c2"]) -> KeysValues:
-        """Returns keys and values of the whole image, `[b, T, c]` each, from this patch's, which are side by side."""
+        """Returns keys and values of the whole image, `[b, T, c]` each.
+
+        Args:
+            name: The layer's path.
+            kv: This patch's keys and values side by side, [b, t, 2 c].
+        """
 
     def moments(self, name: str, x: Float[Array, "b h w c"], size: int) -> Float[Array, "b g 2"]:
-        """Returns mean and variance over the whole image of each group of `size` channels, in float32."""
+        """Returns mean and variance over the whole image of each group of channels, in float32.
+
+        Args:
+            name: The layer's path.
+            x: This patch, [b, h, w, c], float32.
+            size: Channels of a group.
+        """
 
     def exact(self) -> Exchange:
         """Returns an exchange that answers exactly, for a layer whose values must not be stale: the UNet's first."""

@@ -125,7 +125,15 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
-    """Seeds and streams for `noise.image_keys`, [images, 3]: stream i of the one seed, or stream 0 of each image's own seed."""
+    """Seeds and streams for `noise.image_keys`, [images, 3]: stream i of the one seed, or stream 0 of each image's own seed.
+
+    Args:
+        seed: One seed, or one for each image.
+        images: Number of images.
+
+    Raises:
+        DistriError: For a wrong number of seeds, and for one that is not an integer from 0 to 2**63 - 1.
+    """
     several = isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0) > 0
     seeds, streams = (list(map(scalar, seed)), [0] * images) if several else ([scalar(seed)] * images, range(images))
     if len(seeds) != images:
@@ -138,7 +146,15 @@ def image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
 
 
 def given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray:
-    """A caller's starting noise [b, c, h, w], checked to have the shape `needed`."""
+    """A caller's starting noise, [b, c, h, w].
+
+    Args:
+        latents: The caller's array, of any library.
+        needed: The shape that it must have.
+
+    Raises:
+        DistriError: For another shape.
+    """
     latents = host_array(latents, "latents")
     if latents.shape != needed:
         raise DistriError(

@@ -89,7 +89,14 @@ def find_folder(
 
 
 def find_family(folder: Path) -> Family:
-    """The family of a pipeline's folder; raises DistriError for families that are not supported."""
+    """The family of a pipeline's folder.
+
+    Args:
+        folder: The pipeline's folder.
+
+    Raises:
+        DistriError: For families that are not supported.
+    """
     name = read_json(folder / "model_index.json").get("_class_name")
     check_choice(name, tuple(FAMILIES), f"{folder}/model_index.json: _class_name")
     return FAMILIES[name]

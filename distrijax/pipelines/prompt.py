@@ -187,7 +187,15 @@ class PromptEncoder:
 
 
 def as_list(value: Prompt, name: str) -> list[str]:
-    """One prompt or several as a list; raises DistriError for an empty list and for what is not text."""
+    """One prompt or several as a list.
+
+    Args:
+        value: One prompt or several.
+        name: The argument's name, for errors.
+
+    Raises:
+        DistriError: For an empty list and for what is not text.
+    """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise DistriError(f"{name} is {value!r}; give a string or a list of strings")

@@ -258,7 +258,12 @@ def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]
 
 
 def pad_latents(layout: Layout, latents: np.ndarray) -> jax.Array:
-    """Puts latents [b, c, h, w] on the devices as [b, h, w, c]; padding mirrors them, since naive_patch generates it too."""
+    """Puts latents [b, c, h, w] on the devices as [b, h, w, c]; padding mirrors them, since naive_patch generates it too.
+
+    Args:
+        layout: Layout of the call.
+        latents: [b, c, h, w], on the host.
+    """
     missing = [whole - own for whole, own in zip(layout.padded_shape, latents.shape[2:], strict=True)]
     padded = np.pad(np.moveaxis(latents, 1, -1), ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), "symmetric")
     return to_devices(padded, layout.sharding(layout.latents))

@@ -318,12 +318,20 @@ def _kernel(program: HloProgram, instruction: Instruction, gpu: Gpu) -> tuple[fl
 
 
 def total_seconds(events: list[Event]) -> float:
-    """The end of the time line."""
+    """The end of the time line.
+
+    Args:
+        events: The time line.
+    """
     return max((event.end for event in events), default=0.0)
 
 
 def waiting_seconds(events: list[Event]) -> float:
-    """Seconds in which no kernel runs."""
+    """Seconds in which no kernel runs.
+
+    Args:
+        events: The time line.
+    """
     return total_seconds(events) - sum(event.end - event.start for event in events if not event.transfer)
 
 

@@ -55,7 +55,13 @@ def band_noise(
 
 
 def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
-    """The starting noise, `[b, h, w, channels]` with padding. Each device draws its own band."""
+    """The starting noise, `[b, h, w, channels]` with padding. Each device draws its own band.
+
+    Args:
+        layout: Layout of the call.
+        channels: Of the latents.
+        keys: The images' random keys.
+    """
     rows, columns = layout.bands.rows_per_device, layout.padded_shape[1]
 
     def band(keys):

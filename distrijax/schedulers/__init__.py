@@ -92,5 +92,13 @@ def _class_named(diffusers_name: Any) -> type[Scheduler]:
 
 
 def with_class(scheduler: Scheduler, name: str) -> Scheduler:
-    """Returns the scheduler called `name`, one of `SCHEDULERS`, with the options of this one. Raises as `load_scheduler`."""
+    """Returns another scheduler with the options of this one.
+
+    Args:
+        scheduler: A scheduler.
+        name: One of `SCHEDULERS`.
+
+    Raises:
+        DistriError: As `load_scheduler`.
+    """
     return load_scheduler({**scheduler.to_config(), "_class_name": scheduler.diffusers_name}, name)
