@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from adapters import checkpoint_of
-from lora_files import Weights, saved, text_lora, unet_lora
 
 from distrijax.convert.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # these import torch, which may be missing: the fixtures that use them are skipped then
+    from lora_files import Weights
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tiny_checkpoint, tiny_sd_checkpoints) -> dict[str | int, Checkpoint]:
     """By family: "xl", and the versions 1 and 2 of Stable Diffusion."""
+    from adapters import checkpoint_of
+
     folders = {"xl": tiny_checkpoint, **tiny_sd_checkpoints}
     return {family: checkpoint_of(folder) for family, folder in folders.items()}
 
@@ -31,6 +35,8 @@ def sd(checkpoints) -> Checkpoint:
 @pytest.fixture(scope="session")
 def xl_saved(tiny_checkpoint, tmp_path_factory) -> tuple[Path, Weights]:
     """A LoCon of all three models of SDXL."""
+    from lora_files import saved, text_lora, unet_lora
+
     configs = {
         "unet": unet_lora(convolutions=True, alpha_pattern={"to_q": 3, "attn2.to_k": 11}),
         "text_encoder": text_lora(),
@@ -52,5 +58,7 @@ def xl_expected(xl_saved) -> Weights:
 @pytest.fixture(scope="session")
 def dora(tiny_checkpoint, tmp_path_factory) -> tuple[Path, Weights]:
     """DoRA of linear layers and convolutions."""
+    from lora_files import saved, text_lora, unet_lora
+
     configs = {"unet": unet_lora(convolutions=True, use_dora=True), "text_encoder": text_lora(use_dora=True)}
     return saved(tiny_checkpoint, tmp_path_factory.mktemp("xl_dora"), configs, 2)
