@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -13,7 +14,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ["JAX_PLATFORMS"] == "cpu":  # programs are small: compiling them is what takes long
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later versions have these emitters alone
+        flags.append("--xla_cpu_use_fusion_emitters=false")  # a quarter of the time to compile
+    os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's idle threads spin, and would take the cores from JAX
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # read by the workers; each thread that compiles would keep an arena
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from distrijax.models.layers import Linear, TPKind, TPSpec
 from distrijax.parallel.collectives import KeysValues
 from distrijax.parallel.exchange import Exchange
+from distrijax.parallel.platform import platform_dependent
 
 ATTENTION_CHUNK, TPU_ATTENTION_CHUNK, CPU_ATTENTION_CHUNK = 2**22, 2**24, 2**20
 """Most attention scores that are held at a time without cuDNN: on GPUs, TPUs and CPUs, where more would be newly allocated in
@@ -84,7 +85,7 @@ def attend(
     }
     if query.dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128 and _cudnn_available():
         implementations["cuda"] = _cudnn_attention
-    return lax.platform_dependent(query, key, value, **implementations)
+    return platform_dependent(query, key, value, **implementations)
 
 
 def _cudnn_attention(query: Array, key: Array, value: Array) -> Array:
@@ -106,6 +107,7 @@ def _cudnn_available() -> bool:
     return all(float(gpu.compute_capability) >= MIN_CUDNN_CAPABILITY for gpu in gpus)
 
 
+@functools.partial(jax.jit, static_argnames="chunk")  # layers of the same shapes share one trace
 def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Array:
     """Some heads at a time, or some queries of one head where a head has more than `chunk` scores.
 

@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from distrijax.parallel.platform import platform_dependent
+
 LARGE_KERNEL = 2**20
 """Elements of a kernel above which im2col is faster on CPUs, if there are few pixels."""
 
@@ -42,7 +44,7 @@ def convolve(
     """
     plain = functools.partial(_plain, stride=stride, padding=padding)
     cpu, tpu = _cpu_algorithm(x, kernel, stride, padding), _tpu_algorithm(x, kernel, stride, padding)
-    return lax.platform_dependent(x, kernel, cpu=cpu or plain, tpu=tpu or plain, default=plain)
+    return platform_dependent(x, kernel, cpu=cpu or plain, tpu=tpu or plain, default=plain)
 
 
 def _tpu_algorithm(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Callable | None:
@@ -81,7 +83,7 @@ def _im2col(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> A
 def _shifted_matmuls(x: Array, kernel: Array, stride: int, padding: tuple[int, int]) -> Array:
     """One matmul for each position in the kernel, with the input shifted to it; summed in float32.
 
-    jit lets convolutions of the same shapes share one trace, which programs for other platforms make, too.
+    jit lets convolutions of the same shapes share one trace.
     """
     products = (
         jnp.matmul(pixels, kernel[position], preferred_element_type=jnp.float32)

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -175,11 +176,16 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-        x32 = x.astype(jnp.float32)
-        mean = jnp.mean(x32, -1, keepdims=True)
-        variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
-        y = (x32 - mean) * lax.rsqrt(variance + self.eps)
-        return add_bias(multiply(y, as_dtype(self.scale, y)), as_dtype(self.bias, y)).astype(x.dtype)
+        return _layer_norm(x, self.scale.get_value(), self.bias.get_value(), self.eps)
+
+
+@partial(jax.jit, static_argnames="eps")
+def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
+    y = (x32 - mean) * lax.rsqrt(variance + eps)
+    return add_bias(multiply(y, scale.astype(y.dtype)), bias.astype(y.dtype)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -216,6 +222,7 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
+@jax.jit
 def gelu(x: Array) -> Array:
     """The exact GELU, computed in float32, as torch's default. XLA has one operation for erf, and about 80 for erfc."""
     x32 = x.astype(jnp.float32)

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from distrijax.parallel.mesh import CFG, EVERY_AXIS, PATCH
+from distrijax.parallel.platform import platform_dependent
 
 Axis = str | tuple[str, ...]
 
@@ -139,7 +140,7 @@ def all_patches(x: Shaped[Array, "..."], axis: Axis) -> Shaped[Array, "n ..."]:
     def permuted(x):
         return jnp.roll(jnp.stack(_in_ring_order(x, axis)), lax.axis_index(axis), 0)
 
-    return lax.platform_dependent(x, tpu=permuted, default=lambda x: lax.all_gather(x, axis))
+    return platform_dependent(x, tpu=permuted, default=lambda x: lax.all_gather(x, axis))
 
 
 def gather_kv(
@@ -182,7 +183,7 @@ def gather_kv(
         shift = lax.axis_index(axis) * own.shape[1] if in_order else 0
         return own, *(jnp.roll(jnp.concatenate(each, 1), shift, 1) for each in everyone)
 
-    return lax.platform_dependent(own, stale, after, tpu=permuted, default=gathered)
+    return platform_dependent(own, stale, after, tpu=permuted, default=gathered)
 
 
 def _in_ring_order(x: Shaped[Array, "..."], axis: Axis) -> list[Shaped[Array, "..."]]:

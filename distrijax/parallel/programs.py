@@ -14,9 +14,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from distrijax.errors import DistriError, warn
+from distrijax.parallel.platform import tracing_for
 from distrijax.parallel.threads import compilers, wait
 from distrijax.validate import positive
 
@@ -292,7 +293,7 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def trace(
     function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Traced:
-    """Traces `function(static, params, *arguments)`.
+    """Traces `function(static, params, *arguments)`, for the platform of the devices on which the arguments are.
 
     JAX's caches keep what was made from a function, compiled programs included, as long as the function lives. The function
     that is traced here lives as long as the result.
@@ -305,7 +306,9 @@ def trace(
         donate: Indices into `arguments` of those that the program may overwrite.
     """
     jitted = jax.jit(functools.partial(function, static), donate_argnums=tuple(1 + index for index in donate))
-    return jitted.trace(params, *arguments)
+    mesh = jax.tree.leaves((params, arguments))[0].sharding.mesh
+    with tracing_for(mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None):
+        return jitted.trace(params, *arguments)
 
 
 def compiled(

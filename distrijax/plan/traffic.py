@@ -22,6 +22,7 @@ from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.exchange import HALO, KV, MOMENTS
 from distrijax.parallel.layout import check_images
 from distrijax.parallel.mesh import CFG, MeshPlan, plan_mesh
+from distrijax.parallel.platform import tracing_for
 from distrijax.sampling import denoise
 from distrijax.sampling.shapes import StepProgram, step_programs
 from distrijax.schedulers import Scheduler
@@ -104,9 +105,10 @@ def traffic(
         DistriError: For axis sizes that do not fit `devices` or `images`.
     """
     mesh = plan_mesh(config, devices, branches=unet.branches)
-    step = main_step(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
+    with tracing_for("gpu"):  # a TPU's permutes receive as many bytes
+        step = main_step(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
+        program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
     layout = step.loop.layout
-    program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
     received, by_patch = Counter(), Counter()
     for kind, patch, count in _collectives(program.jaxpr, layout.mesh.shape):
         if patch is None:
@@ -169,8 +171,6 @@ def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, in
     """
     for equation in _live_equations(jaxpr):
         inner = [branch for value in equation.params.values() for branch in _inner_jaxprs(value)]
-        if equation.params.get("branches_platforms"):
-            inner = inner[-1:]  # the default; the other platforms' branches receive as many bytes
         if equation.primitive.name == "cond":
             yield from max(
                 (list(_collectives(branch, sizes)) for branch in inner), key=lambda found: sum(n for *_, n in found)

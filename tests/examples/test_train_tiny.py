@@ -13,7 +13,6 @@ import tiny_data
 import train_tiny
 from facts import says
 from marks import slow
-from memory import give_memory_back
 from safetensors.numpy import load_file
 
 from distrijax import DistriConfig, DistriSDXLPipeline
@@ -26,19 +25,9 @@ STAGES = ("vae", "text", "small", "large", "decoder")
 
 def train(folder, *flags: str, **steps: int) -> None:
     given = (f"--{stage}-steps={steps.get(stage, 1)}" for stage in STAGES)
-    fit = train_tiny.fit
-
-    def fit_and_give_back(*arguments, **settings):
-        try:
-            return fit(*arguments, **settings)
-        finally:
-            give_memory_back()  # of compiling a stage, which is most of all
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tiny, "fit", fit_and_give_back)
-        # optax relies on both
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            train_tiny.main(["--output", str(folder), *given, *flags])
+    # optax relies on both
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        train_tiny.main(["--output", str(folder), *given, *flags])
 
 
 SMALL = {

@@ -14,6 +14,7 @@ from distrijax.models import convolution
 from distrijax.models.layers import Conv
 from distrijax.parallel.exchange import Synchronous, WholeImage
 from distrijax.parallel.mesh import PATCH, MeshPlan
+from distrijax.parallel.platform import tracing_for
 from distrijax.parallel.programs import options_for
 
 EXACT = 1e-5
@@ -110,17 +111,15 @@ def test_winograds_derivatives_are_torchs(winograd):
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 6), (7, 5)], ids=["even", "odd"])
 @pytest.mark.parametrize(("kernel", "stride", "trailing"), [(3, 1, False), (1, 1, False), (3, 2, False), (3, 2, True)])
-def test_on_tpus_a_product_for_each_place_of_the_kernel_equals_torch(
-    kernel, stride, trailing, rows, columns, monkeypatch
-):
+def test_on_tpus_a_product_for_each_place_of_the_kernel_equals_torch(kernel, stride, trailing, rows, columns):
     """TPUs are not here, but what is done for them can be done by CPUs."""
     source = torch.nn.Conv2d(4, 6, kernel, stride, padding=0 if trailing else kernel // 2)
     ours = port(Conv(4, 6, kernel, stride=stride, trailing=trailing, rngs=nnx.Rngs(0)), source)
     x = torch.randn(2, 4, rows, columns)
     padded = torch.nn.functional.pad(x, (0, 1, 0, 1)) if trailing else x
     assert _products_on_tpus(ours, nhwc(x)) == kernel**2
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, **_: tpu(*operands))
-    assert relative_error(jitted()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
+    with tracing_for("tpu"):
+        assert relative_error(jitted()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
 
 
 def test_on_tpus_large_pictures_are_convolved_by_xla():

@@ -27,6 +27,7 @@ from distrijax.parallel.displaced import (
 )
 from distrijax.parallel.exchange import CHANNEL_RANGE, EMA, MOMENTS, Synchronous, TensorParallel, WholeImage
 from distrijax.parallel.mesh import CFG, PATCH, MeshPlan
+from distrijax.parallel.platform import tracing_for
 
 AXES = pytest.mark.parametrize(
     ("plan", "axis"),
@@ -160,9 +161,10 @@ def test_padding_is_no_part_of_the_range_of_compressed_tokens(rows, n, levels):
 
 
 @pytest.fixture
-def as_on_tpus(monkeypatch):
+def as_on_tpus():
     """TPUs are not here, but what is done for them can be done by CPUs."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, tpu, **_: tpu(*operands))
+    with tracing_for("tpu"):
+        yield
 
 
 @UNEVEN
