@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode
-    from distrijax.errors import DistriError, DistriWarning
+    from distrijax.errors import CheckpointError, DistriError, DistriWarning, InvalidArgument, NotFinite, OutOfMemory
     from distrijax.parallel.mesh import MeshPlan, plan_mesh
     from distrijax.pipelines.auto import load_pipeline
     from distrijax.pipelines.call import PipelineOutput
@@ -24,13 +24,17 @@ DEFAULT_MODEL = Path(__file__).parent / "tiny"
 
 _PLACES = {
     "SCHEDULERS": "schedulers",
+    "CheckpointError": "errors",
     "Compression": "config",
     "DistriConfig": "config",
     "DistriError": "errors",
     "DistriSDPipeline": "pipelines.sd",
     "DistriSDXLPipeline": "pipelines.sdxl",
     "DistriWarning": "errors",
+    "InvalidArgument": "errors",
     "MeshPlan": "parallel.mesh",
+    "NotFinite": "errors",
+    "OutOfMemory": "errors",
     "Parallelism": "config",
     "PipelineOutput": "pipelines.call",
     "SplitScheme": "config",
@@ -44,13 +48,17 @@ _PLACES = {
 __all__ = [
     "DEFAULT_MODEL",
     "SCHEDULERS",
+    "CheckpointError",
     "Compression",
     "DistriConfig",
     "DistriError",
     "DistriSDPipeline",
     "DistriSDXLPipeline",
     "DistriWarning",
+    "InvalidArgument",
     "MeshPlan",
+    "NotFinite",
+    "OutOfMemory",
     "Parallelism",
     "PipelineOutput",
     "SplitScheme",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.interrupts import undone
 
 
@@ -28,10 +28,10 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
         durable: Whether to flush the new content to the disk before it is renamed.
 
     Raises:
-        DistriError: For a destination that exists and may not be replaced, and if it could not be written.
+        InvalidArgument: For a destination that exists and may not be replaced, and if it could not be written.
     """
     if destination.exists() and not replace:
-        raise DistriError(f"{destination} exists; choose another name, or --force to replace it")
+        raise InvalidArgument(f"{destination} exists; choose another name, or --force to replace it")
     beside, old = (
         destination.with_name(f".{destination.name}.{threading.get_native_id()}{end}") for end in ("", ".old")
     )
@@ -55,7 +55,7 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
             finally:
                 restore()
     except OSError as error:
-        raise DistriError(
+        raise InvalidArgument(
             f"{destination} could not be written ({error.strerror or error}); make room or choose another"
         ) from None
 

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.validate import choose, flag, is_whole, positive, scalar
 
 
@@ -55,7 +55,8 @@ class DistriConfig:
     """How one image is distributed over devices. Names are those of the original DistriFusion where it has them.
 
     Attributes:
-        devices: How many devices to use; None uses all that JAX lists.
+        devices: How many devices to use, of those that JAX lists first; or the devices (`jax.Device`) themselves, kept as a
+            tuple, so that several pipelines run side by side. None uses all that JAX lists.
         sync_mode: What patches exchange after the warm-up.
         warmup_steps: Synchronous steps after the first one, so `warmup_steps + 1` UNet calls are exact.
         sync_steps: Further synchronous steps, numbered from 0, or from the end: -1 is the last. Numbers beyond a call's steps
@@ -75,10 +76,10 @@ class DistriConfig:
         patch: Size of the mesh axis for bands of rows; None lets the planner choose.
 
     Raises:
-        DistriError: A value is not allowed, or has no effect together with the others.
+        InvalidArgument: A value is not allowed, or has no effect together with the others.
     """
 
-    devices: int | None = None
+    devices: int | Sequence[Any] | None = None
     sync_mode: SyncMode = SyncMode.CORRECTED_ASYNC_GN
     warmup_steps: int = 4
     sync_steps: Sequence[int] = ()
@@ -105,16 +106,22 @@ class DistriConfig:
         for name in self._options_without_effect():
             patched = self.parallelism is Parallelism.PATCH
             mode = f"sync_mode={self.sync_mode}" if patched else f"parallelism={self.parallelism}"
-            raise DistriError(f"{name} is set and has no effect with {mode}; remove it or choose another mode")
-        for name in ("devices", "data", "cfg", "patch"):
+            raise InvalidArgument(f"{name} is set and has no effect with {mode}; remove it or choose another mode")
+        object.__setattr__(self, "devices", _devices(self.devices))
+        for name in ("data", "cfg", "patch"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, positive(getattr(self, name), name))
         if self.cfg not in (None, 1, 2):
-            raise DistriError(f"cfg is {self.cfg}; guidance has two branches, use 1 or 2")
+            raise InvalidArgument(f"cfg is {self.cfg}; guidance has two branches, use 1 or 2")
         if self.cfg == 2 and not self.split_batch:
-            raise DistriError(
+            raise InvalidArgument(
                 "cfg=2 splits the guidance branches and split_batch=False forbids it; remove one of the two"
             )
+
+    @property
+    def device_count(self) -> int | None:
+        """How many devices to use; None if that is left open."""
+        return len(self.devices) if isinstance(self.devices, tuple) else self.devices
 
     def _options_without_effect(self) -> list[str]:
         """The options that are set although there is no displaced step, or none that publishes anything new."""
@@ -132,12 +139,24 @@ class DistriConfig:
         return [number <= self.warmup_steps or number in further for number in range(steps)]
 
 
+def _devices(value: Any) -> int | tuple | None:
+    """A number of devices as int, devices as a tuple; raises InvalidArgument for anything else."""
+    if value is None or not isinstance(value, Iterable) or isinstance(value, str):
+        return None if value is None else positive(value, "devices")
+    devices = tuple(value)
+    if not devices or not all(hasattr(device, "platform") for device in devices):
+        raise InvalidArgument(f"devices is {value!r:.60}; give a number of devices, or some of jax.devices()")
+    if len(set(devices)) < len(devices) or len({device.platform for device in devices}) > 1:
+        raise InvalidArgument(f"devices is {list(devices)!r:.200}; give different devices of one platform")
+    return devices
+
+
 def _step_numbers(value: Any) -> tuple[int, ...]:
-    """Numbers of steps as a tuple of int; raises DistriError for anything else."""
+    """Numbers of steps as a tuple of int; raises InvalidArgument for anything else."""
     value = scalar(value)
     steps = tuple(map(scalar, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
     if not all(map(is_whole, steps)):
-        raise DistriError(
+        raise InvalidArgument(
             f"sync_steps is {value!r}; give whole numbers, counted from 0 or back from -1, such as (20, -1)"
         )
     return tuple(map(int, steps))

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 
 
 class DistriError(ValueError):
-    """Invalid input. The message is one sentence: what was got, what is allowed, what to do."""
+    """What went wrong, in one sentence: what was got, what is allowed, what to do. Every error for users is one of these."""
+
+
+class InvalidArgument(DistriError):
+    """An argument or option that cannot be used; the same call fails again."""
+
+
+class CheckpointError(DistriError):
+    """A checkpoint that cannot be found, is damaged or incomplete, or is of a model that is not supported."""
+
+
+class OutOfMemory(DistriError):
+    """A program needs more memory than the devices have free; a smaller image or batch may fit."""
+
+
+class NotFinite(DistriError):
+    """The generated image contains NaN or infinity."""
 
 
 class DistriWarning(UserWarning):
     """A request could not be met in full; the image is generated all the same."""
+
+
+@contextlib.contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Raises CheckpointError where a check in the context refuses a value, for the value is a checkpoint's and no argument."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise CheckpointError(str(error)) from None
 
 
 def warn(sentence: str) -> None:

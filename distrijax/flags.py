@@ -61,7 +61,7 @@ def config_of(arguments: argparse.Namespace, **given: Any) -> DistriConfig:
         **given: Further fields.
 
     Raises:
-        DistriError: A value is not allowed, or has no effect together with the others.
+        InvalidArgument: A value is not allowed, or has no effect together with the others.
     """
     return DistriConfig(**{name: getattr(arguments, name) for name in FLAGS if hasattr(arguments, name)}, **given)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError, checkpoint_errors
 
 
 class ModelConfig:
@@ -30,7 +30,7 @@ class ModelConfig:
         """Creates an instance from the content of a config.json. Keys with a leading underscore are ignored.
 
         Raises:
-            DistriError: A key is unknown or missing, or a value is not supported.
+            CheckpointError: A key is unknown or missing, or a value is not supported.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
         chosen = {}
@@ -42,18 +42,19 @@ class ModelConfig:
                 chosen[key] = value
             elif key not in cls.FIXED:
                 hint = difflib.get_close_matches(key, fields, 1)
-                raise DistriError(
+                raise CheckpointError(
                     f"{cls.__name__}: unknown key {key!r} (value {value!r}){f', did you mean {hint[0]!r}' if hint else ''}; "
                     "remove it if it has no effect, or use a model of the Stable Diffusion family"
                 )
             elif value not in cls.FIXED[key]:
-                raise DistriError(
+                raise CheckpointError(
                     f"{cls.__name__}: {key} is {value!r}; supported: {', '.join(map(repr, cls.FIXED[key]))}"
                 )
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in chosen]
         if missing:
-            raise DistriError(f"{cls.__name__}: the config lacks {', '.join(missing)}; fetch the file again")
-        return cls(**chosen)
+            raise CheckpointError(f"{cls.__name__}: the config lacks {', '.join(missing)}; fetch the file again")
+        with checkpoint_errors():
+            return cls(**chosen)
 
 
 def freeze(value: Any) -> Any:
@@ -72,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        DistriError: If the file does not exist or does not contain one.
+        CheckpointError: If the file does not exist or does not contain one.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -81,11 +82,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
         content = json.loads(text)
     except FileNotFoundError:
-        raise DistriError(f"{path} does not exist; give a folder in the diffusers layout") from None
+        raise CheckpointError(f"{path} does not exist; give a folder in the diffusers layout") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DistriError(f"{path} is not readable JSON ({error}); fetch the file again") from None
+        raise CheckpointError(f"{path} is not readable JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
-        raise DistriError(
+        raise CheckpointError(
             f"{path} contains a {type(content).__name__} and must contain a JSON object; fetch the file again"
         )
     return content

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 
 Choice = TypeVar("Choice", bound=enum.StrEnum)
 
@@ -26,13 +26,13 @@ def choose(kind: type[Choice], value: str, name: str) -> Choice:
         name: What the value is called in the error.
 
     Raises:
-        DistriError: For any other name; the error lists the allowed ones.
+        InvalidArgument: For any other name; the error lists the allowed ones.
     """
     try:
         return kind(value)
     except ValueError:
         allowed = ", ".join(member.value for member in kind)
-        raise DistriError(f"{name} is {value!r}; use one of: {allowed}") from None
+        raise InvalidArgument(f"{name} is {value!r}; use one of: {allowed}") from None
 
 
 def positive(value: Any, name: str, *, least: int = 1) -> int:
@@ -44,11 +44,11 @@ def positive(value: Any, name: str, *, least: int = 1) -> int:
         least: The smallest that is allowed.
 
     Raises:
-        DistriError: For anything else.
+        InvalidArgument: For anything else.
     """
     value = scalar(value)
     if not is_whole(value) or value < least:
-        raise DistriError(f"{name} is {value!r}; give a whole number of at least {least}")
+        raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least {least}")
     return int(value)
 
 
@@ -73,11 +73,11 @@ def flag(value: Any, name: str) -> bool:
         name: What the value is called in the error.
 
     Raises:
-        DistriError: For anything else.
+        InvalidArgument: For anything else.
     """
     value = scalar(value)
     if not isinstance(value, bool):
-        raise DistriError(f"{name} is {value!r}; use true or false")
+        raise InvalidArgument(f"{name} is {value!r}; use true or false")
     return value
 
 
@@ -90,12 +90,12 @@ def finite_number(value: Any, name: str, *, least: float = -math.inf) -> float:
         least: The smallest that is allowed.
 
     Raises:
-        DistriError: For anything else, and for NaN and infinity.
+        InvalidArgument: For anything else, and for NaN and infinity.
     """
     value = scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
         bound = "" if least == -math.inf else f" of at least {least}"
-        raise DistriError(f"{name} is {value!r}; give a finite number{bound}")
+        raise InvalidArgument(f"{name} is {value!r}; give a finite number{bound}")
     return float(value)
 
 
@@ -107,18 +107,18 @@ def host_array(value: Any, name: str) -> Float[np.ndarray, "..."]:
         name: What the value is called in the error.
 
     Raises:
-        DistriError: If it is not an array of finite numbers.
+        InvalidArgument: If it is not an array of finite numbers.
     """
     if value is None:
-        raise DistriError(f"{name} is None; give an array of numbers")
+        raise InvalidArgument(f"{name} is None; give an array of numbers")
     try:
         # NumPy cannot read torch's bfloat16
         array = np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
         real = array.astype(np.float32, casting="unsafe" if array.dtype.kind != "c" else "safe")
     except (TypeError, ValueError):
-        raise DistriError(f"{name} is {value!r:.60}; give an array of numbers") from None
+        raise InvalidArgument(f"{name} is {value!r:.60}; give an array of numbers") from None
     if not np.isfinite(real).all():
-        raise DistriError(f"{name} contains NaN or infinity; give finite numbers")
+        raise InvalidArgument(f"{name} contains NaN or infinity; give finite numbers")
     return real
 
 
@@ -130,14 +130,14 @@ def check_file(path: Path, flag: str) -> None:
         flag: The flag that names it.
 
     Raises:
-        DistriError: If the file cannot be written.
+        InvalidArgument: If the file cannot be written.
     """
     if path.is_dir():
-        raise DistriError(f"{flag} {path} is a folder; give the name of a file")
+        raise InvalidArgument(f"{flag} {path} is a folder; give the name of a file")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise DistriError(f"{flag} {path} cannot be written ({error.strerror}); choose another folder") from None
+        raise InvalidArgument(f"{flag} {path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def per_block(value: Any, blocks: int, name: str) -> tuple:
@@ -149,11 +149,11 @@ def per_block(value: Any, blocks: int, name: str) -> tuple:
         name: What the value is called in the error.
 
     Raises:
-        DistriError: If the tuple's length is wrong.
+        InvalidArgument: If the tuple's length is wrong.
     """
     values = value if isinstance(value, tuple) else (value,) * blocks
     if len(values) != blocks:
-        raise DistriError(
+        raise InvalidArgument(
             f"{name} has {len(values)} entries for {blocks} blocks; give one value, or one for each block"
         )
     return values
@@ -168,7 +168,7 @@ def check_choice(value: Any, allowed: tuple, name: str) -> None:
         name: What the value is called in the error.
 
     Raises:
-        DistriError: If it is none of them.
+        InvalidArgument: If it is none of them.
     """
     if value not in allowed:
-        raise DistriError(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+        raise InvalidArgument(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")

@@ -207,11 +207,11 @@ def check(setting: Setting, job: Job) -> int:
         job: What all settings share.
 
     Raises:
-        DistriError: Before anything is generated, for an invalid setting.
+        InvalidArgument: Before anything is generated, for an invalid setting.
     """
     config = DistriConfig(**setting)
     size, guided = (job.call["height"], job.call["width"]), job.call["guidance_scale"] > 1
-    mesh = plan_mesh(config, config.devices, branches=job.configs.unet.branches).abstract()
+    mesh = plan_mesh(config, config.device_count, branches=job.configs.unet.branches).abstract()
     return image_layout(config, mesh, job.configs.unet, job.configs.vae, size, guided=guided).patches
 
 
@@ -227,7 +227,7 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
         config,
         job.configs.unet,
         job.configs.scheduler,
-        devices=config.devices,
+        devices=config.device_count,
         latent=(job.call["height"] // vae_scale, job.call["width"] // vae_scale),
         guided=job.call["guidance_scale"] > 1,
         dtype=job.loading["dtype"],

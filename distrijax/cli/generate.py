@@ -22,7 +22,6 @@ from PIL.PngImagePlugin import PngInfo
 from distrijax import (
     SCHEDULERS,
     DistriConfig,
-    DistriError,
     MeshPlan,
     Parallelism,
     SplitScheme,
@@ -43,6 +42,7 @@ from distrijax.cli.options import (
     keep_compiled_programs,
     plain_errors,
 )
+from distrijax.errors import InvalidArgument
 from distrijax.flags import add_config_flags, config_of, settings_of
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import Layout, check_images
@@ -137,7 +137,7 @@ def generate(arguments: argparse.Namespace) -> None:
     configs, size = configurations(arguments, folder)
     outputs = output_files(arguments.output, arguments.batch) if is_main_process() else []
     keep_compiled_programs()
-    plan = plan_mesh(config, find_devices(config.devices), branches=configs.unet.branches)
+    plan = plan_mesh(config, find_devices(config.device_count), branches=configs.unet.branches)
     dtype = find_dtype(arguments.dtype)
     layout = plan_layout(arguments, config, configs, size, plan)
     print(f"mesh     {call_mesh(plan, layout)} on {plan.devices} x {device_kind()}, {dtype.name}")
@@ -222,7 +222,7 @@ def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
     """Prints what a run would exchange, from the configurations alone; the devices need not exist."""
     configs, size = configurations(arguments, find_configurations(arguments))
     found = find_devices(None)
-    devices = config.devices or found
+    devices = config.device_count or found
     dtype = find_dtype(arguments.dtype)
     mesh = plan_mesh(config, devices, branches=configs.unet.branches)
     layout = plan_layout(arguments, config, configs, size, mesh)
@@ -282,10 +282,10 @@ def output_files(output: Path, batch: int) -> list[Path]:
         batch: Number of images.
 
     Raises:
-        DistriError: Before anything is loaded, for files that cannot be written.
+        InvalidArgument: Before anything is loaded, for files that cannot be written.
     """
     if output.suffix.lower() != ".png":
-        raise DistriError(f"--output is {output}; give a name that ends in .png")
+        raise InvalidArgument(f"--output is {output}; give a name that ends in .png")
     names = [output.name] if batch == 1 else [f"{output.stem}-{index}{output.suffix}" for index in range(batch)]
     outputs = [output.with_name(name) for name in names]
     for path in outputs:

@@ -55,7 +55,7 @@ def join(arguments: argparse.Namespace, devices: int | None) -> None:
         devices: Number of devices of all processes together, if given.
 
     Raises:
-        DistriError: For invalid flags, and if this process could not join the others.
+        InvalidArgument: For invalid flags, and if this process could not join the others.
     """
     coordinates = arguments.coordinator, arguments.num_processes, arguments.process_id
     processes.initialize(*coordinates, devices=devices, timeout=arguments.process_timeout)

@@ -17,9 +17,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # hides XLA's log, which is 
 import jax
 import jax.numpy as jnp
 
-from distrijax import DEFAULT_MODEL, DistriError, DistriWarning
+from distrijax import DEFAULT_MODEL
 from distrijax.convert.cache import Prepared, cache_folder, prepared
 from distrijax.convert.sources import Recipe, add_flags
+from distrijax.errors import DistriError, DistriWarning, InvalidArgument
 from distrijax.interrupts import INTERRUPTED
 from distrijax.models.families import PARTS
 from distrijax.validate import positive
@@ -77,7 +78,7 @@ def find_model(arguments: argparse.Namespace) -> tuple[Recipe, Prepared]:
         The recipe, and the prepared folder to load from.
 
     Raises:
-        DistriError: If it could not be found, fetched or converted.
+        InvalidArgument: If it could not be found, fetched or converted.
     """
     recipe = _recipe(arguments)
     return recipe, prepared(recipe, token=arguments.token, offline=arguments.offline)
@@ -90,7 +91,7 @@ def find_configurations(arguments: argparse.Namespace) -> Path:
         arguments: Of a parser with `add_model_flags`.
 
     Raises:
-        DistriError: If it could not be found, fetched or converted.
+        InvalidArgument: If it could not be found, fetched or converted.
     """
     recipe = _recipe(arguments)
     if recipe.plain:
@@ -130,7 +131,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
         *names: Names of attributes of `arguments`.
 
     Raises:
-        DistriError: For the first one that is not.
+        InvalidArgument: For the first one that is not.
     """
     for name in names:
         if getattr(arguments, name) is not None:
@@ -176,7 +177,7 @@ def find_devices(wanted: int | None) -> int:
         wanted: Number of devices; None takes all.
 
     Raises:
-        DistriError: If there are fewer devices than `wanted`, or none of the platform in JAX_PLATFORMS.
+        InvalidArgument: If there are fewer devices than `wanted`, or none of the platform in JAX_PLATFORMS.
     """
     if wanted is not None and not jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # JAX has been used, and its devices are fixed
@@ -185,11 +186,11 @@ def find_devices(wanted: int | None) -> int:
         found = len(jax.devices())
     except (RuntimeError, AssertionError):
         platforms = os.environ.get("JAX_PLATFORMS")
-        raise DistriError(
+        raise InvalidArgument(
             f"JAX finds no device with JAX_PLATFORMS={platforms}; set it otherwise or not at all"
         ) from None
     if wanted is not None and wanted > found:
-        raise DistriError(
+        raise InvalidArgument(
             f"--devices is {wanted} and this machine shows {found} ({device_kind()}); use --devices {found} or fewer"
         )
     return wanted or found
@@ -213,7 +214,7 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
         path: The file; None only prints.
 
     Raises:
-        DistriError: At once, before anything is measured, if the file cannot be written.
+        InvalidArgument: At once, before anything is measured, if the file cannot be written.
     """
 
     def add(text: str) -> None:
@@ -221,7 +222,9 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise DistriError(f"--output {path} cannot be written ({error.strerror}); choose another file") from None
+            raise InvalidArgument(
+                f"--output {path} cannot be written ({error.strerror}); choose another file"
+            ) from None
 
     def write(row: dict[str, Any]) -> None:
         line = json.dumps(row)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError, InvalidArgument
 from distrijax.json_config import ModelConfig
 from distrijax.models.layers import ACTIVATIONS, Embedding, LayerNorm, Linear
 from distrijax.validate import check_choice, positive
@@ -86,7 +86,7 @@ class CLIPTextConfig(ModelConfig):
         positive(self.eos_token_id, "eos_token_id", least=0)
         check_choice(self.hidden_act, ("gelu", "quick_gelu"), "hidden_act")
         if self.hidden_size % self.num_attention_heads:
-            raise DistriError(
+            raise CheckpointError(
                 f"hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} attention heads; "
                 "use a multiple"
             )
@@ -125,12 +125,12 @@ class CLIPTextEncoder(nnx.Module):
             projected where there is a projection.
 
         Raises:
-            DistriError: For more tokens than positions, and for a `clip_skip` beyond the first layer.
+            CheckpointError: For more tokens than positions, and for a `clip_skip` beyond the first layer.
         """
         layers = self.config.num_hidden_layers
         most = layers - self.penultimate
         if not 0 <= clip_skip <= most:
-            raise DistriError(f"clip_skip is {clip_skip}; this text encoder of {layers} layers takes 0 to {most}")
+            raise InvalidArgument(f"clip_skip is {clip_skip}; this text encoder of {layers} layers takes 0 to {most}")
         hidden_states, last = self.text_model(input_ids)
         tokens = hidden_states[most - clip_skip]
         if not self.penultimate:
@@ -171,7 +171,7 @@ class CLIPTextEmbeddings(nnx.Module):
     def __call__(self, input_ids: Int[Array, "b t"]) -> Float[Array, "b t c"]:
         tokens = input_ids.shape[1]
         if tokens > self.positions:
-            raise DistriError(
+            raise InvalidArgument(
                 f"the text has {tokens} tokens; this text encoder takes up to {self.positions}; shorten the text"
             )
         return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(tokens))[None]

@@ -22,7 +22,7 @@ from jaxtyping import Int32
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from distrijax.errors import DistriError, warn
+from distrijax.errors import CheckpointError, InvalidArgument, warn
 from distrijax.json_config import read_json
 from distrijax.validate import check_choice, positive
 
@@ -64,18 +64,18 @@ class CLIPTokenizer:
         """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the special tokens that the folder names.
 
         Raises:
-            DistriError: For missing and corrupt files, and for a vocabulary that lacks the special tokens.
+            CheckpointError: For missing and corrupt files, and for a vocabulary that lacks the special tokens.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise DistriError(f"{folder} is not a folder; give a tokenizer in the diffusers layout")
+            raise CheckpointError(f"{folder} is not a folder; give a tokenizer in the diffusers layout")
         settings = _read_settings(folder)
         special = {key: _added_token(settings[key], folder) for key in SPECIAL_TOKENS}
         vocabulary, merges, added = _read_vocabulary(folder, settings, {token.content for token in special.values()})
         try:
             bpe = byte_pair_encoder(vocabulary, merges, special["unk_token"].content)
         except Exception as error:  # the library raises nothing narrower
-            raise DistriError(f"{folder} holds no usable vocabulary ({error}); fetch its files again") from None
+            raise CheckpointError(f"{folder} holds no usable vocabulary ({error}); fetch its files again") from None
         _add_tokens(bpe, added, list(special.values()), folder)
         ids = {key: bpe.token_to_id(token.content) for key, token in special.items()}
         length = settings.get("model_max_length", DEFAULT_LENGTH)
@@ -93,19 +93,19 @@ class CLIPTokenizer:
         """Ids of prompts, each cut or padded to `length`; a DistriWarning names the words that are cut off.
 
         Raises:
-            DistriError: For what is not a list of texts.
+            CheckpointError: For what is not a list of texts.
         """
         if not isinstance(prompts, list | tuple) or not prompts:
-            raise DistriError(f"prompts is {prompts!r}; give a list of at least one string")
+            raise InvalidArgument(f"prompts is {prompts!r}; give a list of at least one string")
         return np.asarray(list(map(self._ids, prompts)), np.int32)
 
     def _ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str):
-            raise DistriError(f"a prompt is {prompt!r}, of type {type(prompt).__name__}; give a string")
+            raise InvalidArgument(f"a prompt is {prompt!r}, of type {type(prompt).__name__}; give a string")
         try:
             encoding = self.bpe.encode(prompt, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            raise DistriError(f"the prompt {prompt!r} is not valid Unicode; write it in UTF-8") from None
+            raise InvalidArgument(f"the prompt {prompt!r} is not valid Unicode; write it in UTF-8") from None
         tokens = [
             (index, begin)
             for token, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -153,7 +153,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     """The settings of tokenizer_config.json and special_tokens_map.json, merged as in transformers."""
     files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     if not any(file.exists() for file in files):
-        raise DistriError(f"{folder} has no tokenizer_config.json, which names the padding; fetch the whole folder")
+        raise CheckpointError(f"{folder} has no tokenizer_config.json, which names the padding; fetch the whole folder")
     settings, special = (read_json(file) if file.exists() else {} for file in files)
     settings = SPECIAL_TOKENS | settings | ({} if "added_tokens_decoder" in settings else special)
     check_choice(settings.get("padding_side", "right"), ("right",), f"padding_side of {folder}")
@@ -165,7 +165,7 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collect
     content = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
     vocabulary, merges = _from_tokenizer_json(content, folder) if content else _from_vocab_and_merges(folder)
     if not all(isinstance(index, int) for index in vocabulary.values()):
-        raise DistriError(f"{folder}: the vocabulary has ids that are not integers; fetch its files again")
+        raise CheckpointError(f"{folder}: the vocabulary has ids that are not integers; fetch its files again")
     added = settings.get("added_tokens_decoder")
     if added is None:
         added = {}
@@ -176,13 +176,15 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collect
     try:
         return vocabulary, merges, {int(index): _added_token(added[index], folder) for index in sorted(added, key=int)}
     except (TypeError, ValueError):
-        raise DistriError(f"{folder}: an added token has an id that is not an integer; fetch the files again") from None
+        raise CheckpointError(
+            f"{folder}: an added token has an id that is not an integer; fetch the files again"
+        ) from None
 
 
 def _from_tokenizer_json(content: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
-        raise DistriError(
+        raise CheckpointError(
             f"{folder / 'tokenizer.json'} holds no byte pair encoding; use the tokenizer of a Stable Diffusion model"
         )
     check_choice(model.get("end_of_word_suffix"), (WORD_END,), f"end_of_word_suffix of {folder / 'tokenizer.json'}")
@@ -192,11 +194,13 @@ def _from_tokenizer_json(content: Mapping[str, Any], folder: Path) -> tuple[dict
 def _from_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]
     if missing:
-        raise DistriError(f"{folder} lacks {' and '.join(missing)} (and has no tokenizer.json); fetch the whole folder")
+        raise CheckpointError(
+            f"{folder} lacks {' and '.join(missing)} (and has no tokenizer.json); fetch the whole folder"
+        )
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DistriError(f"{folder / 'merges.txt'} is not readable ({error}); fetch the file again") from None
+        raise CheckpointError(f"{folder / 'merges.txt'} is not readable ({error}); fetch the file again") from None
     merges = [_pair(line, folder) for line in lines if line.strip() and not line.startswith("#version")]
     return read_json(folder / "vocab.json"), merges
 
@@ -204,7 +208,7 @@ def _from_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str
 def _pair(merge: str | list[str], folder: Path) -> tuple[str, str]:
     parts = merge.split() if isinstance(merge, str) else merge
     if not isinstance(parts, list) or len(parts) != 2:
-        raise DistriError(f"{folder}: the merge {merge!r} is not a pair of tokens; fetch the file again")
+        raise CheckpointError(f"{folder}: the merge {merge!r} is not a pair of tokens; fetch the file again")
     return tuple(parts)
 
 
@@ -212,7 +216,9 @@ def _added_token(token: Any, folder: Path) -> AddedToken:
     """A token that is matched in the prompt before that is split into words."""
     settings = {"content": token} if isinstance(token, str) else token
     if not isinstance(settings, dict) or not isinstance(settings.get("content"), str):
-        raise DistriError(f"{folder} names the special token {token!r}, which is not a string; fetch its files again")
+        raise CheckpointError(
+            f"{folder} names the special token {token!r}, which is not a string; fetch its files again"
+        )
     flags = {key: bool(settings[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in settings}
     return AddedToken(settings["content"], special=True, **flags)
 
@@ -222,12 +228,12 @@ def _add_tokens(bpe: Tokenizer, added: Mapping[int, AddedToken], special: Sequen
     bpe.add_tokens(list(added.values()))
     for index, token in added.items():
         if bpe.token_to_id(token.content) != index:
-            raise DistriError(
+            raise CheckpointError(
                 f"{folder} gives {token.content!r} the id {index} and its vocabulary the id "
                 f"{bpe.token_to_id(token.content)}; use files of one tokenizer"
             )
     lost = sorted({token.content for token in special if bpe.token_to_id(token.content) is None})
     if lost:
-        raise DistriError(f"{folder}: the vocabulary lacks {', '.join(lost)}; use files of one tokenizer")
+        raise CheckpointError(f"{folder}: the vocabulary lacks {', '.join(lost)}; use files of one tokenizer")
     declared = {token.content for token in added.values()}
     bpe.add_tokens([token for token in special if token.content not in declared])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.models.blocks import (
     BasicTransformerBlock,
     Downsample2D,
@@ -199,7 +199,7 @@ class UNet(nnx.Module):
         sizes = self._sinusoidal(time_ids.reshape(-1), self.config.addition_time_embed_dim).reshape(b, -1)
         added = jnp.concatenate([text_embeds, sizes.astype(text_embeds.dtype)], -1)
         if added.shape[-1] != self.config.projection_class_embeddings_input_dim:
-            raise DistriError(
+            raise CheckpointError(
                 f"{ids} time ids and a pooled embedding of {text_embeds.shape[-1]} make {added.shape[-1]} features; the "
                 f"UNet takes {self.config.projection_class_embeddings_input_dim}; check the second text encoder"
             )

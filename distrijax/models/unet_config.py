@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.json_config import ModelConfig
 from distrijax.validate import check_choice, per_block, positive
 
@@ -80,7 +80,7 @@ class UNetConfig(ModelConfig):
         if self.addition_embed_type and not (
             self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
         ):
-            raise DistriError(
+            raise CheckpointError(
                 "UNetConfig: addition_embed_type 'text_time' needs addition_time_embed_dim and "
                 "projection_class_embeddings_input_dim; add them to the config"
             )
@@ -88,7 +88,7 @@ class UNetConfig(ModelConfig):
             positive(self.time_cond_proj_dim, "UNetConfig: time_cond_proj_dim", least=4)
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             if channels % self.norm_num_groups or channels % heads:
-                raise DistriError(
+                raise CheckpointError(
                     f"UNetConfig: {channels} channels do not divide into {self.norm_num_groups} groups and {heads} heads; "
                     "correct block_out_channels, norm_num_groups or attention_head_dim"
                 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.json_config import ModelConfig
 from distrijax.models.attention import Attention
 from distrijax.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D
@@ -44,14 +44,14 @@ class VAEConfig(ModelConfig):
     def __post_init__(self):
         for types, kind in ((self.down_block_types, "DownEncoderBlock2D"), (self.up_block_types, "UpDecoderBlock2D")):
             if len(types) != len(self.block_out_channels):
-                raise DistriError(
+                raise CheckpointError(
                     f"VAEConfig: {len(types)} block types for {len(self.block_out_channels)} blocks; give one for each"
                 )
             for name in types:
                 check_choice(name, (kind,), "VAEConfig: block type")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise DistriError(
+                raise CheckpointError(
                     f"VAEConfig: {channels} channels do not divide into norm_num_groups={self.norm_num_groups}; change one"
                 )
 

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax.config import Parallelism, SplitScheme
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.parallel.bands import Bands
 from distrijax.parallel.exchange import Exchange, Synchronous, TensorParallel
 from distrijax.parallel.mesh import CFG, DATA, PATCH
@@ -101,14 +101,14 @@ def check_sizes(*, height: int, width: int, vae_scale: int) -> None:
         vae_scale: Pixels per row, or column, of the latent.
 
     Raises:
-        DistriError: A size is no multiple of `vae_scale`; the message names the nearest ones that are.
+        InvalidArgument: A size is no multiple of `vae_scale`; the message names the nearest ones that are.
     """
     for name, size in (("height", height), ("width", width)):
         positive(size, name)
         if size % vae_scale:
             below, above = size // vae_scale * vae_scale, (size // vae_scale + 1) * vae_scale
             near = f"{below} or {above}" if below else str(above)
-            raise DistriError(f"{name} is {size} and this model needs a multiple of {vae_scale}; use {near}")
+            raise InvalidArgument(f"{name} is {size} and this model needs a multiple of {vae_scale}; use {near}")
 
 
 def check_images(images: int, data: int) -> None:
@@ -119,7 +119,7 @@ def check_images(images: int, data: int) -> None:
         data: Size of the `data` axis.
 
     Raises:
-        DistriError: If it is not a multiple of the axis' size.
+        InvalidArgument: If it is not a multiple of the axis' size.
     """
     if images % data:
-        raise DistriError(f"{images} images cannot be divided among data={data}; generate a multiple of {data}")
+        raise InvalidArgument(f"{images} images cannot be divided among data={data}; generate a multiple of {data}")

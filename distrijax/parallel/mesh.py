@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from distrijax.config import DistriConfig
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.validate import positive
 
 DATA = "data"  # different images
@@ -56,10 +56,12 @@ class MeshPlan:
             devices: The devices, in order.
 
         Raises:
-            DistriError: There are more devices than the mesh has, or fewer.
+            InvalidArgument: There are more devices than the mesh has, or fewer.
         """
         if len(devices) != self.devices:
-            raise DistriError(f"{self} needs {self.devices} devices and {len(devices)} are given; give exactly as many")
+            raise InvalidArgument(
+                f"{self} needs {self.devices} devices and {len(devices)} are given; give exactly as many"
+            )
         halves = np.array(devices).reshape(self.data, self.cfg, self.patch)
         return Mesh(halves.transpose(0, 2, 1), EVERY_AXIS, axis_types=(AxisType.Auto,) * 3)
 
@@ -80,23 +82,23 @@ def plan_mesh(config: DistriConfig, devices: int, *, branches: int = 2) -> MeshP
         branches: Guidance branches of the model (`UNetConfig.branches`).
 
     Raises:
-        DistriError: The product of the sizes is not `devices`, `config.devices` is another number, or a single branch is to
+        InvalidArgument: The product of the sizes is not `devices`, `config.devices` is another number, or a single branch is to
             be split.
     """
     devices = positive(devices, "devices")
-    if config.devices not in (None, devices):
-        raise DistriError(
-            f"devices is {devices} and the config's is {config.devices}; use the same number, or remove the config's"
+    if config.device_count not in (None, devices):
+        raise InvalidArgument(
+            f"devices is {devices} and the config's is {config.device_count}; use the same number, or remove the config's"
         )
     if config.cfg == 2 and branches == 1:
-        raise DistriError(
+        raise InvalidArgument(
             "cfg is 2 and this UNet, which is conditioned on the guidance scale, has a single branch; use 1 or remove cfg"
         )
     given = {axis: size for axis in (DATA, CFG) if (size := getattr(config, axis))}
     least = math.prod(given.values())
     if config.patch is None and devices % least:
         named = " x ".join(f"{axis}={size}" for axis, size in given.items())
-        raise DistriError(
+        raise InvalidArgument(
             f"{named} needs a multiple of {least} devices and devices is {devices}; use such a number or smaller axes"
         )
     data = config.data or 1
@@ -107,11 +109,29 @@ def plan_mesh(config: DistriConfig, devices: int, *, branches: int = 2) -> MeshP
         cfg = 2 if splits and config.patch in (None, per_image // 2) else 1
     patch = config.patch or per_image // cfg
     if data * cfg * patch != devices:
-        raise DistriError(
+        raise InvalidArgument(
             f"data {data} x cfg {cfg} x patch {patch} is {data * cfg * patch} and devices is {devices}; "
             "choose axis sizes whose product is the number of devices"
         )
     return MeshPlan(data, cfg, patch)
+
+
+def devices_of(config: DistriConfig) -> list[jax.Device]:
+    """The devices that a config asks for, in the order in which `MeshPlan.build` takes them.
+
+    Args:
+        config: What the user set.
+
+    Raises:
+        InvalidArgument: For more devices than JAX lists, or an unequal number of each process.
+    """
+    listed = config.devices if isinstance(config.devices, tuple) else jax.devices()
+    count = config.device_count or len(listed)
+    if count > len(listed):
+        raise InvalidArgument(
+            f"devices is {count} and JAX shows {len(listed)} ({listed[0].platform}); ask for at most {len(listed)}"
+        )
+    return pick_devices(listed, count)
 
 
 def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
@@ -125,7 +145,7 @@ def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
         count: How many to pick.
 
     Raises:
-        DistriError: The processes cannot provide equally many.
+        InvalidArgument: The processes cannot provide equally many.
     """
     processes: dict[int, list[jax.Device]] = {}
     for device in sorted(devices, key=lambda device: device.process_index):
@@ -136,7 +156,7 @@ def pick_devices(devices: Sequence[jax.Device], count: int) -> list[jax.Device]:
     each, rest = divmod(count, len(own))
     fewest = min(map(len, own))
     if rest or each > fewest:
-        raise DistriError(
+        raise InvalidArgument(
             f"devices is {count} and must be divided equally among {len(own)} processes; "
             f"use a multiple of {len(own)} up to {len(own) * fewest}, or all {len(devices)}"
         )

@@ -6,9 +6,11 @@ All processes run the same program on one device mesh, each on its own devices. 
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import itertools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree, Shaped
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.parallel.launchers import tasks
 from distrijax.parallel.threads import interruptible, wait
 from distrijax.validate import positive
@@ -51,7 +53,7 @@ def initialize(
         timeout: Seconds after which a process that has not arrived, or does not answer, ends the others.
 
     Raises:
-        DistriError: For invalid arguments, and if this process could not join the others.
+        InvalidArgument: For invalid arguments, and if this process could not join the others.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     timeout = positive(timeout, "timeout")
@@ -63,12 +65,12 @@ def initialize(
         return
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        raise DistriError(
+        raise InvalidArgument(
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} missing; give all of {', '.join(given)}, or none"
         )
     num_processes, process_id = positive(num_processes, "num_processes"), positive(process_id, "process_id", least=0)
     if process_id >= num_processes:
-        raise DistriError(f"process_id is {process_id} of {num_processes} processes; give 0 to {num_processes - 1}")
+        raise InvalidArgument(f"process_id is {process_id} of {num_processes} processes; give 0 to {num_processes - 1}")
     port = _port(coordinator)
     if num_processes == 1:
         return
@@ -78,7 +80,9 @@ def initialize(
     try:
         _initialize(timeout, coordinator, num_processes, process_id, cluster_detection_method="deactivate")
     except (RuntimeError, ValueError) as error:
-        raise DistriError(f"process {process_id} could not join the others at {coordinator} ({_line(error)})") from None
+        raise InvalidArgument(
+            f"process {process_id} could not join the others at {coordinator} ({_line(error)})"
+        ) from None
 
 
 def _divide_cpus(devices: int | None, count: int | None) -> None:
@@ -86,7 +90,7 @@ def _divide_cpus(devices: int | None, count: int | None) -> None:
     if devices is None or count is None:
         return
     if devices % count:
-        raise DistriError(f"devices is {devices} and {count} processes share them; give a multiple of {count}")
+        raise InvalidArgument(f"devices is {devices} and {count} processes share them; give a multiple of {count}")
     jax.config.update("jax_num_cpu_devices", devices // count)
 
 
@@ -96,7 +100,7 @@ def _start_launched(timeout: int) -> None:
         _initialize(timeout)
     except (RuntimeError, ValueError, OSError) as error:
         if not any(words in str(error) for words in ("coordinator_address should be defined", "must be called before")):
-            raise DistriError(
+            raise InvalidArgument(
                 f"JAX could not join the processes of the launcher ({_line(error)}); "
                 "give coordinator, num_processes and process_id"
             ) from None
@@ -113,7 +117,7 @@ def _initialize(timeout: int, *coordinates: str | int, **settings: Any) -> None:
 def _port(coordinator: str) -> int:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise DistriError(f"coordinator is {coordinator!r}; give HOST:PORT, such as 10.0.0.1:12345")
+        raise InvalidArgument(f"coordinator is {coordinator!r}; give HOST:PORT, such as 10.0.0.1:12345")
     return int(port)
 
 
@@ -124,7 +128,7 @@ def _check_free(coordinator: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a run that has just ended is free
             probe.bind(("", port))
     except OSError as error:
-        raise DistriError(
+        raise InvalidArgument(
             f"process 0 cannot listen at {coordinator} ({error.strerror}); choose another port for coordinator"
         ) from None
 
@@ -160,6 +164,45 @@ def warm_up_collectives(mesh: Mesh) -> None:
 
     ones = to_devices(np.ones(mesh.devices.shape, np.float32), NamedSharding(mesh, whole))
     wait(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=left))(ones))
+
+
+def program_facts() -> dict[str, str]:
+    """The versions that all processes must have in common."""
+    return {name: importlib.metadata.version(name) for name in ("distrijax", "jax", "jaxlib")}
+
+
+def check_agreement(devices: Sequence[jax.Device], **facts: Any) -> None:
+    """Checks that all processes were started alike, before one waits for another in a program that only it runs.
+
+    Does nothing where all devices are of one process. All processes must call it at the same points, with the same names.
+
+    Args:
+        devices: The devices that the processes share.
+        **facts: By name, what must be the same in all of them: arrays, or values whose `repr` says all.
+
+    Raises:
+        InvalidArgument: In every process, and names the facts that differ.
+    """
+    processes = len({device.process_index for device in devices})
+    if processes == 1:
+        return
+    digests = np.stack([_digest(value) for value in facts.values()])
+    sharding = NamedSharding(Mesh(np.array(devices), ("device",)), P("device"))
+    everyone = to_host(blocks_to_devices((len(devices), *digests.shape), sharding, lambda at: digests[None]))
+    differing = [name for name, each in zip(facts, np.moveaxis(everyone, 1, 0), strict=True) if (each != each[0]).any()]
+    if differing:
+        raise InvalidArgument(
+            f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'} among the {processes} "
+            "processes; start all of them with the same arguments and versions"
+        )
+
+
+def _digest(value: Any) -> np.ndarray:
+    """Of a value, as four uint32."""
+    leaves = [
+        leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode() for leaf in jax.tree.leaves(value)
+    ]
+    return np.frombuffer(hashlib.blake2b(b"\0".join(leaves), digest_size=16).digest(), np.uint32)
 
 
 def to_devices(value: PyTree[Shaped[np.ndarray | jax.Array, "..."]], sharding: NamedSharding) -> PyTree[jax.Array]:

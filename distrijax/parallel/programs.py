@@ -14,9 +14,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from distrijax.errors import DistriError, warn
+from distrijax.errors import InvalidArgument, OutOfMemory, warn
 from distrijax.parallel.platform import tracing_for
 from distrijax.parallel.threads import compilers, wait
 from distrijax.validate import positive
@@ -121,7 +122,7 @@ class Programs:
     ):
         _check_jit()
         if not isinstance(options, Mapping | None):
-            raise DistriError(f"compiler_options is {options!r:.60}; give a dict of XLA's options")
+            raise InvalidArgument(f"compiler_options is {options!r:.60}; give a dict of XLA's options")
         self.platform = platform
         self.defaults, self.options = options_for(platform, shard_weights=shard_weights), dict(options or {})
         self.max_programs = positive(max_programs, "max_programs")
@@ -283,7 +284,15 @@ _launches = _Launches()
 
 def _check_jit() -> None:
     if jax.config.jax_disable_jit:
-        raise DistriError("jax_disable_jit is set, and distrijax compiles programs ahead of time; unset it")
+        raise InvalidArgument("jax_disable_jit is set, and distrijax compiles programs ahead of time; unset it")
+
+
+def check_eager() -> None:
+    """Raises InvalidArgument inside a caller's `jax.jit`, where no program can be run."""
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise InvalidArgument(
+            "the pipeline was called inside jax.jit, and it runs compiled programs of its own; call it outside"
+        )
 
 
 def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -323,7 +332,7 @@ def compiled(
         options: A user's options, which take precedence.
 
     Raises:
-        DistriError: For a user's option that XLA does not have, or whose value it refuses.
+        InvalidArgument: For a user's option that XLA does not have, or whose value it refuses.
     """
     chosen = {**defaults, **options}
     while True:
@@ -335,7 +344,9 @@ def compiled(
             if "INVALID_ARGUMENT" not in message or refused is None:
                 raise
             if refused in options:
-                raise DistriError(f"XLA refuses a compiler option ({message}); leave it out or correct it") from None
+                raise InvalidArgument(
+                    f"XLA refuses a compiler option ({message}); leave it out or correct it"
+                ) from None
             warn(f"this XLA has no option {refused}; programs may be slower than they could be")
             del chosen[refused]
 
@@ -348,7 +359,7 @@ def check_memory(program: jax.stages.Compiled, device: jax.Device) -> None:
         device: The device.
 
     Raises:
-        DistriError: For a program that needs more memory than is free.
+        OutOfMemory: For a program that needs more memory than is free.
     """
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
@@ -357,7 +368,7 @@ def check_memory(program: jax.stages.Compiled, device: jax.Device) -> None:
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     used, limit = stats["bytes_in_use"], stats["bytes_limit"]
     if used + needed > limit:
-        raise DistriError(
+        raise OutOfMemory(
             f"the program needs {needed / 1e9:.3g} GB beside the {used / 1e9:.3g} GB in use, and a device has "
             f"{limit / 1e9:.3g} GB; use more devices, a smaller size or bfloat16"
         )

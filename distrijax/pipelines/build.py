@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from distrijax import interrupts
 from distrijax.config import DistriConfig
-from distrijax.errors import DistriError, warn
+from distrijax.errors import InvalidArgument, warn
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import check_images
-from distrijax.parallel.mesh import DATA, pick_devices, plan_mesh
-from distrijax.parallel.processes import warm_up_collectives
+from distrijax.parallel.mesh import DATA, devices_of, plan_mesh
+from distrijax.parallel.processes import check_agreement, program_facts, warm_up_collectives
 from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.pipelines.call import (
     Call,
@@ -81,17 +81,14 @@ class Pipeline(Runner):
                 the least recently used are evicted.
 
         Raises:
-            DistriError: For a checkpoint that is incomplete or of another family, and for devices that JAX does not show.
+            InvalidArgument: For a checkpoint that is incomplete or of another family, and for devices that JAX does not show.
         """
         config = DistriConfig() if distri_config is None else distri_config
         if not isinstance(config, DistriConfig):
-            raise DistriError(f"distri_config is {config!r:.60}; give a DistriConfig, such as DistriConfig(devices=8)")
-        devices = jax.devices()
-        count = config.devices or len(devices)
-        if count > len(devices):
-            raise DistriError(
-                f"devices is {count} and JAX shows {len(devices)} ({devices[0].platform}); ask for at most {len(devices)}"
+            raise InvalidArgument(
+                f"distri_config is {config!r:.60}; give a DistriConfig, such as DistriConfig(devices=8)"
             )
+        devices = devices_of(config)
         dtype = resolve_dtype(dtype, devices[0].platform)
         folder = find_folder(
             pretrained_model_name_or_path,
@@ -101,7 +98,9 @@ class Pipeline(Runner):
             local_files_only=local_files_only,
         )
         configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
-        mesh = plan_mesh(config, count, branches=configs.unet.branches).build(pick_devices(devices, count))
+        model = (configs.family.name, configs.unet, configs.vae, configs.text_encoders)
+        check_agreement(devices, **program_facts(), config=repr(config), model=repr(model), dtype=dtype.name)
+        mesh = plan_mesh(config, len(devices), branches=configs.unet.branches).build(devices)
         warm_up_collectives(mesh)
         components = abstract_components(
             folder,
@@ -130,11 +129,13 @@ class Pipeline(Runner):
         if given["prompt"] is None and given["prompt_embeds"] is None:
             given["prompt"] = ""
         request = self._parse_call(given)
+        self._check_agreement(request)
         call, images, unet = request.call, request.images, self.unet_config
         check_images(images, self.mesh.shape[DATA])
         image_seeds(call.seed, images)
-        steps, _ = self.scheduler.schedule(call.num_inference_steps)
-        loop = self._loop(call, len(steps.timestep))
+        scheduler = self._scheduler_of(call)
+        steps, _ = scheduler.schedule(call.num_inference_steps)
+        loop = self._loop(call, scheduler, len(steps.timestep))
         text = request.branches[-1]
         tokens = text.tokens.shape[1] if isinstance(text, Embeddings) else PROMPT_TOKENS
         rescale = call.guided and call.guidance_rescale > 0
@@ -166,12 +167,12 @@ class Pipeline(Runner):
             output_type: "pil", or "np" for float32 [b, h, w, 3] in 0 to 1.
 
         Raises:
-            DistriError: For latents of another shape or with values that are not finite.
+            InvalidArgument: For latents of another shape or with values that are not finite.
         """
         check_choice(output_type, ("pil", "np"), "output_type")
         latents, channels = host_array(latents, "latents"), self.unet_config.in_channels
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.size:
-            raise DistriError(f"latents is {list(latents.shape)}; give [images, {channels}, rows, columns]")
+            raise InvalidArgument(f"latents is {list(latents.shape)}; give [images, {channels}, rows, columns]")
         check_images(len(latents), self.mesh.shape[DATA])
         size = tuple(side * self.vae_config.scale for side in latents.shape[2:])
         layout = image_layout(self.config, self.mesh, self.unet_config, self.vae_config, size, guided=False)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.pipelines.prompt import Embeddings, Texts
+from distrijax.schedulers import Scheduler
 from distrijax.validate import check_choice, finite_number, host_array, positive, scalar
 
 Size = tuple[int, int]
@@ -43,7 +44,7 @@ class Call:
     - `callback_on_step_end` always gets the latents and nothing else, so there is no `callback_on_step_end_tensor_inputs`. An
       exception that it raises stops the call.
     - `denoising_end`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds` and `return_dict` are absent.
-    - `chunk_size` is not in diffusers.
+    - `chunk_size` and `scheduler` are not in diffusers.
     - Images get no watermark.
 
     With several processes every one makes the same call, and its callback returns the same latents; only process 0 shows
@@ -53,7 +54,7 @@ class Call:
         branches: Branches of guidance that the UNet has (`UNetConfig.branches`).
 
     Raises:
-        DistriError: For arguments that cannot be used.
+        InvalidArgument: For arguments that cannot be used.
     """
 
     height: int
@@ -69,6 +70,7 @@ class Call:
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     chunk_size: int | None = 1
+    scheduler: str | Scheduler | None = None
 
     def __post_init__(self):
         check_choice(self.output_type, ("pil", "np", "latent"), "output_type")
@@ -81,8 +83,12 @@ class Call:
             object.__setattr__(self, "chunk_size", positive(self.chunk_size, "chunk_size"))
         skipped = 0 if self.clip_skip is None else self.clip_skip
         object.__setattr__(self, "clip_skip", positive(skipped, "clip_skip", least=0))
+        if not isinstance(self.scheduler, str | Scheduler | None):
+            raise InvalidArgument(
+                f'scheduler is {self.scheduler!r:.60}; give a name, such as "euler", or a scheduler of distrijax.schedulers'
+            )
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
-            raise DistriError(f"callback_on_step_end is {self.callback_on_step_end!r:.60}; give a function")
+            raise InvalidArgument(f"callback_on_step_end is {self.callback_on_step_end!r:.60}; give a function")
 
     @property
     def guided(self) -> bool:
@@ -114,7 +120,7 @@ def bound_arguments(call: Callable, arguments: Any) -> dict[str, Any]:
     try:
         bound = inspect.signature(call).bind(None, **dict(arguments))
     except (TypeError, ValueError) as error:
-        raise DistriError(f"compile_for: {error}; give a dict of arguments of the pipeline's call") from None
+        raise InvalidArgument(f"compile_for: {error}; give a dict of arguments of the pipeline's call") from None
     bound.apply_defaults()
     return bound.arguments
 
@@ -132,15 +138,15 @@ def image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
         images: Number of images.
 
     Raises:
-        DistriError: For a wrong number of seeds, and for one that is not an integer from 0 to 2**63 - 1.
+        InvalidArgument: For a wrong number of seeds, and for one that is not an integer from 0 to 2**63 - 1.
     """
     several = isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0) > 0
     seeds, streams = (list(map(scalar, seed)), [0] * images) if several else ([scalar(seed)] * images, range(images))
     if len(seeds) != images:
-        raise DistriError(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
+        raise InvalidArgument(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise DistriError(f"seed is {value!r}; give an integer from 0 to 2**63 - 1")
+            raise InvalidArgument(f"seed is {value!r}; give an integer from 0 to 2**63 - 1")
     parts = [(s & 0xFFFFFFFF, s >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
     return np.array(parts, np.uint32)
 
@@ -153,11 +159,11 @@ def given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray
         needed: The shape that it must have.
 
     Raises:
-        DistriError: For another shape.
+        InvalidArgument: For another shape.
     """
     latents = host_array(latents, "latents")
     if latents.shape != needed:
-        raise DistriError(
+        raise InvalidArgument(
             f"latents is {list(latents.shape)}; give [images, channels, rows, columns], here {list(needed)}"
         )
     return latents

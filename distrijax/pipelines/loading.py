@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distrijax.config import Parallelism
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError, checkpoint_errors
 from distrijax.json_config import ModelConfig, read_json
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.models.families import FAMILIES, PARTS, Family
@@ -74,13 +74,13 @@ def find_folder(
         weights: Whether weights are needed, or configurations alone.
 
     Raises:
-        DistriError: If the checkpoint could not be found, or no component has weights of the variant.
+        CheckpointError: If the checkpoint could not be found, or no component has weights of the variant.
     """
     formats = LOADABLE if weights else ()
     options = {"variant": variant, "revision": revision, "token": token, "offline": local_files_only}
     path = hub.find(name, parts=PARTS, formats=formats, **options)
     if not path.is_dir():
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is a file; give a folder in the diffusers layout, as python -m distrijax.convert {name} FOLDER makes one"
         )
     if weights:
@@ -95,10 +95,11 @@ def find_family(folder: Path) -> Family:
         folder: The pipeline's folder.
 
     Raises:
-        DistriError: For families that are not supported.
+        CheckpointError: For families that are not supported.
     """
     name = read_json(folder / "model_index.json").get("_class_name")
-    check_choice(name, tuple(FAMILIES), f"{folder}/model_index.json: _class_name")
+    with checkpoint_errors():
+        check_choice(name, tuple(FAMILIES), f"{folder}/model_index.json: _class_name")
     return FAMILIES[name]
 
 
@@ -118,14 +119,16 @@ def read_configs(
         needed: The family that the pipeline must be of.
 
     Raises:
-        DistriError: For a configuration that is missing, wrong or not supported.
+        CheckpointError: For a configuration that is missing, wrong or not supported.
     """
     family = find_family(folder)
     if needed not in (None, family):
-        raise DistriError(f"{folder} holds a {family.name} pipeline, not {needed.name}; load it with {family.pipeline}")
+        raise CheckpointError(
+            f"{folder} holds a {family.name} pipeline, not {needed.name}; load it with {family.pipeline}"
+        )
     absent = [part for part in family.parts if not (folder / part).is_dir()]
     if absent:
-        raise DistriError(f"{folder} lacks {', '.join(absent)}; give a complete {family.name} pipeline")
+        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; give a complete {family.name} pipeline")
     options = read_json(folder / "scheduler" / "scheduler_config.json") | family.scheduler
 
     def read(name: str, kind: type[ModelConfig]) -> Any:
@@ -161,7 +164,7 @@ def abstract_components(
         shard_weights: Whether large parameters are sharded flat.
 
     Raises:
-        DistriError: For tokenizers that cannot be read, and components of different models.
+        CheckpointError: For tokenizers that cannot be read, and components of different models.
     """
     family = configs.family
     tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
@@ -193,7 +196,7 @@ def read_components(
     """The result of `abstract_components` with weights in place of shapes.
 
     Raises:
-        DistriError: For weights that are not those of the configurations.
+        CheckpointError: For weights that are not those of the configurations.
     """
 
     def read(name: str, model: Model) -> Model:
@@ -212,7 +215,7 @@ def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs
     """Raises DistriError for components of different models."""
     unet, vae, texts = configs.unet, configs.vae, configs.text_encoders
     if unet.addition_embed_type and not configs.family.pooled:
-        raise DistriError(
+        raise CheckpointError(
             f"{folder}: the UNet's addition_embed_type is {unet.addition_embed_type!r} and the text encoder of "
             f"{configs.family.name} gives no pooled embedding; use components of one model"
         )
@@ -225,10 +228,12 @@ def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs
     pairs.append(("UNet's in_channels", unet.in_channels, "VAE's latent_channels is", vae.latent_channels))
     for name, value, other, needed in pairs:
         if value != needed:
-            raise DistriError(f"{folder}: the {name} is {value} and the {other} {needed}; use components of one model")
+            raise CheckpointError(
+                f"{folder}: the {name} is {value} and the {other} {needed}; use components of one model"
+            )
     for number, (tokenizer, encoder) in enumerate(zip(tokenizers, texts, strict=True), 1):
         if tokenizer.vocab_size > encoder.vocab_size:
-            raise DistriError(
+            raise CheckpointError(
                 f"{folder}: tokenizer {number} has {tokenizer.vocab_size} tokens and its text encoder {encoder.vocab_size}; "
                 "use components of one model"
             )

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from distrijax.errors import DistriError, warn
+from distrijax.errors import InvalidArgument, warn
 from distrijax.models.tokenizer import CLIPTokenizer
 from distrijax.parallel.processes import to_devices, to_host
 from distrijax.parallel.programs import Programs
@@ -85,12 +85,12 @@ class PromptEncoder:
             dtype: To cast to.
 
         Raises:
-            DistriError: For embeddings of the wrong shape, and if one of two is missing.
+            InvalidArgument: For embeddings of the wrong shape, and if one of two is missing.
         """
         if tokens is None and pooled is None:
             return None
         if self.pooled and (tokens is None or pooled is None):
-            raise DistriError(
+            raise InvalidArgument(
                 f"only one of {name}prompt_embeds and {name}pooled_prompt_embeds is given; give both or none"
             )
         needed = {"prompt_embeds": ("prompts", "tokens", sum(encoder.config.hidden_size for encoder in self.encoders))}
@@ -104,7 +104,7 @@ class PromptEncoder:
         if not all(fits) or len({len(value) for value in values}) > 1:
             got = (f"{name}{label} is {list(value.shape)}" for label, value in zip(needed, values, strict=True))
             forms = (f"[{', '.join(map(str, form))}]" for form in needed.values())
-            raise DistriError(f"{' and '.join(got)}; give {' and '.join(forms)}")
+            raise InvalidArgument(f"{' and '.join(got)}; give {' and '.join(forms)}")
         return Embeddings(*(value.astype(dtype) for value in values))
 
     def read(
@@ -129,13 +129,13 @@ class PromptEncoder:
             The unconditional branch, if any, then the conditional one. None stands for embeddings of zeros.
 
         Raises:
-            DistriError: For prompts that are missing or contradict each other. Those without effect raise a DistriWarning.
+            InvalidArgument: For prompts that are missing or contradict each other. Those without effect raise a DistriWarning.
         """
         prompts, negative_prompts = _without_empty(prompts), _without_empty(negative_prompts)
         for name, ones, other in (("prompt", prompts, given), ("negative_prompt", negative_prompts, given_negative)):
             for label, one in zip(_labels(name, ones), ones, strict=True):
                 if one is not None and other is not None:
-                    raise DistriError(f"both {label} and {name}_embeds are given; give one of them")
+                    raise InvalidArgument(f"both {label} and {name}_embeds are given; give one of them")
         text = given or _line_up("prompt", prompts)
         if not guided:
             return (text,)
@@ -171,7 +171,7 @@ class PromptEncoder:
             clip_skip: Last layers that are skipped for the conditional branch; as in diffusers, for no other.
 
         Raises:
-            DistriError: If the shapes of the branches' embeddings differ.
+            InvalidArgument: If the shapes of the branches' embeddings differ.
         """
 
         def embed(branch: Texts | Embeddings, clip_skip: int = 0) -> Embeddings:
@@ -194,13 +194,13 @@ def as_list(value: Prompt, name: str) -> list[str]:
         name: The argument's name, for errors.
 
     Raises:
-        DistriError: For an empty list and for what is not text.
+        InvalidArgument: For an empty list and for what is not text.
     """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise DistriError(f"{name} is {value!r}; give a string or a list of strings")
+        raise InvalidArgument(f"{name} is {value!r}; give a string or a list of strings")
     if not texts:
-        raise DistriError(f"{name} is an empty list; give at least one string")
+        raise InvalidArgument(f"{name} is an empty list; give at least one string")
     return list(texts)
 
 
@@ -212,7 +212,7 @@ def _without_empty(prompts: Prompts) -> Prompts:
 
 def _check_alike(negative: Embeddings, text: Embeddings) -> None:
     if negative.tokens.shape != text.tokens.shape:
-        raise DistriError(
+        raise InvalidArgument(
             f"the negative embeddings are {list(negative.tokens.shape)} and the prompt's are {list(text.tokens.shape)}; "
             "give both in the same shape"
         )
@@ -222,12 +222,14 @@ def _line_up(name: str, prompts: Prompts, count: int | None = None) -> Texts:
     """A list of prompts for each encoder, all of `count` entries (default: of the longest); None means the first encoder's."""
     first, labels = prompts[0], _labels(name, prompts)
     if first is None:
-        raise DistriError(f"{name} is missing; give a string, a list of strings, or {name}_embeds")
+        raise InvalidArgument(f"{name} is missing; give a string, a list of strings, or {name}_embeds")
     texts = [as_list(first if one is None else one, label) for label, one in zip(labels, prompts, strict=True)]
     count = count or max(map(len, texts))
     for label, values in zip(labels, texts, strict=True):
         if len(values) not in (1, count):
-            raise DistriError(f"{label} has {len(values)} entries for {count} prompts; give one, or as many as prompts")
+            raise InvalidArgument(
+                f"{label} has {len(values)} entries for {count} prompts; give one, or as many as prompts"
+            )
     return tuple(values * count if len(values) == 1 else values for values in texts)
 
 

@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from distrijax import interrupts
 from distrijax.config import DistriConfig, Parallelism
-from distrijax.errors import DistriError, warn
+from distrijax.errors import InvalidArgument, NotFinite, warn
 from distrijax.models.families import Family
 from distrijax.parallel.displaced import strategy_of
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG, DATA
-from distrijax.parallel.processes import is_main_process, to_devices, to_host
-from distrijax.parallel.programs import MAX_PROGRAMS, Programs
+from distrijax.parallel.processes import check_agreement, is_main_process, to_devices, to_host
+from distrijax.parallel.programs import MAX_PROGRAMS, Programs, check_eager
 from distrijax.pipelines.call import (
     Call,
     Callback,
@@ -36,8 +36,20 @@ from distrijax.sampling import denoise
 from distrijax.sampling.decode import DecodeSpec, decode
 from distrijax.sampling.denoise import CallInputs, LoopSpec, StepInputs, image_layout, loop_of
 from distrijax.sampling.noise import draw_latents, image_keys
-from distrijax.schedulers import Scheduler
+from distrijax.schedulers import Scheduler, with_class
 from distrijax.validate import host_array
+
+FIXED = ("config", "dtype", "mesh", "programs", "unet_config", "vae_config")
+"""Attributes of a pipeline that its programs depend on."""
+
+FIXED_CONFIG = ("devices", "data", "cfg", "patch", "split_batch", "parallelism", "shard_weights")
+"""Fields of a config that decide the mesh, and where the weights are."""
+
+AGREED = tuple(
+    "seed height width num_inference_steps guidance_scale guidance_rescale num_images_per_prompt clip_skip output_type "
+    "chunk_size".split()
+)
+"""Arguments of a call that all processes must give alike, beside those that are no plain values."""
 
 
 class Runner:
@@ -79,18 +91,16 @@ class Runner:
     @interrupts.not_lost()
     def _generate(self, request: Request) -> PipelineOutput:
         """Returns the images of a call; everything is checked before anything is compiled."""
+        check_eager()
         call, branches, time_ids = request
-        if not isinstance(self.scheduler, Scheduler):
-            raise DistriError(
-                f"the pipeline's scheduler is {self.scheduler!r:.60}; give one of distrijax.schedulers, such as "
-                'with_class(pipeline.scheduler, "euler")'
-            )
-        steps, init_noise_sigma = self.scheduler.schedule(call.num_inference_steps)
-        loop = self._loop(call, len(steps.timestep))
+        scheduler = self._scheduler_of(call)
+        steps, init_noise_sigma = scheduler.schedule(call.num_inference_steps)
+        loop = self._loop(call, scheduler, len(steps.timestep))
         self._warn_of_idle_options(loop, len(steps.timestep))
         layout = loop.layout
         images = request.images
         check_images(images, self.mesh.shape[DATA])
+        self._check_agreement(request)
         seeds = to_devices(image_seeds(call.seed, images), layout.sharding(P(DATA)))
         channels = self.unet_config.in_channels
         noise = None
@@ -105,13 +115,56 @@ class Runner:
             return PipelineOutput(self._gather_latents(layout, state.latents))
         return self._decode_images(layout, state.latents, call.output_type)
 
-    def _loop(self, call: Call, steps: int) -> LoopSpec:
-        """Returns what a call's programs depend on; raises DistriError for sizes that the VAE does not divide."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and hasattr(self, name):
+            self._check_change(name, value)
+        super().__setattr__(name, value)
+
+    def _check_change(self, name: str, value: Any) -> None:
+        """Refuses to replace what the programs and the placement of the weights depend on."""
+        if name != "config":
+            raise InvalidArgument(f"{name} of a pipeline is fixed when it is loaded; load another pipeline")
+        if not isinstance(value, DistriConfig):
+            raise InvalidArgument(f"config is {value!r:.60}; give a DistriConfig")
+        changed = [field for field in FIXED_CONFIG if getattr(value, field) != getattr(self.config, field)]
+        if changed:
+            raise InvalidArgument(
+                f"{', '.join(changed)} of the new config {'differs' if len(changed) == 1 else 'differ'} from what this "
+                "pipeline was loaded with; load another pipeline with that config"
+            )
+
+    def _scheduler_of(self, call: Call) -> Scheduler:
+        """Returns the scheduler of a call: the call's own, or the pipeline's."""
+        if isinstance(call.scheduler, Scheduler):
+            return call.scheduler
+        if not isinstance(self.scheduler, Scheduler):
+            raise InvalidArgument(
+                f"the pipeline's scheduler is {self.scheduler!r:.60}; give one of distrijax.schedulers, such as "
+                'with_class(pipeline.scheduler, "euler")'
+            )
+        return self.scheduler if call.scheduler is None else with_class(self.scheduler, call.scheduler)
+
+    def _check_agreement(self, request: Request) -> None:
+        """Checks that all processes make the same call."""
+        call = request.call
+        facts = {name: repr(getattr(call, name)) for name in AGREED}
+        facts["prompt"], facts["latents"] = request.branches, () if call.latents is None else np.asarray(call.latents)
+        facts["callback_on_step_end"] = call.callback_on_step_end is None
+        check_agreement(
+            list(self.mesh.devices.flat),
+            **facts,
+            sizes=request.time_ids,
+            config=self.config,
+            scheduler=self._scheduler_of(call),
+        )
+
+    def _loop(self, call: Call, scheduler: Scheduler, steps: int) -> LoopSpec:
+        """Returns what a call's programs depend on; raises InvalidArgument for sizes that the VAE does not divide."""
         size = (call.height, call.width)
         layout = image_layout(
             self.config, self.mesh, self.unet_config, self.vae_config, size, guided=call.guidance_scale > 1
         )
-        return loop_of(self.config, layout, self._unet.form, self.scheduler, self.dtype, steps)
+        return loop_of(self.config, layout, self._unet.form, scheduler, self.dtype, steps)
 
     def _warn_of_idle_options(self, loop: LoopSpec, total: int) -> None:
         """Warns of options for displaced steps where all steps are synchronous, and of devices that repeat others' work."""
@@ -213,9 +266,9 @@ class Runner:
         if returned is None:
             return state
         if not isinstance(returned, Mapping):
-            raise DistriError(f"callback_on_step_end returned {type(returned).__name__}; return a dict, or None")
+            raise InvalidArgument(f"callback_on_step_end returned {type(returned).__name__}; return a dict, or None")
         if unknown := returned.keys() - {"latents"}:
-            raise DistriError(
+            raise InvalidArgument(
                 f"callback_on_step_end returned {', '.join(sorted(map(str, unknown)))}; it may change only the latents"
             )
         after = returned.get("latents", before)
@@ -223,7 +276,9 @@ class Runner:
             return state
         latents = host_array(after, "the callback's latents")
         if latents.shape != before.shape:
-            raise DistriError(f"the callback's latents are {list(latents.shape)} and {list(before.shape)} is needed")
+            raise InvalidArgument(
+                f"the callback's latents are {list(latents.shape)} and {list(before.shape)} is needed"
+            )
         return state._replace(latents=pad_latents(layout, latents))
 
     def _gather_latents(self, layout: Layout, latents: jax.Array) -> jax.Array:
@@ -238,7 +293,7 @@ class Runner:
         height, width = (side * self.vae_config.scale for side in layout.latent)
         pixels = to_host(self.programs(decode, self._decoder(layout), self._vae.params, latents))[:, :height, :width]
         if not np.isfinite(pixels).all():
-            raise DistriError(
+            raise NotFinite(
                 f"the decoded image contains NaN or Inf in {self.dtype.name}; use another dtype, scheduler or guidance scale"
             )
         pixels = np.clip(pixels / 2 + 0.5, 0, 1)

@@ -11,6 +11,7 @@ from distrijax.models.families import SD
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.call import Callback, PipelineOutput, Request
 from distrijax.pipelines.prompt import Prompt
+from distrijax.schedulers import Scheduler
 
 
 class DistriSDPipeline(Pipeline):
@@ -52,6 +53,7 @@ class DistriSDPipeline(Pipeline):
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         chunk_size: int | None = 1,
+        scheduler: str | Scheduler | None = None,
     ) -> PipelineOutput:
         """Generates images of prompts.
 
@@ -82,12 +84,14 @@ class DistriSDPipeline(Pipeline):
                 call by an exception. A step is a call of the UNet; PNDM makes one more than `num_inference_steps`.
             chunk_size: Steps between two updates of the progress bar and two calls of the callback. None runs the loop as one
                 program, or step by step with `DistriConfig.sync_steps` or a callback.
+            scheduler: A scheduler for this call, or a name from `distrijax.schedulers.SCHEDULERS`, which gets the options of
+                the pipeline's. Default: the pipeline's.
 
         Returns:
             The images.
 
         Raises:
-            DistriError: For arguments that cannot be used.
+            InvalidArgument: For arguments that cannot be used.
         """
         return self._generate(self._parse_call(locals()))
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.errors import DistriError, warn
+from distrijax.errors import InvalidArgument, warn
 from distrijax.models.families import SDXL
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.call import Callback, PipelineOutput, Request, Size
 from distrijax.pipelines.prompt import Prompt
+from distrijax.schedulers import Scheduler
 from distrijax.validate import finite_number
 
 MICRO_CONDITIONING = ("original_size", "crops_coords_top_left", "target_size")
@@ -64,6 +65,7 @@ class DistriSDXLPipeline(Pipeline):
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         chunk_size: int | None = 1,
+        scheduler: str | Scheduler | None = None,
     ) -> PipelineOutput:
         """Generates images of prompts.
 
@@ -107,12 +109,14 @@ class DistriSDXLPipeline(Pipeline):
                 call by an exception. A step is a call of the UNet; PNDM makes one more than `num_inference_steps`.
             chunk_size: Steps between two updates of the progress bar and two calls of the callback. None runs the loop as one
                 program, or step by step with `DistriConfig.sync_steps` or a callback.
+            scheduler: A scheduler for this call, or a name from `distrijax.schedulers.SCHEDULERS`, which gets the options of
+                the pipeline's. Default: the pipeline's.
 
         Returns:
             The images.
 
         Raises:
-            DistriError: For arguments that cannot be used.
+            InvalidArgument: For arguments that cannot be used.
         """
         return self._generate(self._parse_call(locals()))
 
@@ -185,5 +189,5 @@ def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None
     pairs = {prefix + name: pair for name, pair in zip(MICRO_CONDITIONING, (original, crop, target), strict=True)}
     for name, pair in pairs.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise DistriError(f"{name} is {pair!r}; give two numbers, (height, width)")
+            raise InvalidArgument(f"{name} is {pair!r}; give two numbers, (height, width)")
     return [finite_number(value, name) for name, pair in pairs.items() for value in pair]

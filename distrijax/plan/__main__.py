@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 
 from distrijax.config import DistriConfig
-from distrijax.errors import DistriError
+from distrijax.errors import DistriError, InvalidArgument
 from distrijax.flags import add_config_flags, config_of
 from distrijax.models.unet_config import SDXL_BASE, UNetConfig
 from distrijax.models.vae import SDXL_VAE, VAEConfig
@@ -105,7 +105,7 @@ def _report(arguments: argparse.Namespace) -> None:
     devices = positive(arguments.devices, "--devices")
     link = _link(arguments.link)
     if arguments.tpu and (link or arguments.timeline):
-        raise DistriError("--link and --timeline have no effect with --tpu; leave them out, or choose a --gpu")
+        raise InvalidArgument("--link and --timeline have no effect with --tpu; leave them out, or choose a --gpu")
     _check_outputs(arguments)
     run = _read_request(arguments)
     step = _compile(run, arguments, devices)
@@ -133,7 +133,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """Raises DistriError, before minutes of compiling, for outputs that cannot be written."""
     if arguments.timeline and find_spec("matplotlib") is None:
-        raise DistriError("--timeline needs matplotlib; install the extra `plan`")
+        raise InvalidArgument("--timeline needs matplotlib; install the extra `plan`")
     for flag, path in (("--hlo", arguments.hlo), ("--timeline", arguments.timeline)):
         if path and (path.is_dir() or not os.access(path, os.W_OK)):  # a device such as /dev/stdout is writable
             check_file(path, flag)
@@ -177,7 +177,7 @@ class _Request(NamedTuple):
 
 def _read_request(arguments: argparse.Namespace) -> _Request:
     if len(arguments.image_size) > 2:
-        raise DistriError(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
+        raise InvalidArgument(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
     unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
         configs = read_configs(find_folder(arguments.model, weights=False))
@@ -227,7 +227,7 @@ def _link(given: str) -> float | None:
     except ValueError:
         rate = 0.0
     if not rate > 0:
-        raise DistriError(f"--link is {given!r}; use nvlink, {', '.join(LINKS)}, or GB/s")
+        raise InvalidArgument(f"--link is {given!r}; use nvlink, {', '.join(LINKS)}, or GB/s")
     return rate * 1e9
 
 
@@ -256,7 +256,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(path)
     except OSError as error:
-        raise DistriError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+        raise InvalidArgument(f"{path} cannot be written ({error.strerror}); choose another file") from None
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def compile_step(
         options: XLA options that override the pipeline's.
 
     Raises:
-        DistriError: For sizes that cannot be divided among the devices, and where the compiler for the target is not
+        InvalidArgument: For sizes that cannot be divided among the devices, and where the compiler for the target is not
             installed.
     """
     mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(target, devices)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import topologies
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def compile_only_devices(target: str, count: int) -> list[jax.Device]:
         count: Number of devices.
 
     Raises:
-        DistriError: For another target, for a number of TPUs that no slice has, and where the compiler (JAX's CUDA plugin, or
+        InvalidArgument: For another target, for a number of TPUs that no slice has, and where the compiler (JAX's CUDA plugin, or
             libtpu) is not installed.
     """
     return _tpus(target, count) if target in TPUS else _gpus(target, count)
@@ -148,9 +148,9 @@ def compile_only_devices(target: str, count: int) -> list[jax.Device]:
 
 def _gpus(gpu: str, count: int) -> list[jax.Device]:
     if gpu not in GPUS:
-        raise DistriError(f"gpu is {gpu!r}; use one of: {', '.join(GPUS)}")
+        raise InvalidArgument(f"gpu is {gpu!r}; use one of: {', '.join(GPUS)}")
     if not compiler_is_installed():
-        raise DistriError(f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install the extra `plan`")
+        raise InvalidArgument(f"compiling for {gpu} needs JAX's CUDA plugin and cuDNN; install the extra `plan`")
     # the plugin looks for CUDA's libraries when it is loaded; compiling needs none of them
     with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
         topology = topologies.get_topology_desc(
@@ -161,9 +161,9 @@ def _gpus(gpu: str, count: int) -> list[jax.Device]:
 
 def _tpus(tpu: str, count: int) -> list[jax.Device]:
     if count not in SLICES:
-        raise DistriError(f"no slice of TPU {tpu} has {count} chips; use one of: {', '.join(map(str, SLICES))}")
+        raise InvalidArgument(f"no slice of TPU {tpu} has {count} chips; use one of: {', '.join(map(str, SLICES))}")
     if not tpu_compiler_is_installed():
-        raise DistriError(f"compiling for TPU {tpu} needs libtpu; install the extra `tpu`")
+        raise InvalidArgument(f"compiling for TPU {tpu} needs libtpu; install the extra `tpu`")
     # when loaded, libtpu asks Google's metadata server what machine this is, and locks the chips for one process: without a
     # TPU there is neither
     here = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=f"v5litepod-{count}", TPU_WORKER_HOSTNAMES="localhost")

@@ -102,7 +102,7 @@ def traffic(
         dtype: Of the weights and activations.
 
     Raises:
-        DistriError: For axis sizes that do not fit `devices` or `images`.
+        InvalidArgument: For axis sizes that do not fit `devices` or `images`.
     """
     mesh = plan_mesh(config, devices, branches=unet.branches)
     with tracing_for("gpu"):  # a TPU's permutes receive as many bytes

@@ -97,7 +97,7 @@ def image_layout(
         guided: Whether the guidance scale is above 1.
 
     Raises:
-        DistriError: The image does not have whole rows and columns of the latent.
+        InvalidArgument: The image does not have whole rows and columns of the latent.
     """
     check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
     latent = size[0] // vae.scale, size[1] // vae.scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError, InvalidArgument
 from distrijax.schedulers.base import Scheduler, State
 from distrijax.schedulers.ddim import DDIM
 from distrijax.schedulers.dpm_solver import DPMSolverPP2M, MultistepState
@@ -69,22 +69,24 @@ def load_scheduler(
     elif name in SCHEDULERS:
         kind, decided = SCHEDULERS[name]
     else:
-        raise DistriError(f"scheduler is {name!r}; use one of: {', '.join(SCHEDULERS)}")
+        raise InvalidArgument(f"scheduler is {name!r}; use one of: {', '.join(SCHEDULERS)}")
     if source != kind.diffusers_name:
         config = {key: value for key, value in config.items() if key not in _SOLVER_OPTIONS}
     options = options or {}
     for key in options:
         if key not in kind.options() - kind.ignored:
             allowed = ", ".join(sorted(kind.options() - kind.ignored))
-            raise DistriError(f"{key} is not an option that {kind.diffusers_name} uses; remove it or use: {allowed}")
+            raise InvalidArgument(
+                f"{key} is not an option that {kind.diffusers_name} uses; remove it or use: {allowed}"
+            )
     return kind.from_config({**config, **decided, **options})
 
 
 def _class_named(diffusers_name: Any) -> type[Scheduler]:
-    """The class with that name in diffusers; raises DistriError if it is not supported."""
+    """The class with that name in diffusers; raises CheckpointError if it is not supported."""
     classes = {kind.diffusers_name: kind for kind, _ in SCHEDULERS.values()}
     if diffusers_name not in classes:
-        raise DistriError(
+        raise CheckpointError(
             f"the scheduler class is {diffusers_name!r}; supported: {', '.join(classes)}; or choose one of "
             f"{', '.join(SCHEDULERS)} instead"
         )

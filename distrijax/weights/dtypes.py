@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -19,7 +19,7 @@ def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
         platform: JAX's name for the devices' platform.
 
     Raises:
-        DistriError: For a dtype that is not in `DTYPES`.
+        InvalidArgument: For a dtype that is not in `DTYPES`.
     """
     if dtype is None:
         return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
@@ -29,5 +29,5 @@ def resolve_dtype(dtype: Any, platform: str) -> jnp.dtype:
         kind = type(dtype)
         name = str(dtype).removeprefix("torch.") if kind.__module__ == "torch" else kind.__name__
     if name not in DTYPES:
-        raise DistriError(f"dtype is {name!r}; use one of: {', '.join(DTYPES)}")
+        raise InvalidArgument(f"dtype is {name!r}; use one of: {', '.join(DTYPES)}")
     return jnp.dtype(DTYPES[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.json_config import read_json
 from distrijax.weights.names import shown
 
@@ -33,10 +33,10 @@ def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str
         formats: Keys of `STEMS`; the first one that is present is taken.
 
     Raises:
-        DistriError: If there are no such files, or the index names files in other folders.
+        CheckpointError: If there are no such files, or the index names files in other folders.
     """
     if not folder.is_dir():
-        raise DistriError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
+        raise CheckpointError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
     for each in (variant, None):
         if (files := _files_of(folder, each, formats)) is not None:
             return files
@@ -53,7 +53,7 @@ def check_variant(folder: Path, parts: Iterable[str], variant: str | None, forma
         formats: Keys of `STEMS`.
 
     Raises:
-        DistriError: If the parts have weights, but none of the variant.
+        CheckpointError: If the parts have weights, but none of the variant.
     """
     folders = [folder / part for part in parts if (folder / part).is_dir()]
     found = [name for each in folders for name in _weight_names(each)]
@@ -61,7 +61,7 @@ def check_variant(folder: Path, parts: Iterable[str], variant: str | None, forma
         raise no_weights(str(folder), found, variant, formats)
 
 
-def no_weights(where: str, found: Iterable[str], variant: str | None, formats: Sequence[str]) -> DistriError:
+def no_weights(where: str, found: Iterable[str], variant: str | None, formats: Sequence[str]) -> CheckpointError:
     """The error for a model without the weights that are wanted.
 
     Args:
@@ -76,7 +76,7 @@ def no_weights(where: str, found: Iterable[str], variant: str | None, formats: S
     advice = "give a variant that it has" if names else "fetch its weights"
     if names and not any(name.endswith(tuple(formats)) for name in names):
         advice = "convert the model first: python -m distrijax.convert FOLDER DESTINATION"
-    return DistriError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
+    return CheckpointError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
 
 
 def _weight_names(folder: Path) -> list[str]:
@@ -106,11 +106,11 @@ def _shards(folder: Path, index: str) -> list[Path]:
     """The files that an index names; raises DistriError for names outside its folder."""
     shards = read_json(folder / index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise DistriError(f"{folder / index} has no valid weight_map; fetch the file again")
+        raise CheckpointError(f"{folder / index} has no valid weight_map; fetch the file again")
     end = "." + index.split(".")[1]
     for name in shards.values():
         if not name.endswith(end) or not name.isprintable() or {"/", "\\"} & set(name):
-            raise DistriError(
+            raise CheckpointError(
                 f"{folder / index} names {shown(name)!r} as a shard; shards must be {end} files in the same folder; fetch it again"
             )
     return [folder / name for name in sorted(set(shards.values()))]

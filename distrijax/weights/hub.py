@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.weights.files import LOADABLE, STEMS, no_weights
 
 Result = TypeVar("Result")
@@ -92,17 +92,17 @@ def find(
         offline: Whether to use only what was fetched before.
 
     Raises:
-        DistriError: If the model could not be found or fetched.
+        CheckpointError: If the model could not be found or fetched.
     """
     if (path := Path(name).expanduser()).exists():
         return path
     remote = parse_remote(str(name))
     if remote is None or (remote.file is None and path.suffix in FILE_SUFFIXES):
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is neither a local file or folder nor a hub id; give a path, or a hub id like owner/model"
         )
     if path.parent != Path() and path.parent.is_dir():
-        raise DistriError(
+        raise CheckpointError(
             f"{path.parent} is a local folder and has no {path.name}; "
             f"give a path that exists, or hf://{name} to fetch it from the hub"
         )
@@ -144,11 +144,11 @@ def needed_files(
         name: The model's name, for errors.
 
     Raises:
-        DistriError: If a part has no weights in these formats, or no part has weights of the variant.
+        CheckpointError: If a part has no weights in these formats, or no part has weights of the variant.
     """
     if index not in files:
         single = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
-        raise DistriError(
+        raise CheckpointError(
             f"{name} has no {index} and so is not a model in the diffusers layout; "
             + (f"give one of its files, such as {name}/{single[0]}" if single else "choose another repository")
         )
@@ -177,7 +177,7 @@ def _choose_weights(
     present = [kind for kind in STEMS if files[variant, kind] or files[None, kind]]
     chosen = next((files[each, kind] for each in (variant, None) for kind in formats if files[each, kind]), [])
     if present and not chosen:
-        raise DistriError(
+        raise CheckpointError(
             f"{name} has the weights of {part} only as {', '.join(present)}; convert it first: "
             f"python -m distrijax.convert {name} FOLDER{f' --variant {variant}' if variant else ''}"
         )
@@ -205,28 +205,30 @@ def _ask_hub(name: str | Path, ask: Callable[[], Result]) -> Result:
     try:
         return ask()
     except GatedRepoError:
-        raise DistriError(f"{name} is gated; accept its terms on the hub and {TOKEN_ADVICE}") from None
+        raise CheckpointError(f"{name} is gated; accept its terms on the hub and {TOKEN_ADVICE}") from None
     except RevisionNotFoundError:
-        raise DistriError(
+        raise CheckpointError(
             f"{name} has no such revision on the hub; give one of its branches, tags or commits"
         ) from None
     except RepositoryNotFoundError:  # also raised for private ones
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is neither a local path nor a public model on the hub; "
             f"check the spelling, or for a private model {TOKEN_ADVICE}"
         ) from None
     except HFValidationError:
-        raise DistriError(f"{name} is neither a local path nor a valid name on the hub; check the spelling") from None
+        raise CheckpointError(
+            f"{name} is neither a local path nor a valid name on the hub; check the spelling"
+        ) from None
     except LocalEntryNotFoundError:  # whose own advice is for programmers
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is not a local path, was not fetched before, and the hub cannot be reached; check the path, or go online"
         ) from None
     except EntryNotFoundError:
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is neither a local file nor among the files of that repository; check the spelling"
         ) from None
     except Exception as error:  # which one depends on the library's HTTP client
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is not a local path and could not be fetched from the hub ({first_line(error)}); "
             "check the path, or try again"
         ) from None

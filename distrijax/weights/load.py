@@ -25,7 +25,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.weights.files import summary, weight_files
 from distrijax.weights.names import (
     IGNORED,
@@ -71,7 +71,7 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
         place: Puts each parameter on the devices.
 
     Raises:
-        DistriError: If tensors are missing, unexpected, duplicate, of the wrong shape or type, or not finite; one error
+        CheckpointError: If tensors are missing, unexpected, duplicate, of the wrong shape or type, or not finite; one error
             lists all of them. NaN and infinity are found by the process that reads them, which may be one of several.
     """
     graph, abstract = nnx.split(module)
@@ -99,11 +99,11 @@ def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp
         problems["missing"] = missing
     if problems.keys() == {EIGHT_BIT_PROBLEM}:
         command = "`python -m distrijax.convert SOURCE DESTINATION --dtype float16`"
-        raise DistriError(
+        raise CheckpointError(
             f"{folder} has 8-bit weights, which cannot be loaded; convert them, {command}: {summary(problems)}"
         )
     if problems:
-        raise DistriError(
+        raise CheckpointError(
             f"{folder} does not contain the model that its config.json describes; fetch the folder again: {summary(problems)}"
         )
     for name, (_, leaf) in wanted.items():
@@ -178,11 +178,11 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, FileTensor]]:
         files: The files.
 
     Raises:
-        DistriError: If a file is missing or not a complete safetensors file.
+        CheckpointError: If a file is missing or not a complete safetensors file.
     """
     for file in files:
         if file.exists() and not file.is_file():
-            raise DistriError(f"{file} is a folder or a pipe; put the weights file there")
+            raise CheckpointError(f"{file} is a folder or a pipe; put the weights file there")
         with _reading(file), safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield current_name(name), FileTensor(tensors, name, file)
@@ -194,9 +194,9 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DistriError(f"{file} is named by the index but does not exist; fetch the missing shard") from None
+        raise CheckpointError(f"{file} is named by the index but does not exist; fetch the missing shard") from None
     except (SafetensorError, OSError) as error:
-        raise DistriError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
+        raise CheckpointError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
 
 
 def finite(tensor: np.ndarray) -> bool:

@@ -191,6 +191,27 @@ def test_a_process_that_refuses_ends_the_other(shallow_checkpoint, tmp_path):
     assert re.fullmatch(OTHER_ENDED, last_line(second.err))
 
 
+@pytest.mark.parametrize(
+    ("different", "told"),
+    [
+        ("--seed 1 --num-inference-steps 5 --prompt blue", ["seed", "num_inference_steps", "prompt"]),
+        ("--sync-mode no_sync", ["config"]),
+    ],
+)
+def test_processes_that_were_started_differently_say_how(shallow_checkpoint, tmp_path, different, told):
+    port, shared = free_port(), ["--model", shallow_checkpoint, "--devices", "2", "--image-size", "64"]
+    script = TESTS.parent / "examples" / "generate.py"
+    both = [
+        process(script, *flags(port, number, *shared, *own.split()), cwd=tmp_path)
+        for number, own in enumerate(["", different])
+    ]
+    for ended in [end(one, MINUTE) for one in both]:
+        assert ended.code == 1
+        says(last_line(ended.err), "error: ", *told, "2 processes")
+        assert not {"seed", "width", "model"} & (set(re.findall(r"\w+", last_line(ended.err))) - set(told))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("process_id", [0, 1])
 def test_a_process_that_never_arrives_ends_the_other_in_a_sentence(tmp_path, process_id):
     script = TESTS.parent / "examples" / "generate.py"

@@ -1,4 +1,4 @@
-"""Several calls at a time: of one pipeline, and of two on different numbers of devices."""
+"""Several calls at a time: of one pipeline, and of two on the two halves of the devices."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ CALLS = [("a red circle", 0), ("two blue squares", 1), ("a green star", 2), ("a 
 @pytest.fixture(scope="module")
 def pipes(shallow_checkpoint) -> list[DistriSDXLPipeline]:
     made = []
-    for devices in (4, 2):
+    for devices in (jax.devices()[:4], jax.devices()[4:]):
         config = DistriConfig(devices=devices, warmup_steps=1)
         made.append(DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config))
         made[-1].set_progress_bar_config(disable=True)

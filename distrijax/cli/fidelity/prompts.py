@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distrijax import DistriError
 from distrijax.cli.fidelity.scenes import held_out_example
+from distrijax.errors import InvalidArgument
 
 KARPATHY, OFFICIAL = "dataset_coco.json", "captions_val2014.json"
 
@@ -35,12 +35,14 @@ def file_prompts(path: Path, count: int | None) -> Prompts:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DistriError(
+        raise InvalidArgument(
             f"--prompts {path} cannot be read ({error}); give a text file with a prompt on each line"
         ) from None
     texts = list(filter(None, lines))
     if not texts or len(texts) < (count or 0):
-        raise DistriError(f"--prompts {path} has {len(texts)} prompts; give at least {count or 1}, or lower --captions")
+        raise InvalidArgument(
+            f"--prompts {path} has {len(texts)} prompts; give at least {count or 1}, or lower --captions"
+        )
     return Prompts(texts[:count])
 
 
@@ -52,12 +54,12 @@ def coco_prompts(folder: Path, count: int) -> Prompts:
     may be in FOLDER/annotations or in FOLDER; the real images are in FOLDER/val2014.
 
     Raises:
-        DistriError: For a folder without the files, with too few captions, or with files of another format.
+        InvalidArgument: For a folder without the files, with too few captions, or with files of another format.
     """
     found = [path for name in (KARPATHY, OFFICIAL) for path in (folder / "annotations" / name, folder / name)]
     path = next((path for path in found if path.is_file()), None)
     if path is None:
-        raise DistriError(
+        raise InvalidArgument(
             f"--coco {folder} has neither annotations/{KARPATHY} nor annotations/{OFFICIAL}; "
             "unpack COCO 2014's annotations there"
         )
@@ -66,16 +68,16 @@ def coco_prompts(folder: Path, count: int) -> Prompts:
         entries = list(_karpathy(content) if path.name == KARPATHY else _official(content))
         texts = [captions[index % len(captions)].strip() for index, (_, captions) in enumerate(entries[:count])]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise DistriError(f"{path} is not a COCO captions file ({error!r}); download it again") from None
+        raise InvalidArgument(f"{path} is not a COCO captions file ({error!r}); download it again") from None
     if len(texts) < count:
-        raise DistriError(f"{path} has captions of {len(texts)} images; lower --captions to that")
+        raise InvalidArgument(f"{path} has captions of {len(texts)} images; lower --captions to that")
     images = folder / "val2014"
     if not images.is_dir():
         return Prompts(texts)
     files = [images / name for name, _ in entries[:count]]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise DistriError(f"{len(missing)} images are missing, {missing[0]} the first; unpack all of val2014")
+        raise InvalidArgument(f"{len(missing)} images are missing, {missing[0]} the first; unpack all of val2014")
     return Prompts(texts, files)
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
-from distrijax import DistriError
 from distrijax.atomic_write import atomic_write
 from distrijax.cli.fidelity.grid import AXES, ONE_DEVICE, Setting, folder_name, text
+from distrijax.errors import InvalidArgument
 
 FIGURES = ("exactness", "psnr", "ssim", "lpips", "fid", "fid_real", "received_bytes", "stale_bytes")
 """Columns besides the axes: lossless or lossy; PSNR in dB; SSIM; LPIPS; FID against one device's images, and against real ones;
@@ -39,7 +39,7 @@ class Results:
         common: What all rows have in common.
 
     Raises:
-        DistriError: For a folder whose rows have other values in common.
+        InvalidArgument: For a folder whose rows have other values in common.
     """
 
     def __init__(self, folder: Path, common: Mapping[str, Any]):
@@ -49,12 +49,12 @@ class Results:
         if about.exists():
             self._check(_read_json(about), common)
         elif self.table.exists():
-            raise DistriError(f"{self.table} has no settings.json beside it; choose another --output")
+            raise InvalidArgument(f"{self.table} has no settings.json beside it; choose another --output")
         self.rows = self._read()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DistriError(
+            raise InvalidArgument(
                 f"--output {folder} cannot be created ({error.strerror}); choose another folder"
             ) from None
         with atomic_write(about) as beside:
@@ -116,7 +116,7 @@ class Results:
         for name in new:
             if old.get(name) != new[name]:
                 values = "" if isinstance(new[name], list) else f" ({old.get(name)}, now {new[name]})"
-                raise DistriError(
+                raise InvalidArgument(
                     f"--output {self.folder} was made with other {name}{values}; choose another folder, or the same settings"
                 )
 
@@ -126,7 +126,9 @@ class Results:
         with self.table.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise DistriError(f"{self.table} has other columns than this version writes; choose another --output")
+                raise InvalidArgument(
+                    f"{self.table} has other columns than this version writes; choose another --output"
+                )
             return list(reader)
 
 
@@ -139,4 +141,4 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise DistriError(f"{path} cannot be read ({error}); choose another --output") from None
+        raise InvalidArgument(f"{path} cannot be read ({error}); choose another --output") from None
