@@ -78,10 +78,10 @@ def attend(
     Ampere or newer); everywhere else it is computed in chunks.
     """
     head_size = query.shape[-1]
+    chunks = {"cpu": CPU_ATTENTION_CHUNK, "tpu": TPU_ATTENTION_CHUNK, "default": ATTENTION_CHUNK}
     implementations = {
-        "cpu": functools.partial(_chunked_attention, chunk=CPU_ATTENTION_CHUNK),
-        "tpu": functools.partial(_chunked_attention, chunk=TPU_ATTENTION_CHUNK),
-        "default": functools.partial(_chunked_attention, chunk=ATTENTION_CHUNK),
+        platform: functools.partial(_chunked_attention, chunk=chunk, min_queries=MIN_CHUNK_QUERIES)
+        for platform, chunk in chunks.items()
     }
     if query.dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128 and _cudnn_available():
         implementations["cuda"] = _cudnn_attention
@@ -107,9 +107,9 @@ def _cudnn_available() -> bool:
     return all(float(gpu.compute_capability) >= MIN_CUDNN_CAPABILITY for gpu in gpus)
 
 
-@functools.partial(jax.jit, static_argnames="chunk")  # layers of the same shapes share one trace
-def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Array:
-    """Some heads at a time, or some queries of one head where a head has more than `chunk` scores.
+@functools.partial(jax.jit, static_argnames=("chunk", "min_queries"))  # layers of the same shapes share one trace
+def _chunked_attention(query: Array, key: Array, value: Array, chunk: int, min_queries: int) -> Array:
+    """Some heads at a time, or some queries of one head where a head has more than `chunk` scores; at least `min_queries`.
 
     Heads become the first axis, so that no matmul reads strided operands.
     """
@@ -120,7 +120,7 @@ def _chunked_attention(query: Array, key: Array, value: Array, chunk: int) -> Ar
     keys = key.shape[1]
     most_heads = min(chunk // (queries * keys), b * n)
     heads = max((count for count in range(1, most_heads + 1) if b * n % count == 0), default=1)
-    parts = math.ceil(queries / max(MIN_CHUNK_QUERIES, chunk // keys))
+    parts = math.ceil(queries / max(min_queries, chunk // keys))
     rows = math.ceil(queries / parts)
     padded = jnp.pad(query, ((0, 0), (0, parts * rows - queries), (0, 0)))
     padded = jnp.moveaxis(padded.reshape(-1, heads, parts, rows, d), 2, 1)

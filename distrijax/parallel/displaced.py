@@ -16,7 +16,17 @@ from distrijax.config import Compression, DistriConfig, SyncMode
 from distrijax.parallel.bands import Bands
 from distrijax.parallel.collectives import Axis, all_patches, gather_kv, with_neighbours
 from distrijax.parallel.compression import dequantize
-from distrijax.parallel.exchange import CHANNEL_RANGE, EMA, HALO, KV, MOMENTS, Exchange, Publishing, Stale, Synchronous
+from distrijax.parallel.exchange import (
+    CHANNEL_RANGE,
+    HALO,
+    KV,
+    MOMENTS,
+    Exchange,
+    Publishing,
+    Stale,
+    Synchronous,
+    ema,
+)
 from distrijax.parallel.mesh import PATCH
 from distrijax.parallel.moments import pool_moments, split_moments
 
@@ -72,12 +82,12 @@ class Displaced(Synchronous):
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
         own = self._publish_edges(name, x, above, below)
-        return with_neighbours(x, {end: self._previous(name + end) for end in own}, self.axis)
+        return with_neighbours(x, {end: self._previous(HALO, name + end) for end in own}, self.axis)
 
     def kv(self, name, kv):
         before, self._last_kv = self._last_kv, kv
         own, compression = self._local_kv(kv), self.publishing.compress
-        stale = tuple(self._read(each) for each in ((name, name + CHANNEL_RANGE) if compression else (name,)))
+        stale = tuple(self._read(kind, name) for kind in ((KV, CHANNEL_RANGE) if compression else (KV,)))
         restore = partial(dequantize, compression=compression) if compression else lambda kv: kv
         self._check(name, jax.eval_shape(restore, *stale), own)
         padded = self._in_image(kv) is not None  # without padding the order of keys does not matter
@@ -88,7 +98,7 @@ class Displaced(Synchronous):
 
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._band_moments(x, size))
-        stale = self._previous(name)
+        stale = self._previous(MOMENTS, name)
         (own_mean, own_variance), (old_mean, old_variance) = split_moments(own), split_moments(stale)
         stale_mean, stale_variance = split_moments(pool_moments(self._stale_moments(name), self._band_shares(x)))
         change, a = own_mean - old_mean, self.correction(x)
@@ -105,7 +115,7 @@ class Displaced(Synchronous):
         return 1.0
 
     def _extrapolate(self, kind, name, value):
-        average = self._read(name + EMA)
+        average = self._read(ema(kind), name)
         step = (1 - EMA_DECAY) * (value - average)
         predicted = value + jnp.asarray(self.step_ratio, value.dtype) * step
         if kind == MOMENTS:
@@ -115,23 +125,24 @@ class Displaced(Synchronous):
     def finish(self) -> Stale:
         unused = sorted(self.stale.keys() - self.fresh.keys())
         if unused:
-            raise KeyError(f"stale state was never read: {', '.join(unused)}; it belongs to another model")
+            names = ", ".join(f"{kind} of {name}" for kind, name in unused)
+            raise KeyError(f"stale state was never read: {names}; it belongs to another model")
         return self.fresh
 
-    def _read(self, name: str) -> Array:
-        if name not in self.stale:
-            raise KeyError(f"no stale state for {name!r}; create it with a synchronous step of the same model")
-        return self.stale[name]
+    def _read(self, kind: str, name: str) -> Array:
+        if (kind, name) not in self.stale:
+            raise KeyError(f"no stale {kind} for {name!r}; create it with a synchronous step of the same model")
+        return self.stale[kind, name]
 
-    def _previous(self, name: str) -> Array:
-        stale = self._read(name)
-        self._check(name, stale, self.fresh[name])
+    def _previous(self, kind: str, name: str) -> Array:
+        stale = self._read(kind, name)
+        self._check(name, stale, self.fresh[kind, name])
         return stale
 
     def _stale_moments(self, name: str) -> Float[Array, "n b g 2"]:
         """All patches' stale moments of a layer. One all-gather brings those of all layers, because each is only a few bytes."""
         if self._moments is None:
-            parts = {each: leaf for each, leaf in self.stale.items() if _is_moments(each, leaf)}
+            parts = {each: leaf for (kind, each), leaf in self.stale.items() if kind == MOMENTS}
             splits = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
             own = jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()])
             gathered = all_patches(own, self.axis)
@@ -254,10 +265,3 @@ def strategy_of(config: DistriConfig, patches: int) -> Strategy | None:
     if config.sync_mode not in STRATEGIES or patches == 1:
         return None
     return Strategy(STRATEGIES[config.sync_mode], config.extrapolate, config.compress)
-
-
-def _is_moments(name: str, leaf: Array) -> bool:
-    """Whether a stale value is moments, and not their moving average; other kinds have another shape or dtype (`Stale`)."""
-    return (
-        leaf.ndim == 3 and leaf.shape[-1] == 2 and leaf.dtype == jnp.float32 and not name.endswith((EMA, CHANNEL_RANGE))
-    )

@@ -29,7 +29,7 @@ An exchange serves one call of a model. While it answers, it keeps what this pat
 
     exchange = Synchronous()                  a synchronous step needs no stale state ...
     unet(sample, ..., exchange)
-    stale = exchange.finish()                 ... and creates it: what this patch published, by layer (`Stale`)
+    stale = exchange.finish()                 ... and creates it: what this patch published (`Stale`)
 
     exchange = Displaced(stale)               a displaced step reads the state of the step before ...
     unet(sample, ..., exchange)
@@ -70,27 +70,32 @@ from distrijax.parallel.compression import quantize
 from distrijax.parallel.mesh import PATCH
 from distrijax.parallel.moments import local_moments, pool_moments
 
-Stale = dict[str, Array]
-"""What one patch published at a step, by the name of the layer. Leaves are local shards, in the model's dtype if not noted:
+HALO, KV, MOMENTS = "halo", "kv", "moments"
+"""Kinds of values that patches publish."""
 
-kind      key                        value
-HALO      name + LAST                last rows, for the patch below           [b, rows, w, c]
-          name + FIRST               first rows, for the patch above          [b, rows, w, c]
-KV        name                       keys and values, side by side            [b, h * w, 2 * c]
-          or, if compressed:
-          name                       their quantization steps, in bytes       [b, h * w, packed], uint8
-          name + CHANNEL_RANGE       each channel's minimum and maximum       [b, 2, 2 * c]
-MOMENTS   name                       mean and variance of each group          [b, groups, 2], float32
+CHANNEL_RANGE = "kv.channel_range"
+"""The kind of compressed channels' minima and maxima."""
 
-A strategy keeps the kinds that its next step reads. Rows that no neighbour asks for are not kept. With extrapolation each of
-these values is a prediction, and the exponential moving average that it was made from is kept too, under the key + `EMA`, in
-the shape of the uncompressed value.
+Stale = dict[tuple[str, str], Array]
+"""What one patch published at a step, by kind and path of the layer. Leaves are local shards, in the model's dtype if not noted:
+
+kind            path                 value
+HALO            name + LAST          last rows, for the patch below           [b, rows, w, c]
+                name + FIRST         first rows, for the patch above          [b, rows, w, c]
+KV              name                 keys and values, side by side            [b, h * w, 2 * c]
+                or, if compressed:   their quantization steps, in bytes       [b, h * w, packed], uint8
+CHANNEL_RANGE   name                 each channel's minimum and maximum       [b, 2, 2 * c]
+MOMENTS         name                 mean and variance of each group          [b, groups, 2], float32
+ema(kind)       as of the kind       the exponential moving average, in the shape of the uncompressed value
+
+A strategy keeps the kinds that its next step reads. Rows that no neighbour asks for are not kept. With extrapolation each
+published value is a prediction, and the exponential moving average that it was made from is kept beside it.
 """
 
-HALO, KV, MOMENTS = "halo", "kv", "moments"
 
-CHANNEL_RANGE, EMA = ".channel_range", ".ema"
-"""Suffixes of the keys of compressed channels' minima and maxima, and of exponential moving averages."""
+def ema(kind: str) -> str:
+    """The kind of the exponential moving averages of values of a kind."""
+    return f"{kind}.ema"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +252,7 @@ class Synchronous(WholeImage):
         self.axis, self.bands = axis, bands
         self.publishing = publishing or Publishing()
         self.fresh: Stale = {}
-        self._used_names: set[str] = set()
+        self._used: set[tuple[str, str]] = set()
 
     def halo(self, name, x, above, below):
         x = self._without_padding(x)
@@ -274,16 +279,16 @@ class Synchronous(WholeImage):
 
     def _publish(self, kind: str, name: str, value: Array) -> Array:
         """Returns `value`, and keeps what the next step will read of it."""
-        if name in self._used_names:
+        if (kind, name) in self._used:
             raise KeyError(f"the layer name {name!r} was used twice in one call; every exchanging layer needs its own")
-        self._used_names.add(name)
+        self._used.add((kind, name))
         if kind in self.publishing.kinds:
             published = value
             if self.publishing.extrapolate:
-                published, self.fresh[name + EMA] = self._extrapolate(kind, name, value)
+                published, self.fresh[ema(kind), name] = self._extrapolate(kind, name, value)
             if self.publishing.compress and kind == KV:
-                published, self.fresh[name + CHANNEL_RANGE] = quantize(published, self.publishing.compress)
-            self.fresh[name] = published
+                published, self.fresh[CHANNEL_RANGE, name] = quantize(published, self.publishing.compress)
+            self.fresh[kind, name] = published
         return value
 
     def _publish_edges(self, name: str, x: Float[Array, "b h w c"], above: int, below: int) -> dict[str, Array]:

@@ -118,8 +118,10 @@ def traffic(
     if by_patch:
         received[HALO] = max(by_patch.values())
     stale = Counter()
-    for leaf in step.stale.values():
-        stale[_kind(leaf)] += _bytes(leaf) // mesh.devices  # every leaf is sharded over every axis of the mesh
+    for (kind, _), leaf in step.stale.items():
+        stale[kind.partition(".")[0]] += (
+            _bytes(leaf) // mesh.devices
+        )  # every leaf is sharded over every axis of the mesh
     rounded = {kind: round(count) for kind, count in received.items()}
     return Traffic(mesh, layout.patches, layout.bands.rows_per_device, latent[0], dict(stale), rounded)
 
@@ -216,7 +218,7 @@ def _inner_jaxprs(value: Any) -> Iterator[Any]:
 
 
 def _kind(leaf: Any) -> str:
-    """The kind of a published array (`distrijax.parallel.exchange.Stale`), by its shape."""
+    """The kind of an array that is all-gathered (`distrijax.parallel.exchange.Stale`), by its shape."""
     if len(leaf.shape) == 4:
         return HALO
     return MOMENTS if leaf.shape[-1] == 2 else KV

@@ -23,7 +23,7 @@ from distrijax.models.unet import UNet, guidance_embedding
 from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.collectives import FIRST, LAST
 from distrijax.parallel.displaced import Displaced
-from distrijax.parallel.exchange import Synchronous, WholeImage
+from distrijax.parallel.exchange import HALO, KV, MOMENTS, Synchronous, WholeImage
 from distrijax.parallel.mesh import PATCH, MeshPlan
 from distrijax.weights.names import checkpoint_name, to_pytorch
 
@@ -199,8 +199,8 @@ def test_full_size_model_has_the_tensors_of_diffusers(kind, tensors, millions):
         assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-def published(kind: dict, side: int) -> list[str]:
-    """The names of what one of eight devices publishes at a step, from shapes alone."""
+def published(kind: dict, side: int) -> list[tuple[str, str]]:
+    """Kind and name of what one of eight devices publishes at a step, from shapes alone."""
     mesh = MeshPlan(1, 1, 8).build(jax.devices())
     unet = nnx.eval_shape(lambda: UNet(UNetConfig.from_dict(kind), rngs=nnx.Rngs(0)))
     added = [(2, 1280), (2, 6)] if kind["addition_embed_type"] else [None, None]
@@ -216,10 +216,6 @@ def published(kind: dict, side: int) -> list[str]:
     return list(jax.eval_shape(mapped, unet, *arguments))
 
 
-def kind_of(name: str) -> str:
-    return "moments" if "norm" in name else "kv" if "attn" in name else "halo"
-
-
 @slow
 @pytest.mark.parametrize(
     ("kind", "counts"),
@@ -227,8 +223,8 @@ def kind_of(name: str) -> str:
     ids=["SDXL", "SD 1.x"],
 )
 def test_full_size_model_exchanges_the_tensors_of_the_original(kind, counts):
-    layers = {name.removesuffix(LAST).removesuffix(FIRST) for name in published(kind, 1024)}
-    assert collections.Counter(map(kind_of, layers)) == counts
+    layers = {(kind, name.removesuffix(LAST).removesuffix(FIRST)) for kind, name in published(kind, 1024)}
+    assert collections.Counter(kind for kind, _ in layers) == counts
 
 
 @pytest.fixture(scope="module")
@@ -297,10 +293,9 @@ def test_displaced_step_does_not_wait_for_the_other_bands(on_bands):
 
 def test_stale_state_has_what_each_exchanging_layer_published(on_bands):
     _, stale = jax.eval_shape(on_bands[0], picture(0))
-    norms = [name for name, leaf in stale.items() if leaf.ndim == 3 and leaf.shape[-1] == 2]
-    tokens = [name for name, leaf in stale.items() if name.endswith("attn1")]
-    convolutions = [name for name, leaf in stale.items() if leaf.ndim == 4]
+    norms, tokens, convolutions = ([name for kind, name in stale if kind == wanted] for wanted in (MOMENTS, KV, HALO))
     assert len(norms) + len(tokens) + len(convolutions) == len(stale)
+    assert all(name.endswith("attn1") for name in tokens)
     assert len(tokens) == (1 + 2) * 2 + (2 + 3) * 1 + 1  # both levels with transformers, down and up, and the middle
     assert all(re.search(r"conv|sampler", name) for name in convolutions)
     assert all(re.search(r"norm", name) for name in norms)
@@ -319,8 +314,8 @@ def test_bfloat16_stays_bfloat16(pairs):
     mapped = jax.shard_map(published, mesh=mesh, in_specs=(P(), P(), rows), out_specs=(rows, rows))
     output, stale = jax.eval_shape(mapped, *short, picture(0).astype(jnp.bfloat16))
     assert output.dtype == jnp.bfloat16
-    for name, leaf in stale.items():
-        assert leaf.dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+    for (kind, name), leaf in stale.items():
+        assert leaf.dtype == (jnp.float32 if kind == MOMENTS else jnp.bfloat16), name
 
 
 @pytest.mark.parametrize(

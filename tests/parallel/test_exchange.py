@@ -25,7 +25,17 @@ from distrijax.parallel.displaced import (
     Strategy,
     SyncGN,
 )
-from distrijax.parallel.exchange import CHANNEL_RANGE, EMA, MOMENTS, Synchronous, TensorParallel, WholeImage
+from distrijax.parallel.exchange import (
+    CHANNEL_RANGE,
+    HALO,
+    KV,
+    MOMENTS,
+    Stale,
+    Synchronous,
+    TensorParallel,
+    WholeImage,
+    ema,
+)
 from distrijax.parallel.mesh import CFG, PATCH, MeshPlan
 from distrijax.parallel.platform import tracing_for
 
@@ -280,12 +290,12 @@ def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(kind):
         np.testing.assert_array_equal(got, wanted.reshape(2, -1, 4))
 
 
-ROWS_SENT = {"halo" + LAST, "halo" + FIRST}
+ROWS_SENT = {(HALO, "halo" + LAST), (HALO, "halo" + FIRST)}
 KEPT = {
-    SyncGN: {*ROWS_SENT, "tokens"},
-    AsyncTokens: {"tokens"},
-    SeparateGN: {*ROWS_SENT, "tokens"},
-    NoSync: {*ROWS_SENT, "tokens"},
+    SyncGN: {*ROWS_SENT, (KV, "tokens")},
+    AsyncTokens: {(KV, "tokens")},
+    SeparateGN: {*ROWS_SENT, (KV, "tokens")},
+    NoSync: {*ROWS_SENT, (KV, "tokens")},
 }
 
 
@@ -295,7 +305,7 @@ def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again
         *_, stale = ask_everything(Synchronous(publishing=Strategy(kind).publishing), previous)
         *_, kept = ask_everything(kind(stale), present)
         *_, fresh = ask_everything(Synchronous(publishing=Strategy(kind).publishing), present)
-        assert kept.keys() == stale.keys() == KEPT.get(kind, {*ROWS_SENT, "tokens", MOMENTS})
+        assert kept.keys() == stale.keys() == KEPT.get(kind, {*ROWS_SENT, (KV, "tokens"), (MOMENTS, "moments")})
         wanted = stale if kind is NoSync else fresh
         return (jnp.all(jnp.stack([jnp.all(kept[name] == wanted[name]) for name in kept])).reshape(1, 1),)
 
@@ -316,8 +326,8 @@ def test_compressed_tokens_are_the_others_previous_ones_rounded_to_levels(
 
     def local(previous, present):
         *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), previous)
-        assert (stale["tokens"].shape, stale["tokens"].dtype) == ((2, 12, packed), jnp.uint8)
-        assert (stale["tokens" + CHANNEL_RANGE].shape, stale["tokens" + CHANNEL_RANGE].dtype) == ((2, 2, 4), dtype)
+        assert (stale[KV, "tokens"].shape, stale[KV, "tokens"].dtype) == ((2, 12, packed), jnp.uint8)
+        assert (stale[CHANNEL_RANGE, "tokens"].shape, stale[CHANNEL_RANGE, "tokens"].dtype) == ((2, 2, 4), dtype)
         _, tokens, _, fresh = ask_everything(strategy(stale), present)
         assert fresh.keys() == stale.keys()
         return (tokens.astype(jnp.float32),)
@@ -396,8 +406,8 @@ def test_negative_variance_becomes_the_bands_own():
     assert fell_back == [True, False, False, False]
 
 
-def stale_tokens(shape=(1, 4, 6), dtype=jnp.float32) -> dict[str, jax.Array]:
-    return {"a": jnp.zeros(shape, dtype)}
+def stale_kv(shape=(1, 4, 6), dtype=jnp.float32) -> Stale:
+    return {(KV, "a"): jnp.zeros(shape, dtype)}
 
 
 @pytest.mark.parametrize(
@@ -405,11 +415,13 @@ def stale_tokens(shape=(1, 4, 6), dtype=jnp.float32) -> dict[str, jax.Array]:
     [
         (lambda kv: twice(kv), KeyError, ["a", "twice"]),
         (lambda kv: Displaced({}).kv("a", kv), KeyError, ["'a'", "stale"]),
-        (lambda kv: Displaced(stale_tokens()).finish(), KeyError, ["a", "never", "stale"]),
-        (lambda kv: Displaced(stale_tokens((1, 2, 6))).kv("a", kv), ValueError, ["a", "float32[1, 2, 6]"]),
-        (lambda kv: Displaced(stale_tokens(dtype=jnp.bfloat16)).kv("a", kv), ValueError, ["a", "bfloat16"]),
+        (lambda kv: Displaced(stale_kv()).finish(), KeyError, ["kv", "a", "never", "stale"]),
+        (lambda kv: Displaced({(HALO, "a"): jnp.zeros((1, 4, 6))}).kv("a", kv), KeyError, ["kv", "'a'"]),
+        (lambda kv: Displaced({(ema(KV), "a"): jnp.zeros((1, 4, 6))}).kv("a", kv), KeyError, ["kv", "'a'"]),
+        (lambda kv: Displaced(stale_kv((1, 2, 6))).kv("a", kv), ValueError, ["a", "float32[1, 2, 6]"]),
+        (lambda kv: Displaced(stale_kv(dtype=jnp.bfloat16)).kv("a", kv), ValueError, ["a", "bfloat16"]),
     ],
-    ids=["name used twice", "missing key", "left-over key", "another shape", "another dtype"],
+    ids=["name used twice", "missing key", "left-over key", "rows", "an average", "another shape", "another dtype"],
 )
 def test_stale_state_of_another_model_is_refused(call, error, told):
     mesh = MeshPlan(1, 1, 2).build(jax.devices()[:2])
@@ -432,10 +444,14 @@ def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_th
 
     def local(first, second, third):
         *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), first)
-        assert stale.keys() == {name + suffix for name in (*ROWS_SENT, "tokens", MOMENTS) for suffix in ("", EMA)}
+        assert stale.keys() == {
+            (each, name)
+            for kind, name in (*ROWS_SENT, (KV, "tokens"), (MOMENTS, "moments"))
+            for each in (kind, ema(kind))
+        }
         *_, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(pace)), second)
         halo, tokens, _, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(1.0)), third)
-        return halo, tokens, stale["tokens" + EMA], stale["moments"][:, None, :, 1]
+        return halo, tokens, stale[ema(KV), "tokens"], stale[MOMENTS, "moments"][:, None, :, 1]
 
     halo, tokens, mean, variance = on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, third, out=4)
     sent = PRESENT + pace / 3 * (PRESENT - PREVIOUS)
@@ -461,7 +477,7 @@ def test_a_predicted_variance_is_never_negative():
         exchange.moments("a", x, SIZE)
         following = strategy(exchange.finish(), step_ratio=2.0)
         following.moments("a", 0.1 * x, SIZE)
-        return (following.finish()["a"][:, None],)
+        return (following.finish()[MOMENTS, "a"][:, None],)
 
     (published,) = on_bands(MeshPlan(1, 1, 2), PATCH, local, PRESENT)
     assert (published[..., 1] == 0).all()

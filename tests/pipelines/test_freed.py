@@ -14,7 +14,7 @@ from distrijax import DistriConfig, DistriSDXLPipeline
 from distrijax.parallel.programs import MAX_PROGRAMS, Programs
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
-FEW = 150
+FEW = 100
 """Memory maps: fewer than a program of the UNet has."""
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts Linux's memory maps")
