@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from distrijax.errors import InvalidArgument, OutOfMemory, warn
@@ -289,7 +288,7 @@ def _check_jit() -> None:
 
 def check_eager() -> None:
     """Raises InvalidArgument inside a caller's `jax.jit`, where no program can be run."""
-    if isinstance(jnp.zeros(()), jax.core.Tracer):
+    if isinstance(jax.device_put(0.0), jax.core.Tracer):  # nothing is compiled for it
         raise InvalidArgument(
             "the pipeline was called inside jax.jit, and it runs compiled programs of its own; call it outside"
         )
