@@ -148,7 +148,10 @@ class Runner:
         """Checks that all processes make the same call."""
         call = request.call
         facts = {name: repr(getattr(call, name)) for name in AGREED}
-        facts["prompt"], facts["latents"] = request.branches, () if call.latents is None else np.asarray(call.latents)
+        facts["prompt"], facts["latents"] = (
+            request.branches,
+            () if call.latents is None else host_array(call.latents, "latents"),
+        )
         facts["callback_on_step_end"] = call.callback_on_step_end is None
         check_agreement(
             list(self.mesh.devices.flat),
