@@ -327,14 +327,22 @@ def pad_latents(layout: Layout, latents: np.ndarray) -> jax.Array:
     return to_devices(padded, layout.sharding(layout.latents))
 
 
-def initial_state(static, params, seeds, sigma, noise):
-    """Returns the images' random keys, and the state before the first step from the caller's noise or the keys' noise."""
+def initial_state(static, params, seeds, sigma, noise, begin=None):
+    """Returns the images' random keys, and the state before the first step, from the caller's noise or the keys' noise.
+
+    `begin`: None for a call that begins with noise alone, scaled by `sigma`; otherwise the latents of the images that the noise
+    is added to, and the constants of the first step.
+    """
     loop, channels = static
     layout = loop.layout
     keys = image_keys(seeds)
     if noise is None:
         noise = draw_latents(layout, channels, keys)
-    state = loop.scheduler.init(noise, sigma)
+    if begin is None:
+        state = loop.scheduler.init(noise, sigma)
+    else:
+        image, step = begin
+        state = loop.scheduler.init(loop.scheduler.add_noise(image, noise, step))
     return jax.lax.with_sharding_constraint((keys, state), (layout.sharding(P(DATA)), layout.sharding(layout.latents)))
 
 

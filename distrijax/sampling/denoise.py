@@ -148,7 +148,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
         scheduler: The scheduler's constants.
-        number: The number of the step, from 1, which is also the number of its noise.
+        number: The number of the step in the whole schedule, from 1, which is also the number of its noise.
         step_ratio: The distance to the next timestep over the distance from the previous one.
     """
 
@@ -157,17 +157,18 @@ class StepInputs(NamedTuple):
     step_ratio: Float[Array | np.ndarray, "*steps"]
 
     @classmethod
-    def of(cls, scheduler: Any) -> StepInputs:
-        """The constants of all steps of a schedule, on the host. The ratio is 1 at both ends, and where a timestep is repeated.
+    def of(cls, scheduler: Any, start: int = 0) -> StepInputs:
+        """The constants of all steps to make, on the host. The ratio is 1 at both ends, and where a timestep is repeated.
 
         Args:
-            scheduler: The scheduler's constants of all steps, `[steps]` each.
+            scheduler: The scheduler's constants of all steps from `start` on, `[steps]` each.
+            start: The index in the whole schedule of the first of them.
         """
         strides = np.diff(np.asarray(scheduler.timestep, np.float64))
         ratio = np.ones(len(strides) + 1, np.float32)
         moving = (strides[1:] != 0) & (strides[:-1] != 0)
         ratio[1:-1][moving] = strides[1:][moving] / strides[:-1][moving]
-        return cls(scheduler, np.arange(1, len(ratio) + 1, dtype=np.int32), ratio)
+        return cls(scheduler, np.arange(start + 1, start + len(ratio) + 1, dtype=np.int32), ratio)
 
 
 def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:

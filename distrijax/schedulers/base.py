@@ -1,10 +1,15 @@
-"""What schedulers share: options read from scheduler_config.json, and the four methods that the denoising loop calls.
+"""What schedulers share: options read from scheduler_config.json, and the methods that the denoising loop calls.
 
     steps, init_noise_sigma = scheduler.schedule(20)          on the host, numpy
     state = scheduler.init(noise, init_noise_sigma)
     scan over steps:  model_output = model(scheduler.scale_input(state.latents, step), step.timestep)
                       state = scheduler.update(state, model_output, step, noise)
     state.latents
+
+A call can begin with an image, at any step of the schedule:
+
+    steps, _ = scheduler.schedule(20, start=10)
+    state = scheduler.init(scheduler.add_noise(image, noise, first step))
 
 A scheduler is frozen and hashable, so it can be a static argument of `jax.jit`. Whatever differs between steps is a number in
 `steps`. No method depends on the index of a step, so one compiled body serves all steps and all numbers of steps.
@@ -22,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.errors import DistriError
+from distrijax.errors import DistriError, InvalidArgument
 from distrijax.json_config import ModelConfig, freeze
 from distrijax.schedulers import common
 from distrijax.validate import choose, flag, positive
@@ -129,29 +134,49 @@ class Scheduler(ModelConfig, abc.ABC):
         return config
 
     @abc.abstractmethod
-    def schedule(self, num_inference_steps: int) -> tuple[Steps, float]:
-        """Computes the constants of all steps.
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[Steps, float]:
+        """Computes the constants of the steps from `start` on.
 
         Args:
-            num_inference_steps: How many steps.
+            num_inference_steps: How many steps the whole schedule has.
+            start: The index of the first step to make, counted in calls of the model. Methods that keep a history begin it
+                there. It equals `set_begin_index(start)` of diffusers' scheduler, or a loop over its `timesteps[start:]` where
+                that method is missing.
 
         Returns:
-            A NamedTuple of float32 numpy arrays to scan over, with an entry for each call of the model: as many as steps, or
-            more if the method needs them (PNDM). Its `timestep` is the model's argument. And the standard deviation of the
-            starting noise.
+            A NamedTuple of float32 numpy arrays to scan over, with an entry for each call of the model: in the whole schedule
+            as many as steps, or more if the method needs them (PNDM). Its `timestep` is the model's argument, and
+            `image_scale` and `noise_scale` are for `add_noise`. And the standard deviation of the noise that a call without an
+            image begins with, whatever `start` is.
 
         Raises:
-            DistriError: The scheduler cannot make so many steps.
+            DistriError: The scheduler cannot make so many steps, or has no step `start`.
         """
 
-    def init(self, noise: Float[Array, "b h w c"], init_noise_sigma: float | np.floating | Float[Array, ""]) -> State:
-        """The state before the first step.
+    def init(
+        self,
+        latents: Float[Array, "b h w c"],
+        init_noise_sigma: float | np.floating | Float[Array, ""] = 1.0,
+    ) -> State:
+        """The state before the first step, without any history.
 
         Args:
-            noise: Standard normal noise, [b, h, w, c].
-            init_noise_sigma: The standard deviation of the first latents.
+            latents: What the call begins with, [b, h, w, c]: standard normal noise, or latents from `add_noise`.
+            init_noise_sigma: With noise alone, the standard deviation of the first latents.
         """
-        return State(jnp.asarray(noise, jnp.float32) * init_noise_sigma)
+        return State(jnp.asarray(latents, jnp.float32) * init_noise_sigma)
+
+    def add_noise(
+        self, image: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], step: Steps
+    ) -> Float[Array, "b h w c"]:
+        """The latents at the beginning of a step if the final image is `image`, float32. It is pointwise.
+
+        Args:
+            image: Latents without noise, [b, h, w, c].
+            noise: Standard normal noise, [b, h, w, c].
+            step: The step's constants.
+        """
+        return step.image_scale * jnp.asarray(image, jnp.float32) + step.noise_scale * jnp.asarray(noise, jnp.float32)
 
     def scale_input(self, latents: Float[Array, "b h w c"], step: Steps) -> Float[Array, "b h w c"]:
         """The latents as the model takes them, float32.
@@ -299,6 +324,22 @@ class ZeroSNRScheduler(Scheduler):
                 f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
                 f"{first}, so {type(self).__name__} cannot find it; use {instead}, or a model with 'v_prediction'"
             )
+
+
+def check_start(start: int, calls: int) -> int:
+    """Checks the index of the first step to make, and returns it as an int.
+
+    Args:
+        start: The index.
+        calls: How many calls of the model the whole schedule has.
+
+    Raises:
+        InvalidArgument: The schedule has no such step.
+    """
+    start = positive(start, "start", least=0)
+    if start >= calls:
+        raise InvalidArgument(f"start is {start} and the schedule has {calls} steps; give at most {calls - 1}")
+    return start
 
 
 def to_float32(steps: Steps) -> Steps:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
+from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, check_start, to_float32
 
 
 class DDIMSteps(NamedTuple):
@@ -24,6 +24,8 @@ class DDIMSteps(NamedTuple):
     """
 
     timestep: Column
+    image_scale: Column
+    noise_scale: Column
     image_from_latents: Column
     image_from_output: Column
     noise_from_latents: Column
@@ -56,8 +58,9 @@ class DDIM(ZeroSNRScheduler):
         self._flag("clip_sample", "set_alpha_to_one")
         self._positive_number("clip_sample_range")
 
-    def schedule(self, num_inference_steps: int) -> tuple[DDIMSteps, float]:
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[DDIMSteps, float]:
         timesteps = self.whole_timesteps(num_inference_steps)
+        timesteps = timesteps[check_start(start, len(timesteps)) :]
         table = self.cumulative_alphas().astype(np.float64)
         self.check_image_left(timesteps[0], table, "timestep_spacing 'leading', another scheduler")
         # as in diffusers a step is always train // steps wide, even if the spacing's next timestep is another
@@ -69,6 +72,8 @@ class DDIM(ZeroSNRScheduler):
         noise_from_latents, noise_from_output = common.noise_weights(self.prediction_type, alpha, sigma)
         steps = DDIMSteps(
             timestep=timesteps,
+            image_scale=alpha,
+            noise_scale=sigma,
             image_from_latents=image_from_latents,
             image_from_output=image_from_output,
             noise_from_latents=noise_from_latents,

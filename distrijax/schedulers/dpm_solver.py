@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, ZeroSNRScheduler, to_float32
+from distrijax.schedulers.base import Column, ZeroSNRScheduler, check_start, to_float32
 from distrijax.validate import check_choice
 
 
@@ -38,6 +38,8 @@ class DPMSolverSteps(NamedTuple):
     """
 
     timestep: Column
+    image_scale: Column
+    noise_scale: Column
     image_from_latents: Column
     image_from_output: Column
     from_latents: Column
@@ -97,16 +99,19 @@ class DPMSolverPP2M(ZeroSNRScheduler):
         self._flag("lower_order_final", "euler_at_final", "use_karras_sigmas")
         check_choice(self.solver_order, (1, 2), "solver_order")
 
-    def schedule(self, num_inference_steps: int) -> tuple[DPMSolverSteps, float]:
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[DPMSolverSteps, float]:
         timesteps, sigmas = self._levels(num_inference_steps)
+        start = check_start(start, len(timesteps))
+        sigmas = sigmas[start:]
         alphas = 1 / np.sqrt(sigmas**2 + 1)
-        image_from_latents, image_from_output = common.image_weights(
-            self.prediction_type, alphas[:-1], (sigmas * alphas)[:-1]
-        )
+        image_scale, noise_scale = alphas[:-1], (sigmas * alphas)[:-1]
+        image_from_latents, image_from_output = common.image_weights(self.prediction_type, image_scale, noise_scale)
         ratio = sigmas[1:] / sigmas[:-1]
-        slope = self._slope_weights(ratio, alphas[1:])
+        slope = self._slope_weights(ratio, alphas[1:], len(timesteps))
         steps = DPMSolverSteps(
-            timestep=timesteps,
+            timestep=timesteps[start:],
+            image_scale=image_scale,
+            noise_scale=noise_scale,
             image_from_latents=image_from_latents,
             image_from_output=image_from_output,
             from_latents=ratio * alphas[1:] / alphas[:-1],
@@ -115,8 +120,8 @@ class DPMSolverPP2M(ZeroSNRScheduler):
         )
         return to_float32(steps), 1.0
 
-    def init(self, noise, init_noise_sigma) -> MultistepState:
-        latents = super().init(noise, init_noise_sigma).latents
+    def init(self, latents, init_noise_sigma=1.0) -> MultistepState:
+        latents = super().init(latents, init_noise_sigma).latents
         return MultistepState(latents, jnp.zeros_like(latents))
 
     def update(self, state: MultistepState, model_output, step: DPMSolverSteps, noise=None) -> MultistepState:
@@ -139,13 +144,13 @@ class DPMSolverPP2M(ZeroSNRScheduler):
             sigmas = np.interp(timesteps, np.arange(len(table)), table)
         return timesteps, common.with_final(sigmas, self.final_sigmas_type, table)
 
-    def _slope_weights(self, ratio: common.PerStep, next_alpha: common.PerStep) -> common.PerStep:
-        """The weight of (image - previous image) in each step; 0 in a step of first order."""
+    def _slope_weights(self, ratio: common.PerStep, next_alpha: common.PerStep, total: int) -> common.PerStep:
+        """The weight of (image - previous image) in each step; 0 in a step of first order. `total`: steps of the whole schedule."""
         second = np.full(len(ratio), self.solver_order == 2)
         if (
             self.final_sigmas_type == common.FinalSigma.ZERO
             or self.euler_at_final
-            or (self.lower_order_final and len(ratio) < 15)
+            or (self.lower_order_final and total < 15)
         ):
             second[-1] = False
         h = -np.log(np.where(ratio > 0, ratio, 1.0))

@@ -17,13 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
+from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, check_start, to_float32
 
 
 class EulerSteps(NamedTuple):
     """The constants of Euler's steps: the next latents are from_latents * latents + from_output * model_output."""
 
     timestep: Column
+    image_scale: Column
+    noise_scale: Column
     input_scale: Column
     from_latents: Column
     from_output: Column
@@ -44,7 +46,7 @@ class SigmaScheduler(ZeroSNRScheduler):
         return timesteps, np.interp(timesteps, np.arange(len(table)), table), table
 
     def init_noise_sigma(self, sigmas: common.Boundaries) -> float:
-        """The standard deviation of the first latents. As in diffusers, only `leading` includes the variance of the image."""
+        """The standard deviation of the starting noise. As in diffusers, only `leading` includes the variance of the image."""
         leading = self.timestep_spacing == common.Spacing.LEADING
         return float(np.sqrt(sigmas.max() ** 2 + leading))
 
@@ -53,6 +55,8 @@ class SigmaScheduler(ZeroSNRScheduler):
         alpha = 1 / np.sqrt(sigma**2 + 1)
         on_latents, on_output = common.image_weights(self.prediction_type, alpha, sigma * alpha)
         return {
+            "image_scale": np.ones_like(sigma),
+            "noise_scale": sigma,
             "input_scale": alpha,
             "from_latents": ratio + (1 - ratio) * on_latents * alpha,
             "from_output": (1 - ratio) * on_output,
@@ -91,14 +95,16 @@ class Euler(SigmaScheduler):
             if getattr(self, name) is not None:
                 self._positive_number(name)
 
-    def schedule(self, num_inference_steps: int) -> tuple[EulerSteps, float]:
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[EulerSteps, float]:
         timesteps, sigmas, table = self.levels(num_inference_steps)
         if self.use_karras_sigmas:
             largest, smallest = self.sigma_max or sigmas[0], self.sigma_min or sigmas[-1]
             sigmas = common.karras_sigmas(largest, smallest, num_inference_steps)
             timesteps = common.sigmas_to_timesteps(sigmas, table)
         sigmas = common.with_final(sigmas, self.final_sigmas_type, table)
-        steps = EulerSteps(timestep=timesteps, **self.weights(sigmas[:-1], sigmas[1:] / sigmas[:-1]))
+        start = check_start(start, len(timesteps))
+        sigma, next_sigma = sigmas[start:-1], sigmas[start + 1 :]
+        steps = EulerSteps(timestep=timesteps[start:], **self.weights(sigma, next_sigma / sigma))
         return to_float32(steps), self.init_noise_sigma(sigmas)
 
     def update(self, state: State, model_output, step: EulerSteps, noise=None) -> State:

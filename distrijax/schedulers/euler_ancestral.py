@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, State, to_float32
+from distrijax.schedulers.base import Column, State, check_start, to_float32
 from distrijax.schedulers.euler import SigmaScheduler
 
 
@@ -24,6 +24,8 @@ class EulerAncestralSteps(NamedTuple):
     """
 
     timestep: Column
+    image_scale: Column
+    noise_scale: Column
     input_scale: Column
     from_latents: Column
     from_output: Column
@@ -37,15 +39,18 @@ class EulerAncestral(SigmaScheduler):
     diffusers_name: ClassVar[str] = "EulerAncestralDiscreteScheduler"
     needs_noise: ClassVar[bool] = True
 
-    def schedule(self, num_inference_steps: int) -> tuple[EulerAncestralSteps, float]:
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[EulerAncestralSteps, float]:
         timesteps, sigmas, table = self.levels(num_inference_steps)
         sigmas = common.with_final(sigmas, common.FinalSigma.ZERO, table)
-        sigma, next_sigma = sigmas[:-1], sigmas[1:]
+        start = check_start(start, len(timesteps))
+        sigma, next_sigma = sigmas[start:-1], sigmas[start + 1 :]
         # sigma_up^2 = next^2 (1 - ratio^2), and so sigma_down = next * ratio. diffusers subtracts the squares in float32
         # instead, which loses digits if next is far below sigma (zero SNR).
         ratio = next_sigma / sigma
         steps = EulerAncestralSteps(
-            timestep=timesteps, **self.weights(sigma, ratio**2), from_noise=next_sigma * np.sqrt(1 - ratio**2)
+            timestep=timesteps[start:],
+            **self.weights(sigma, ratio**2),
+            from_noise=next_sigma * np.sqrt(1 - ratio**2),
         )
         return to_float32(steps), self.init_noise_sigma(sigmas)
 

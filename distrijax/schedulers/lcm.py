@@ -16,7 +16,7 @@ import numpy as np
 
 from distrijax.errors import DistriError
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, to_float32
+from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, check_start, to_float32
 from distrijax.validate import positive
 
 SIGMA_DATA = 0.5
@@ -31,6 +31,8 @@ class LCMSteps(NamedTuple):
     """
 
     timestep: Column
+    image_scale: Column
+    noise_scale: Column
     image_from_latents: Column
     image_from_output: Column
     from_latents: Column
@@ -76,8 +78,9 @@ class LCM(ZeroSNRScheduler):
                 f"{self.num_train_timesteps} timesteps; use at most as many"
             )
 
-    def schedule(self, num_inference_steps: int) -> tuple[LCMSteps, float]:
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[LCMSteps, float]:
         timesteps = self._timesteps(num_inference_steps)
+        timesteps = timesteps[check_start(start, len(timesteps)) :]
         table = self.cumulative_alphas().astype(np.float64)
         self.check_image_left(timesteps[0], table, "another scheduler")
         alpha, sigma = np.sqrt(table[timesteps]), np.sqrt(1 - table[timesteps])
@@ -86,6 +89,8 @@ class LCM(ZeroSNRScheduler):
         width = scaled**2 + SIGMA_DATA**2
         steps = LCMSteps(
             timestep=timesteps,
+            image_scale=alpha,
+            noise_scale=sigma,
             image_from_latents=image_from_latents,
             image_from_output=image_from_output,
             from_latents=SIGMA_DATA**2 / width,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from distrijax.errors import DistriError
 from distrijax.schedulers import common
-from distrijax.schedulers.base import Column, Scheduler, to_float32
+from distrijax.schedulers.base import Column, Scheduler, check_start, to_float32
 
 FIRST_WEIGHTS = ((1, 0, 0, 0), (1 / 2, 1 / 2, 0, 0), (3 / 2, -1 / 2, 0, 0), (23 / 12, -16 / 12, 5 / 12, 0))
 """Weights of the model's output and of the three before it, in the first calls. The second call does not enter the history."""
@@ -37,6 +37,8 @@ class PNDMSteps(NamedTuple):
 
     Attributes:
         timestep: The model's argument.
+        image_scale: The image's factor in the latents at that timestep.
+        noise_scale: The noise's factor in them.
         from_latents: The weight of the latents.
         from_start: The weight of the latents that the previous call started from.
         from_output: The weight of this output of the model.
@@ -47,6 +49,8 @@ class PNDMSteps(NamedTuple):
     """
 
     timestep: Column
+    image_scale: Column
+    noise_scale: Column
     from_latents: Column
     from_start: Column
     from_output: Column
@@ -98,10 +102,13 @@ class PNDM(Scheduler):
                 "Diffusion's checkpoints do, or use another scheduler"
             )
 
-    def schedule(self, num_inference_steps: int) -> tuple[PNDMSteps, float]:
+    def schedule(self, num_inference_steps: int, start: int = 0) -> tuple[PNDMSteps, float]:
         timesteps = self.whole_timesteps(num_inference_steps)
         stride = self.num_train_timesteps // num_inference_steps
         visited = np.concatenate([timesteps[:2], timesteps[1:]])  # a single step has no second timestep
+        # As in diffusers, the second call makes the first one's step again wherever the schedule begins. The whole schedule visits
+        # its second timestep twice for that; one that begins after them does not, and skips a timestep after the second call.
+        visited = visited[check_start(start, len(visited)) :]
         repeated = np.arange(len(visited)) == REPEATED_CALL
         # as in diffusers a step is always train // steps wide, even if the spacing's is another
         before = visited + stride * repeated
@@ -112,6 +119,8 @@ class PNDM(Scheduler):
         means = np.array([*FIRST_WEIGHTS, *[ADAMS_BASHFORTH] * len(visited)])[: len(visited)]
         steps = PNDMSteps(
             visited,
+            np.sqrt(table[visited]),
+            np.sqrt(1 - table[visited]),
             np.where(repeated, 0, on_sample),
             np.where(repeated, on_sample, 0),
             *(on_output * weight for weight in means.T),
@@ -119,8 +128,8 @@ class PNDM(Scheduler):
         )
         return to_float32(steps), 1.0
 
-    def init(self, noise, init_noise_sigma) -> PNDMState:
-        latents = super().init(noise, init_noise_sigma).latents
+    def init(self, latents, init_noise_sigma=1.0) -> PNDMState:
+        latents = super().init(latents, init_noise_sigma).latents
         start, *outputs = (jnp.zeros_like(latents) for _ in range(4))
         return PNDMState(latents, start, tuple(outputs))
 

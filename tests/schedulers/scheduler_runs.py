@@ -59,6 +59,15 @@ def noises(steps, seed=0):
     return np.random.default_rng(seed).standard_normal((steps + 1, *SHAPE), np.float32)
 
 
+IMAGE = 0.5 * noises(0, seed=1)[0]
+"""The latents without noise of a call that begins with an image."""
+
+
+def step_of(constants, index):
+    """The constants of one step."""
+    return jax.tree.map(lambda column: column[index], constants)
+
+
 class DoubleTorch:
     """torch, but what a scheduler casts to float32 becomes float64."""
 
@@ -76,51 +85,68 @@ def in_float64(scheduler, monkeypatch):
             setattr(scheduler, table, getattr(scheduler, table).double())
 
 
-def run_diffusers(name, config, steps, monkeypatch, double=False):
-    """(timesteps, latents after each step) of diffusers' scheduler."""
-    dtype = torch.float64 if double else torch.float32
-    start, *fresh = torch.from_numpy(noises(steps)).to(dtype)
+def diffusers_scheduler(name, config, steps, start=0):
+    """diffusers' scheduler of a call that begins at the step with index `start`, and the timesteps from there on."""
     scheduler = getattr(diffusers, name)(**config)
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # otherwise a repeated first timestep is skipped
+        scheduler.set_begin_index(start)  # at 0, too: otherwise a repeated first timestep is skipped
+    return scheduler, scheduler.timesteps[start:]
+
+
+def run_diffusers(name, config, steps, monkeypatch, double=False, start=None):
+    """(timesteps, latents after each step) of diffusers' scheduler. `start`: as for `run`."""
+    dtype = torch.float64 if double else torch.float32
+    noise, *fresh = torch.from_numpy(noises(steps)).to(dtype)
+    scheduler, timesteps = diffusers_scheduler(name, config, steps, start or 0)
     trajectory, fresh = [], iter(fresh)
     with monkeypatch.context() as patch:
         for module in (scheduling_euler_ancestral_discrete, scheduling_lcm):
             patch.setattr(module, "randn_tensor", lambda *_, **__: next(fresh))
         if double:
             in_float64(scheduler, patch)
-        latents = start * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        if start is None:
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(torch.from_numpy(IMAGE).to(dtype), noise, timesteps[:1])
+        for timestep in timesteps:
             model_output = fake_model(scheduler.scale_model_input(latents, timestep), timestep.item())
             latents = scheduler.step(torch.from_numpy(model_output).to(dtype), timestep, latents).prev_sample
             trajectory.append(latents.numpy())
-    return scheduler.timesteps.numpy(), trajectory
+    return timesteps.numpy(), trajectory
 
 
-def run(scheduler, steps, model=fake_model):
-    """(timesteps, latents after each step) of this project's scheduler, one step at a time."""
-    start, *fresh = noises(steps)
-    constants, init_noise_sigma = scheduler.schedule(steps)
-    state, trajectory = scheduler.init(jnp.asarray(start), init_noise_sigma), []
+def run(scheduler, steps, model=fake_model, start=None):
+    """(timesteps, latents after each step) of this project's scheduler, one step at a time.
+
+    start: the index of the step at which a call begins with an image; None: it begins with noise alone.
+    """
+    noise, *fresh = map(jnp.asarray, noises(steps))
+    constants, init_noise_sigma = scheduler.schedule(steps, start or 0)
+    if start is None:
+        state = scheduler.init(noise, init_noise_sigma)
+    else:
+        state = scheduler.init(scheduler.add_noise(jnp.asarray(IMAGE), noise, step_of(constants, 0)))
+    trajectory = []
     for i in range(len(constants.timestep)):
-        step = jax.tree.map(lambda column, i=i: column[i], constants)
+        step = step_of(constants, i)
         model_output = model(scheduler.scale_input(state.latents, step), float(step.timestep))
-        noise = jnp.asarray(fresh[i]) if scheduler.needs_noise else None
+        noise = fresh[i] if scheduler.needs_noise else None
         state = scheduler.update(state, jnp.asarray(model_output), step, noise)
         trajectory.append(np.asarray(state.latents))
     return constants.timestep, trajectory
 
 
-def assert_agrees(kind, config, steps, monkeypatch, *, double):
+def assert_agrees(kind, config, steps, monkeypatch, *, double, start=None):
     """The same timesteps, and at every step a relative error (largest difference over largest value) under 1e-5.
 
     double: let diffusers step in float64, for schedules that begin at a sigma of thousands, where its float32
     arithmetic loses more than 1e-5. Their tables are float32 all the same, and the last digits of torch's roots and products
     are the processor's affair, so 1e-4 has to do.
+    start: as for `run`.
     """
-    timesteps, expected = run_diffusers(kind.diffusers_name, config, steps, monkeypatch, double)
-    own_timesteps, own = run(load_scheduler({"_class_name": kind.diffusers_name, **config}), steps)
+    timesteps, expected = run_diffusers(kind.diffusers_name, config, steps, monkeypatch, double, start)
+    own_timesteps, own = run(load_scheduler({"_class_name": kind.diffusers_name, **config}), steps, start=start)
     # Karras timesteps are looked up by sigma, and so show the last digit of torch.linspace, which the CPU decides
     np.testing.assert_allclose(own_timesteps, timesteps, rtol=0, atol=5e-3 if config.get("use_karras_sigmas") else 0)
     errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(own, expected, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from facts import refuses
 from jax.sharding import PartitionSpec as P
-from scheduler_runs import CLASSES, SDXL_CONFIG, SHAPE, SPACED, made, noises, run
+from scheduler_runs import CLASSES, IMAGE, SDXL_CONFIG, SHAPE, SPACED, made, noises, run, step_of
 
 from distrijax.schedulers import (
     DDIM,
@@ -63,6 +64,28 @@ def test_a_scan_over_the_steps_equals_a_python_loop(name):
     trajectory = compiled(scheduler, steps, sigma, jnp.asarray(start), jnp.stack(fresh))
     for a, b in zip(trajectory, run(scheduler, 7)[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@functools.partial(jax.jit, static_argnames="scheduler")
+def sample_image(scheduler, steps, image, noise, fresh):
+    """The whole loop from an image on."""
+    return sample(scheduler, steps, 1.0, scheduler.add_noise(image, noise, step_of(steps, 0)), fresh)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_call_that_begins_at_another_step_takes_the_same_program(name):
+    scheduler = load_scheduler(SDXL_CONFIG, name)
+    image, compiled = jnp.asarray(IMAGE), sample_image._cache_size()
+    for count, start in ((10, 5), (7, 2), (5, 0)):
+        steps, _ = scheduler.schedule(count, start)
+        assert len(steps.timestep) == (6 if name == "pndm" else 5)
+        noise, *fresh = map(jnp.asarray, noises(count)[: len(steps.timestep) + 1])
+        if name == "pndm":
+            fresh = [noise] * 6  # which is not used
+        trajectory = sample_image(scheduler, steps, image, noise, jnp.stack(fresh))
+        for a, b in zip(trajectory, run(scheduler, count, start=start)[1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    assert sample_image._cache_size() == compiled + 1
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -131,6 +154,29 @@ def test_constants_are_finite_for_any_number_of_steps(kind, spacing, prediction)
 def test_a_wrong_number_of_steps_is_refused(kind, steps):
     with refuses("num_inference_steps", repr(steps)):
         made(kind).schedule(steps)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("start", (-1, 2.0, True, "2", None))
+def test_a_wrong_start_is_refused(kind, start):
+    with refuses("start", repr(start), "whole number"):
+        made(kind).schedule(5, start)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_start_behind_the_last_step_is_refused(kind):
+    calls = 6 if kind is PNDM else 5
+    with refuses("start", calls, calls - 1):
+        made(kind).schedule(5, calls)
+    for last in (calls - 1, np.int64(calls - 1), jnp.array(calls - 1)):
+        assert len(made(kind).schedule(5, last)[0].timestep) == 1
+
+
+def test_noise_prediction_is_possible_where_an_image_is_left():
+    """The first step of these schedules is refused; see test_noise_prediction_where_no_image_is_left_is_refused."""
+    for kind in (DDIM, LCM):
+        steps, _ = kind(rescale_betas_zero_snr=True, timestep_spacing="trailing").schedule(20, 1)
+        assert all(np.isfinite(column).all() for column in steps)
 
 
 def test_steps_that_do_not_fit_the_spacing_are_refused():

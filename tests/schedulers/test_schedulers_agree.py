@@ -6,18 +6,21 @@ import itertools
 import random
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from scheduler_runs import CLASSES, SDXL_BETAS, assert_agrees
+from scheduler_runs import CLASSES, IMAGE, SDXL_BETAS, assert_agrees, diffusers_scheduler, noises, step_of
 
 from distrijax.schedulers import (
     DDIM,
     LCM,
     PNDM,
+    SCHEDULERS,
     DPMSolverPP2M,
     Euler,
     EulerAncestral,
+    load_scheduler,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning:diffusers")
@@ -133,8 +136,10 @@ def random_config(kind, choose):
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("seed", range(40))
 def test_any_mixture_of_options_agrees_with_diffusers(kind, seed, monkeypatch):
-    config, steps = random_config(kind, random.Random(f"{kind.__name__} {seed}"))
+    choose = random.Random(f"{kind.__name__} {seed}")
+    config, steps = random_config(kind, choose)
     assert_agrees(kind, config, steps, monkeypatch, double=True)
+    assert_agrees(kind, config, steps, monkeypatch, double=True, start=choose.randrange(steps))
 
 
 @pytest.mark.parametrize("zero_snr, tolerance", ((False, 0), (True, 1e-5)))
@@ -145,6 +150,45 @@ def test_the_table_of_alphas_is_that_of_diffusers(zero_snr, tolerance):
     np.testing.assert_allclose(DDIM.from_config(config).cumulative_alphas(), expected, rtol=tolerance)
 
 
+@pytest.mark.parametrize("start", (None, 5))
 @pytest.mark.parametrize("steps", (13, 14, 15, 16))
-def test_the_last_step_is_of_lower_order_below_fifteen_steps(steps, monkeypatch):
-    assert_agrees(DPMSolverPP2M, SDXL_BETAS | {"final_sigmas_type": "sigma_min"}, steps, monkeypatch, double=False)
+def test_the_last_step_is_of_lower_order_if_the_whole_schedule_is_below_fifteen_steps(steps, start, monkeypatch):
+    config = SDXL_BETAS | {"final_sigmas_type": "sigma_min"}
+    assert_agrees(DPMSolverPP2M, config, steps, monkeypatch, double=False, start=start)
+
+
+def named_cases():
+    """Every name in SCHEDULERS with every spacing and prediction that it has."""
+    for name, (kind, decided) in SCHEDULERS.items():
+        spacings = ("leading", "trailing", "linspace")
+        if "timestep_spacing" in kind.ignored | decided.keys():
+            spacings = (decided.get("timestep_spacing", "leading"),)
+        predictions = ("epsilon", "v_prediction", "sample")
+        if kind in (EulerAncestral, PNDM):
+            predictions = predictions[:2]  # as in cases
+        for spacing, prediction in itertools.product(spacings, predictions):
+            config = {"steps_offset": 1, "prediction_type": prediction, "timestep_spacing": spacing}
+            yield pytest.param(kind, SDXL_BETAS | config | decided, id=f"{name}-{spacing}-{prediction}")
+
+
+@pytest.mark.parametrize("steps, start", ((16, 8), (16, 0), (16, 1), (16, 15), (15, 13), (1, 0)))
+@pytest.mark.parametrize("kind, config", list(named_cases()))
+def test_a_call_that_begins_at_any_step_with_an_image_agrees_with_diffusers(kind, config, steps, start, monkeypatch):
+    assert_agrees(kind, config, steps, monkeypatch, double=False, start=start)
+
+
+def test_pndm_begins_at_its_last_call_too(monkeypatch):
+    config = SDXL_BETAS | {"steps_offset": 1, "skip_prk_steps": True}
+    assert_agrees(PNDM, config, 7, monkeypatch, double=False, start=7)  # one call more than there are steps
+
+
+@pytest.mark.parametrize("kind, config", list(named_cases()))
+def test_noise_is_added_as_in_diffusers_at_every_step(kind, config):
+    scheduler = load_scheduler({"_class_name": kind.diffusers_name, **config})
+    constants, _ = scheduler.schedule(20)
+    noise = noises(0)[0]
+    for start in range(len(constants.timestep)):
+        theirs, timesteps = diffusers_scheduler(kind.diffusers_name, config, 20, start)
+        expected = theirs.add_noise(torch.from_numpy(IMAGE), torch.from_numpy(noise), timesteps[:1]).numpy()
+        noisy = scheduler.add_noise(jnp.asarray(IMAGE), jnp.asarray(noise), step_of(constants, start))
+        np.testing.assert_allclose(noisy, expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scheduler_runs import SDXL_BETAS, SHAPE, ZERO_SNR, fake_model, made, noises, run
+from scheduler_runs import IMAGE, SDXL_BETAS, SHAPE, ZERO_SNR, fake_model, made, noises, run
 
 from distrijax.schedulers import (
     DDIM,
@@ -93,6 +93,16 @@ def test_the_exact_flow_of_a_gaussian_is_approached_at_the_solvers_order(schedul
     errors = [gaussian_error(scheduler, steps) for steps in (25, 50, 100)]
     for coarse, fine in itertools.pairwise(errors):
         assert 0.75 * 2**order < coarse / fine < 1.4 * 2**order, errors
+
+
+@pytest.mark.parametrize("kind", (DDIM, Euler, DPMSolverPP2M, EulerAncestral, LCM))
+@pytest.mark.parametrize("start", (0, 1, 5, 9))
+def test_a_call_that_begins_with_an_image_ends_with_it_if_the_model_sees_it(kind, start):
+    """Not PNDM's, which skips a timestep as diffusers' does."""
+    options = {"clip_sample": False} if kind in (DDIM, LCM) else {}
+    config = {"prediction_type": "sample", "timestep_spacing": "trailing"}
+    _, trajectory = run(kind(**SDXL_BETAS, **config, **options), 10, lambda latents, timestep: IMAGE, start=start)
+    np.testing.assert_allclose(trajectory[-1], IMAGE, rtol=0, atol=1e-5)
 
 
 def test_ancestral_sampling_of_a_gaussian_has_its_mean_and_spread():
