@@ -18,10 +18,11 @@ from distrijax.models.unet import Conditioning
 from distrijax.parallel.displaced import Displaced, Strategy
 from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import MeshPlan
+from distrijax.pipelines.run import initial_state
 from distrijax.sampling import denoise
 from distrijax.sampling.denoise import CallInputs, LoopSpec
 from distrijax.sampling.noise import band_noise, draw_latents, image_keys
-from distrijax.schedulers import State, load_scheduler
+from distrijax.schedulers import SCHEDULERS, State, load_scheduler
 from distrijax.weights.sharding import ModelLayout, Replicated
 
 ONE = MeshPlan(1, 1, 1)
@@ -304,3 +305,40 @@ def test_the_pace_is_the_next_stride_over_the_previous_one():
     steps = denoise.StepInputs.of(Step(np.array([900.0, 800, 800, 600, 500, 250])))
     np.testing.assert_allclose(steps.step_ratio, [1, 1, 1, 0.5, 2.5, 1])
     np.testing.assert_array_equal(steps.number, np.arange(1, 7))
+
+
+def test_a_schedule_that_begins_later_has_no_pace_yet_and_goes_on_with_the_numbers_of_its_steps():
+    steps = denoise.StepInputs.of(Step(np.array([600.0, 500, 250])), start=3)
+    np.testing.assert_allclose(steps.step_ratio, [1, 2.5, 1])
+    np.testing.assert_array_equal(steps.number, [4, 5, 6])
+
+
+@pytest.mark.parametrize("name", ("euler-ancestral", "ddim", "lcm"))
+def test_the_rest_of_a_schedule_goes_on_with_the_noise_of_the_whole(name):
+    scheduler = load_scheduler({}, name)
+    call = Call(MeshPlan(2, 2, 2), scheduler)
+
+    def run(state, first, last):
+        steps, _ = scheduler.schedule(6, first)
+        xs = jax.tree.map(lambda column: column[: last - first], denoise.StepInputs.of(steps, first))
+        return call.run(denoise.synchronous_steps, state, xs)
+
+    state = scheduler.init(jnp.asarray(start().latents), np.float32(scheduler.schedule(6)[1]))
+    whole = run(state, 0, 6).latents
+    assert relative_error(run(run(state, 0, 4), 4, 6).latents, whole) < 1e-6
+
+
+@pytest.mark.parametrize("plan", (ONE, MeshPlan(2, 2, 2)), ids=str)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_call_begins_with_an_image_and_the_images_own_noise_on_any_mesh(plan, name):
+    call = Call(plan, load_scheduler({}, name))
+    layout, scheduler = call.loop.layout, call.loop.scheduler
+    step = jax.tree.map(lambda column: column[0], scheduler.schedule(8, 4)[0])
+    image, seeds = jnp.asarray(normal(*SHAPE, seed=2)), np.array([[1, 0, 0], [2, 0, 0]], np.uint32)
+    begin = jax.jit(initial_state, static_argnums=0)
+    made_keys, state = begin((call.loop, SHAPE[-1]), (), seeds, np.float32(1), None, (image, step))
+    expected = scheduler.add_noise(image, band_noise(made_keys, 0, 0, SHAPE[1:]), step)
+    assert relative_error(state.latents, expected) < 1e-6
+    assert state.latents.sharding.is_equivalent_to(layout.sharding(layout.latents), 4)
+    given = begin((call.loop, SHAPE[-1]), (), seeds, np.float32(1), jnp.zeros(SHAPE), (image, step))[1]
+    np.testing.assert_allclose(given.latents, step.image_scale * image, rtol=1e-6)
