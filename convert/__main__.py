@@ -48,7 +48,6 @@ class Format(enum.StrEnum):
 
     DIFFUSERS = "diffusers"
     SINGLE = "single"
-    FLAX = "flax"
     ORBAX = "orbax"
 
 
@@ -141,8 +140,7 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
         elif kind is Format.ORBAX:
             write_orbax(seen, beside)
         else:
-            size = _bytes(arguments.max_shard_size or SHARD)
-            write_folder(seen, beside, flax=kind is Format.FLAX, max_shard_size=size)
+            write_folder(seen, beside, max_shard_size=_bytes(arguments.max_shard_size or SHARD))
 
 
 def _format(arguments: argparse.Namespace) -> Format:

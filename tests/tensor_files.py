@@ -1,4 +1,4 @@
-"""Small files of tensors as other libraries write them, and what is asked of their readers; the fuzzer uses them, too."""
+"""Small files of tensors as other libraries write them, and what is asked of their readers."""
 
 from __future__ import annotations
 

@@ -3,16 +3,15 @@
 Flax joins a module of a list to its number (`down_blocks_0`), ends names in `kernel`, `scale` and `embedding`, and has the
 channels of a convolution last (HWIO). CLIP's layers, though, are modules that are called `0`, `1`, ..., and the projections of
 the VAE's attention have the names that PyTorch's had at first. Names are those of maps in maps, joined by dots, as
-`flax_files` reads and writes them. Those of FlaxUNet2DConditionModel, FlaxAutoencoderKL, FlaxCLIPTextModel and
-FlaxCLIPTextModelWithProjection are meant; both libraries have left them out since.
+`flax_files` reads them. Those of FlaxUNet2DConditionModel, FlaxAutoencoderKL, FlaxCLIPTextModel and
+FlaxCLIPTextModelWithProjection are meant; both libraries have left them out since, so such files are read and not written.
 """
 
 from __future__ import annotations
 
-from distrijax.convert.engine import KERNEL, Row, Table, raise_for, to_ours, to_theirs
+from distrijax.convert.engine import KERNEL, Row, Table, to_ours
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
-from distrijax.weights.names import IGNORED, current_name
 
 KERNEL_AND_BIAS = Table(Row("kernel", "weight", KERNEL), Row("bias", "bias"))
 """A linear layer or a convolution."""
@@ -97,8 +96,8 @@ TEXT = Table(
     Row("text_projection.kernel", "text_projection.weight", KERNEL),
 )
 
-TABLES = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT}
-"""By the name of the part in the diffusers layout."""
+TABLES = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
+"""By the kind of model; both text encoders of SDXL are of one kind."""
 
 TELLING = {
     "unet": "down_blocks_0.resnets_0.conv1.kernel",
@@ -129,23 +128,3 @@ def from_flax(tensors: Tensors, what: str) -> Tensors:
     Raises DistriError for another model, and one that lists every tensor that its table does not know.
     """
     return to_ours(TABLES[flax_part(tensors, what)], tensors, what)[0]
-
-
-def to_flax(tensors: Tensors, part: str) -> Tensors:
-    """The inverse of `from_flax`. part: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
-
-    PyTorch's older names are understood. The table of positions that old text encoders carry is left out, for Flax's have none.
-    Raises DistriError for another part, one that lists every tensor that Flax has no name for, and for a name that comes twice.
-    """
-    if part not in TABLES:
-        raise DistriError(f"Flax's names of {part!r} are not known; choose one of: {', '.join(TABLES)}")
-    current: Tensors = {}
-    duplicate = []
-    for name, tensor in tensors.items():
-        now = current_name(name)
-        if now in current:
-            duplicate.append(name)
-        if now not in IGNORED:
-            current[now] = tensor
-    raise_for({"duplicate": duplicate} if duplicate else {}, part)
-    return to_theirs(TABLES[part], current, part)[0]

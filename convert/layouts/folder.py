@@ -10,8 +10,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
-from distrijax.convert.layouts.flax_names import from_flax, to_flax
-from distrijax.convert.readers.flax_files import write_flax
+from distrijax.convert.layouts.flax_names import from_flax
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
@@ -83,13 +82,15 @@ def read_files(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, bytes
     return {part: read_json(path) for part, path in configs.items() if path.exists()}, files
 
 
-def write_folder(
-    checkpoint: Checkpoint, folder: Path, *, flax: bool = False, max_shard_size: int | str = "10GB"
-) -> None:
+def write_folder(checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | str = "10GB") -> None:
     """Writes a folder in the diffusers layout: what `from_pretrained` reads, here and in diffusers.
 
-    flax: Flax's names, layouts and files, as diffusers read them until 0.39, in place of safetensors. max_shard_size: bytes of
-    a file of safetensors, or "5GB". Use `atomic_write` around it.
+    Use `atomic_write` around it.
+
+    Args:
+        checkpoint: What to write.
+        folder: Where.
+        max_shard_size: Bytes of a file of safetensors, or a text such as "5GB".
     """
     _write_json(folder / "model_index.json", checkpoint.index)
     for part, config in checkpoint.configs.items():
@@ -99,11 +100,8 @@ def write_folder(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     for part, tensors in checkpoint.tensors.items():
-        of_transformers = part.startswith("text_encoder")
-        if flax:
-            write_flax(to_flax(tensors, part), folder / part / f"{STEMS['.msgpack'][of_transformers]}.msgpack")
-        else:
-            _write_shards(tensors, folder / part, STEMS[".safetensors"][of_transformers], max_shard_size)
+        stem = STEMS[".safetensors"][part.startswith("text_encoder")]
+        _write_shards(tensors, folder / part, stem, max_shard_size)
 
 
 def _write_shards(tensors: Tensors, folder: Path, stem: str, max_shard_size: int | str) -> None:

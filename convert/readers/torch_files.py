@@ -1,32 +1,31 @@
-"""Torch's files (.ckpt, .bin, .pt, .pth), zip archives and what torch wrote before 1.6, read without torch.
+"""Torch's files (.ckpt, .bin, .pt, .pth), zip archives and the format before torch 1.6, read without torch.
 
-torch.load(weights_only=True) would read them too. It takes memory on a file's word, though (`bytearray` is among what it
-calls), holds the whole of an older file in memory, and refuses checkpoints that a trainer's callbacks left their class names
-in. Here the pickle is read as data (`pickles`): no file can have anything called, and tensors stay in the file until read.
+A pickle may name any function, to be called by whoever opens it. The unpickler here resolves no name to a real one except
+`collections.OrderedDict`: torch's functions that rebuild tensors become functions that describe them, and classes of packages
+that trainers leave in checkpoints become `Ignored`. Any other name is refused. Data of tensors stays in the file until it is read.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import collections
+import io
 import math
+import pickle
+import struct
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from distrijax.convert.readers import zips
-from distrijax.convert.readers.pickles import UNKNOWN, Call, Hostile, Named, Persistent, read_pickle
-from distrijax.convert.source import NAME, Source, checked_shape, reason
+from distrijax.convert.source import Source, add, checked_shape
 from distrijax.convert.tensors import Shape, Tensor, Tensors
 from distrijax.errors import DistriError
 
-MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY = b"\x80\x02\x8a\x0a" + MAGIC.to_bytes(10, "little")
-"""How a file begins that torch wrote before 1.6, or without its zip format: with a pickle of a number."""
+LEGACY = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+"""First bytes of a file in the format before torch 1.6: a pickle of a magic number."""
 
 STORAGES = {
     f"{name}Storage": np.dtype(kind)
@@ -54,26 +53,29 @@ TYPES = {
     "uint32": np.dtype("<u4"),
     "uint64": np.dtype("<u8"),
 }
-"""Of tensors for which torch has no storage of their own."""
+"""Data types without a typed storage."""
 
-DEPTH = 16
-"""Of dictionaries in dictionaries; checkpoints have two or three."""
+PACKAGES = frozenset(
+    "argparse _codecs collections datetime diffusers ldm lightning lightning_fabric lightning_utilities numpy omegaconf pathlib "
+    "pytorch_lightning sgm torch torchmetrics transformers typing".split()
+)
+"""Packages whose classes occur in trainers' checkpoints. They are not imported."""
 
-
-Read = Callable[[int, Shape, np.dtype], np.ndarray]
+BUILTINS = frozenset(
+    "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple".split()
+)
 
 
 class Storage(NamedTuple):
-    """A run of elements that tensors are cut out of."""
+    """A run of elements that tensors are views of."""
 
     key: str
     dtype: np.dtype
     count: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class View:
-    """A tensor as torch describes it: elements of a storage, from `start` on, `strides` apart."""
+class View(NamedTuple):
+    """A tensor as torch describes it: elements of a storage from `start` on, `strides` apart."""
 
     storage: Storage
     start: int
@@ -81,186 +83,196 @@ class View:
     strides: tuple[int, ...]
     dtype: np.dtype
 
-    def __post_init__(self):
-        if len(self.strides) != len(self.shape) or any(
-            type(s) is not int or s < 0 for s in (self.start, *self.strides)
-        ):
-            raise ValueError("a tensor's strides are not those of its shape")
-        room = self.storage.count * self.storage.dtype.itemsize // self.dtype.itemsize - self.start
-        if 0 not in self.shape and max(self.span, math.prod(self.shape)) > room:
-            raise ValueError("a tensor has more elements than its storage")
+    def tensor(self, source: Source, offset: int, read: Any) -> Tensor:
+        """The tensor, where its storage begins at `offset` of the file; `read` is called as `Source.array`.
 
-    @property
-    def span(self) -> int:
-        """From its first element to its last, in elements."""
-        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
-
-    def tensor(self, source: Source, offset: int, read: Read) -> Tensor:
-        """It, where its storage begins at `offset` of the file. read: what of the file is a given array."""
+        Raises ValueError where the view does not lie within its storage.
+        """
+        strides_fit = isinstance(self.strides, tuple) and len(self.strides) == len(self.shape)
+        if not strides_fit or not all(type(n) is int and n >= 0 for n in (self.start, *self.strides)):
+            raise ValueError("the strides of a tensor do not fit its shape")
         if 0 in self.shape:
             return Tensor(self.shape, self.dtype, lambda: np.empty(self.shape, self.dtype))
-        start, span = offset + self.start * self.dtype.itemsize, self.span
-        if start + span * self.dtype.itemsize > source.size:
-            raise ValueError(f"it ends at byte {source.size}, and a tensor goes on")
-        if span == math.prod(self.shape) and self.strides == _row_major(self.shape, self.strides):
-            return Tensor(self.shape, self.dtype, lambda: read(start, self.shape, self.dtype))
-        return Tensor(self.shape, self.dtype, lambda: self._gathered(read(start, (span,), self.dtype)))
+        item = self.dtype.itemsize
+        span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        if (self.start + max(span, math.prod(self.shape))) * item > self.storage.count * self.storage.dtype.itemsize:
+            raise ValueError("a tensor has more elements than its storage")
+        steps = tuple(stride * item for stride in self.strides)
 
-    def _gathered(self, elements: np.ndarray) -> np.ndarray:
-        steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
-        return np.ndarray(self.shape, self.dtype, elements, strides=steps).copy()
+        def gather() -> np.ndarray:
+            elements = read(offset + self.start * item, (span,), self.dtype)
+            return np.asarray(np.ndarray(self.shape, self.dtype, elements, strides=steps), order="C")
+
+        return Tensor(self.shape, self.dtype, gather)
 
 
-def _row_major(shape: Shape, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an array that lies in row-major order. Along an axis of length 1 any will do: those of `strides`."""
-    result, step = [], 1
-    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        result.append(stride if length == 1 else step)
-        step *= length
-    return tuple(reversed(result))
+class Ignored:
+    """An object of a class that no tensor needs. It accepts whatever a pickle does to an object."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Ignored:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any): ...
+
+    def _accept(self, *_: Any) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = add = _accept
+
+
+class ParameterDict(dict):
+    """torch.nn.ParameterDict, whose parameters are an attribute of it."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state["_parameters"])
+
+
+class Unpickler(pickle.Unpickler):
+    """Yields dictionaries of `View`s; runs nothing that a file names."""
+
+    def __init__(self, source: Source, file: BinaryIO):
+        super().__init__(file, encoding="latin1")
+        self.source = source
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        if module == "torch._utils":
+            if name not in REBUILD:
+                raise ValueError(f"it holds a tensor made by {name}, which cannot be converted")
+            return REBUILD[name]
+        if package == "torch" and name in (*STORAGES, *TYPES):
+            return name
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if name == "ParameterDict" and package == "torch":
+            return ParameterDict
+        if name in BUILTINS if module in ("builtins", "__builtin__") else package in PACKAGES:
+            return Ignored
+        raise DistriError(
+            f"{self.source.path} is a pickle that would run {f'{module}.{name}'[:120]!a} when opened, which weights do not "
+            "need; do not trust it, and look for a safetensors file instead"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage, ("storage", type, key, device, elements); or a class with its source text, ("module", class, ...)."""
+        if pid[0] == "module":
+            return pid[1]
+        _, kind, key, _, count = pid[:5]
+        if kind not in STORAGES:
+            raise ValueError("it holds tensors of a type that cannot be converted")
+        if any(pid[5:]):
+            raise ValueError("it holds a view of a storage as written by torch before 0.4")
+        return self.storages.setdefault(key, Storage(key, STORAGES[kind], count))
+
+
+def _rebuild_tensor(storage: Storage, start: int, shape: Any, strides: Any, *_: Any) -> View:
+    return View(storage, start, checked_shape(shape), strides, storage.dtype)
+
+
+def _rebuild_tensor_v3(storage: Storage, start: int, shape: Any, strides: Any, *rest: Any) -> View:
+    """rest: requires_grad, backward hooks, data type, metadata."""
+    if (dtype := TYPES.get(rest[2])) is None:
+        raise ValueError("it holds tensors of a type that cannot be converted")
+    return View(storage, start, checked_shape(shape), strides, dtype)
+
+
+def _rebuild_parameter(view: View, *_: Any) -> View:
+    return view
+
+
+REBUILD = {
+    "_rebuild_tensor": _rebuild_tensor,
+    "_rebuild_tensor_v2": _rebuild_tensor,
+    "_rebuild_tensor_v3": _rebuild_tensor_v3,
+    "_rebuild_parameter": _rebuild_parameter,
+    "_rebuild_parameter_with_state": _rebuild_parameter,
+}
 
 
 def open_torch_zip(source: Source) -> Tensors:
     """The tensors of a zip archive such as torch writes. Raises DistriError for any other."""
-    with _parsed(source):
-        entries = zips.entries(source)
+    with source.parsed_as("torch file"), zipfile.ZipFile(source.path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1 or any("/code/" in name for name in entries):
             raise DistriError(
                 f"{source.path} is a zip archive, but not one of weights that torch.save wrote; give one of a state_dict"
             )
         folder = pickles[0].removesuffix("data.pkl")
-        if (order := f"{folder}byteorder") in entries and source.read(
-            zips.stored(entries, order).offset, 6
-        ) != b"little":
-            raise ValueError("its bytes are in the order of another machine")
-        where = zips.stored(entries, pickles[0])
-        zips.check(source, where)
-        with source.open(where.offset) as file:
-            content = read_pickle(file, where.size, source.spend, _convert)
-        return {name: _in_zip(view, source, entries, folder) for name, view in _flattened(source, content).items()}
+
+        def stored(name: str) -> tuple[int, zipfile.ZipInfo]:
+            """Where an entry's bytes begin, and the entry."""
+            entry = entries[f"{folder}{name}"]
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                raise ValueError(f"{entry.filename!a} is compressed or encrypted, which torch does not do")
+            name_and_extra = struct.unpack("<HH", source.read(entry.header_offset + 26, 4))
+            return entry.header_offset + 30 + sum(name_and_extra), entry
+
+        def content(name: str) -> bytes:
+            offset, entry = stored(name)
+            return _checked(source, entry, offset, (entry.file_size,), np.dtype(np.uint8)).tobytes()
+
+        def located(view: View) -> Tensor:
+            offset, entry = stored(f"data/{view.storage.key}")
+            if entry.file_size < view.storage.count * view.storage.dtype.itemsize:
+                raise ValueError(f"its storage {view.storage.key} is cut off")
+            return view.tensor(source, offset, partial(_checked, source, entry))
+
+        if f"{folder}byteorder" in entries and content("byteorder") != b"little":
+            raise ValueError("its bytes are in big-endian order")
+        tree = Unpickler(source, io.BytesIO(content("data.pkl"))).load()
+        return {name: located(view) for name, view in _flattened(tree).items()}
 
 
-def _in_zip(view: View, source: Source, entries: dict[str, zips.Entry], folder: str) -> Tensor:
-    entry = zips.stored(entries, f"{folder}data/{view.storage.key}")
-    if entry.size < view.storage.count * view.storage.dtype.itemsize:
-        raise ValueError(f"its storage {view.storage.key} is cut off")
-    return view.tensor(source, entry.offset, partial(_checked, source, entry))
-
-
-def _checked(source: Source, entry: zips.Entry, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """A part of a storage; of all of it the CRC-32 can be told."""
+def _checked(source: Source, entry: zipfile.ZipInfo, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """A part of an entry; of a whole entry the CRC-32 is checked, unless torch left it out (0)."""
     array = source.array(offset, shape, dtype)
-    if array.nbytes == entry.size:
-        with _parsed(source):
-            entry.check(zlib.crc32(array.reshape(-1).view(np.uint8)))
+    if array.nbytes == entry.file_size and entry.CRC not in (0, zlib.crc32(array.reshape(-1).view(np.uint8))):
+        raise source.broken("torch file", f"the CRC-32 of {entry.filename!a} is not that of its bytes")
     return array
 
 
 def open_torch_legacy(source: Source) -> Tensors:
-    """The tensors of a file of torch before 1.6: pickles, then the storages, each behind the number of its elements."""
-    with _parsed(source), source.open() as file:
-        _, version, system = (read_pickle(file, source.size - file.tell(), source.spend) for _ in range(3))
-        if version != 1001 or not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise ValueError("it is of another version, or its bytes are in the order of another machine")
-        storages: dict[str, Storage] = {}
-        content = read_pickle(file, source.size - file.tell(), source.spend, lambda call: _convert(call, storages))
-        keys = read_pickle(file, source.size - file.tell(), source.spend)
-        offsets = _legacy_offsets(source, file.tell(), keys, storages)
-        views = _flattened(source, content).items()
+    """The tensors of a file of torch before 1.6: five pickles, then each storage after its number of elements."""
+    with source.parsed_as("torch file"), source.open() as file:
+        _, version, system = (Unpickler(source, file).load() for _ in range(3))
+        if version != 1001 or system["little_endian"] is not True:
+            raise ValueError("it is of another version, or in big-endian order")
+        unpickler = Unpickler(source, file)
+        content = unpickler.load()
+        offsets, position = {}, None
+        for key in Unpickler(source, file).load():
+            position, storage = file.tell() if position is None else position, unpickler.storages[key]
+            count = int.from_bytes(source.read(position, 8), "little")
+            if count != storage.count:
+                raise ValueError(f"its storage {key} has {count} elements and not {storage.count}")
+            offsets[key] = position + 8
+            position += 8 + count * storage.dtype.itemsize
+        if position is not None and position > source.size:
+            raise ValueError(f"it ends at byte {source.size}, and {position} were promised")
+        views = _flattened(content).items()
         return {name: view.tensor(source, offsets[view.storage.key], source.array) for name, view in views}
 
 
-def _legacy_offsets(source: Source, position: int, keys: Any, storages: dict[str, Storage]) -> dict[str, int]:
-    """Where each storage begins; the first lies at `position`."""
-    if not isinstance(keys, list) or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
-        raise ValueError("its storages are not those it names")
-    offsets = {}
-    for key in keys:
-        count = int.from_bytes(source.read(position, 8), "little")
-        if count != storages[key].count:
-            raise ValueError(f"its storage {key} has {count} elements and not {storages[key].count}")
-        offsets[key] = position + 8
-        position += 8 + count * storages[key].dtype.itemsize
-    if position > source.size:
-        raise ValueError(f"it ends at byte {source.size}, and {position} were promised")
-    return offsets
+def _flattened(content: Any) -> dict[str, View]:
+    """The tensors of nested dictionaries, names joined by dots; of a `state_dict` within, if there is one.
 
-
-def _convert(call: Call, storages: dict[str, Storage] | None = None) -> Any:
-    """What a call in a pickle of torch's means: a tensor, or nothing that is needed."""
-    function, arguments = call
-    if function.module != "torch._utils":
-        return UNKNOWN
-    if function.name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and arguments:
-        return arguments[0]
-    if function.name not in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3") or len(arguments) < 4:
-        raise ValueError(f"it holds a tensor made by {function}, which can't be converted")
-    storage = _storage(arguments[0])
-    dtype = storage.dtype
-    if function.name == "_rebuild_tensor_v3":
-        named = arguments[6] if len(arguments) > 6 else None
-        if not isinstance(named, Named) or named.name not in TYPES:
-            raise ValueError("it holds tensors of a type that can't be converted")
-        dtype = TYPES[named.name]
-    if storages is not None and storages.setdefault(storage.key, storage) != storage:
-        raise ValueError(f"its storage {storage.key} is described in two ways")
-    if not isinstance(arguments[3], tuple):
-        raise ValueError("a tensor's strides are not those of its shape")
-    return View(storage, arguments[1], checked_shape(arguments[2]), arguments[3], dtype)
-
-
-def _storage(description: Any) -> Storage:
-    """The storage that a pickle names: ("storage", its type, key, device, elements)."""
-    fields = description.description if isinstance(description, Persistent) else None
-    if not isinstance(fields, tuple) or len(fields) not in (5, 6) or any(fields[5:]):
-        raise ValueError("a tensor has no storage, or a part of one as torch before 0.4 wrote it")
-    _, kind, key, _, count = fields[:5]
-    if not isinstance(kind, Named) or kind.name not in STORAGES:
-        raise ValueError("it holds tensors of a type that can't be converted")
-    if not isinstance(key, str) or len(key) > NAME or type(count) is not int or not 0 <= count < 2**48:
-        raise ValueError("a storage is not described as torch does it")
-    return Storage(key, STORAGES[kind.name], count)
-
-
-def _flattened(source: Source, content: Any) -> dict[str, View]:
-    """The tensors of dictionaries in dictionaries, names joined by dots; the inside of a `state_dict`, if there is one.
-
-    What is no tensor (an epoch, a learning rate, a trainer's settings) goes unsaid.
+    Whatever is not a tensor (an epoch, a learning rate, settings) is left out.
     """
-    for _ in range(DEPTH):
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
     if isinstance(content, View):
         return {"tensor": content}
     if not isinstance(content, dict):
         raise ValueError("it holds no named tensors")
     found: dict[str, View] = {}
-    _collect(source, content, "", found, set(), DEPTH)
+    _collect(content, "", found)
     return found
 
 
-def _collect(source: Source, content: dict, prefix: str, found: dict[str, View], seen: set[int], depth: int) -> None:
-    """Raises ValueError for dictionaries that hold themselves, or that lie in more than one place."""
-    if id(content) in seen or depth == 0:
-        raise ValueError("a dictionary in it holds itself, or lies in several places")
-    if len(prefix) > NAME:
-        raise ValueError(f"names in it have more than {NAME} characters")
-    seen.add(id(content))
+def _collect(content: dict, prefix: str, found: dict[str, View]) -> None:
     for key, value in content.items():
         if isinstance(value, dict):
-            _collect(source, value, f"{prefix}{key}.", found, seen, depth - 1)
-        elif isinstance(value, View):
-            source.add(found, f"{prefix}{key}", value)
-
-
-@contextmanager
-def _parsed(source: Source) -> Iterator[None]:
-    with source.parsed_as("torch file"):
-        try:
-            yield
-        except Hostile as error:
-            raise DistriError(
-                f"{source.path} would have {reason(error)} called by whoever opens it as a pickle, and weights need no such thing; "
-                "don't trust it, and look for a safetensors file instead"
-            ) from None
+            _collect(value, f"{prefix}{key}.", found)
+        elif isinstance(value, View) and isinstance(key, str | int):
+            add(found, f"{prefix}{key}", value)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from facts import refuses, says
 from filelock import FileLock
+from flax_model import flax_folder
 from oracle import psnr
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -30,8 +31,11 @@ from distrijax.convert.__main__ import main
 from distrijax.convert.cache import _locked, prepared
 from distrijax.convert.sources import Recipe
 
-FORMATS = ("diffusers", "single", "flax")
-PAIRS = [*itertools.product(FORMATS, FORMATS), ("orbax", "diffusers"), ("single", "orbax"), ("orbax", "flax")]
+PAIRS = [
+    *itertools.product(("diffusers", "single", "flax"), ("diffusers", "single")),
+    ("orbax", "diffusers"),
+    ("single", "orbax"),
+]
 
 
 def convert(*arguments: object) -> None:
@@ -77,11 +81,9 @@ def single(model) -> Path:
 @pytest.fixture(scope="module")
 def formats(model, single) -> dict[str, Path]:
     """The same model in every format."""
-    made = {"diffusers": model, "single": single}
-    for kind in ("flax", "orbax"):
-        made[kind] = model.parent / kind
-        convert(model, made[kind], "--format", kind)
-    return made
+    orbax = model.parent / "orbax"
+    convert(model, orbax, "--format", "orbax")
+    return {"diffusers": model, "single": single, "flax": flax_folder(model, model.parent / "flax"), "orbax": orbax}
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
@@ -126,7 +128,7 @@ def test_pickles_are_read(model, tmp_path):
 
 
 def test_classes_of_flax_are_named_as_pytorchs(model, tmp_path):
-    convert(model, tmp_path / "flax", "--format", "flax")
+    flax_folder(model, tmp_path / "flax")
     index = tmp_path / "flax" / "model_index.json"
     index.write_text(index.read_text().replace('"CLIPText', '"FlaxCLIPText').replace('"UNet2D', '"FlaxUNet2D'))
     convert(tmp_path / "flax", tmp_path / "folder")
@@ -225,11 +227,6 @@ def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, ca
             "--format diffusers",
             "single",
         ],
-        "nowhere.safetensors OUT --format flax --max-shard-size 5GB": [
-            "--max-shard-size",
-            "--format diffusers",
-            "flax",
-        ],
         "nowhere.safetensors OUT --format orbax --max-shard-size 5GB": [
             "--max-shard-size",
             "--format diffusers",
@@ -237,11 +234,11 @@ def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, ca
         ],
         "MODEL . --force": ["DESTINATION", re.compile(r" \.[ ,;]")],
         "MODEL .. --force": ["DESTINATION", re.compile(r" \.\.[ ,;]")],
-        "MODEL OUT.safetensors --format flax": ["--format", "flax", "folder"],
+        "MODEL OUT.safetensors --format orbax": ["--format", "orbax", "folder"],
         "MODEL OUT --format single": ["--format", "single", "file", ".safetensors"],
         "MODEL OUT.ckpt": [".safetensors", "out.safetensors", "folder"],
         "MODEL OUT.bin --dry-run": [".safetensors", "out.safetensors", "folder"],
-        "nowhere/y.ckpt OUT.ckpt --format flax": [".safetensors", "out.safetensors", "folder"],
+        "nowhere/y.ckpt OUT.ckpt --format orbax": [".safetensors", "out.safetensors", "folder"],
         "MODEL OUT --vae MODEL/unet": ["encoder.conv_in.weight"],
     }.items(),
 )
@@ -282,7 +279,7 @@ def half(model) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", ["out", "out.safetensors", "out --format flax", "out --format orbax"])
+@pytest.mark.parametrize("target", ["out", "out.safetensors", "out --format orbax"])
 def test_a_lora_that_is_too_much_for_16_bits_is_named_and_nothing_is_written(model, half, style, tmp_path, target):
     held = {*tmp_path.iterdir()}
     name, *flags = target.split()

@@ -17,8 +17,6 @@ from facts import one_sentence, refuses, says
 from tensor_files import Arrays, arrays, of_torch, small, torch_bytes, torch_state, written
 
 from distrijax.convert.files import open_tensors
-from distrijax.convert.readers import flax_files
-from distrijax.convert.readers.flax_files import write_flax
 from distrijax.convert.readers.safetensors_files import read_metadata, write_safetensors
 from distrijax.convert.readers.torch_files import LEGACY
 from distrijax.convert.tensors import Tensor, of_array
@@ -139,34 +137,10 @@ def test_safetensors_written_are_those_of_the_library(tmp_path):
     check_same(path, arrays())
 
 
-@pytest.mark.parametrize("limit", [8, 40, 2**30])
-def test_flax_written_is_that_of_the_library(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", limit)
-    monkeypatch.setattr(flax_files, "CHUNK", limit)
-    path = tmp_path / "written"
-    write_flax({name: of_array(array) for name, array in arrays().items()}, path)
-    ordered = nested(dict(sorted(arrays().items())))
-    assert path.read_bytes() == flax.serialization.msgpack_serialize(ordered)
-    check_same(path, arrays())
-
-
-@pytest.mark.parametrize("count", [1, 15, 16, 17, 300])
-def test_flax_written_with_maps_and_names_of_every_length(tmp_path, count):
-    held = {"n" * (index + 1): np.full(index, index, np.int16) for index in range(count)}
-    path = tmp_path / "written"
-    write_flax({name: of_array(array) for name, array in held.items()}, path)
-    assert path.read_bytes() == flax.serialization.msgpack_serialize(held)
-    check_same(path, held)
-
-
 def test_writers_refuse_what_a_format_lacks(tmp_path):
     complex_ = {"a": of_array(np.zeros(2, np.complex128))}
     with refuses("a", "complex128"):
         write_safetensors(complex_, tmp_path / "file")
-    with refuses("a", "complex128"):
-        write_flax(complex_, tmp_path / "file")
-    with refuses("a.b", "name"):
-        write_flax(dict.fromkeys(("a", "a.b"), of_array(np.zeros(2))), tmp_path / "file")
     with refuses("__metadata__"):
         write_safetensors({"__metadata__": of_array(np.zeros(2))}, tmp_path / "file")
     with refuses("a", "float64 [2]", "float64 [3]"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import weakref
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,12 +17,9 @@ from facts import refuses
 
 import distrijax
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.files import open_tensors
-from distrijax.convert.layouts.flax_names import from_flax, to_flax
 from distrijax.convert.layouts.folder import from_folder
 from distrijax.convert.readers import orbax_files
-from distrijax.convert.readers.flax_files import write_flax
-from distrijax.convert.readers.orbax_files import is_orbax, read_orbax, write_orbax
+from distrijax.convert.readers.orbax_files import is_orbax, open_model, read_orbax, write_orbax
 from distrijax.convert.readers.safetensors_files import DTYPES
 from distrijax.convert.tensors import Tensor, Tensors, of_array
 
@@ -88,17 +85,6 @@ def test_every_type_of_tensor_comes_back(tmp_path):
     check_same(read_orbax(tmp_path / "orbax").tensors["unet"], tensors)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
-def test_weights_whose_rows_differ_come_back(tmp_path, dtype):
-    """Zstd cuts its blocks where the statistics change."""
-    rng = np.random.default_rng(0)
-    weight, scales = rng.normal(size=(640, 640)), np.exp(2 * rng.normal(size=(640, 1)))
-    kept = np.repeat(rng.random((40, 1)) < 0.5, 16, 0)
-    tensors = {"scaled": of_array((weight * scales).astype(dtype)), "pruned": of_array((weight * kept).astype(dtype))}
-    write_orbax(small(tensors), tmp_path / "orbax")
-    check_same(read_orbax(tmp_path / "orbax").tensors["unet"], tensors)
-
-
 def test_a_trained_model_comes_back(tmp_path):
     """The embedded one, in bfloat16."""
     trained = from_folder(Path(distrijax.__file__).parent / "tiny")
@@ -108,13 +94,26 @@ def test_a_trained_model_comes_back(tmp_path):
     check_same(read_orbax(tmp_path / "orbax").tensors["unet"], bfloat16)
 
 
-def test_from_flax_through_orbax_to_flax_a_file_is_the_same(checkpoints, tmp_path):
-    write_flax(to_flax(checkpoints[1].tensors["text_encoder"], "text_encoder"), tmp_path / "first.msgpack")
-    tensors = from_flax(open_tensors(tmp_path / "first.msgpack"), "first.msgpack")
-    write_orbax(Checkpoint({}, {}, {"text_encoder": tensors}, {}), tmp_path / "orbax")
-    held = read_orbax(tmp_path / "orbax").tensors["text_encoder"]
-    write_flax(to_flax(held, "text_encoder"), tmp_path / "second.msgpack")
-    assert (tmp_path / "first.msgpack").read_bytes() == (tmp_path / "second.msgpack").read_bytes()
+@pytest.mark.parametrize("kind", [ocp.StandardCheckpointer, ocp.PyTreeCheckpointer])
+def test_what_orbax_writes_by_itself_is_read(tmp_path, kind):
+    weight, bias = np.arange(6000, dtype=np.float32).reshape(20, 300), np.zeros(3, np.float16)
+    tree = {
+        "a": {"weight": weight, "bias": bias},
+        "b.c": np.ones(5),
+        "jax": jnp.arange(7, dtype=jnp.bfloat16),
+        "no": {},
+    }
+    with kind() as checkpointer:
+        checkpointer.save(tmp_path / "model", tree)
+    wanted = {"a.weight": weight, "a.bias": bias, "b.c": tree["b.c"], "jax": np.asarray(tree["jax"])}
+    check_same(open_model(tmp_path / "model"), {name: of_array(array) for name, array in wanted.items()})
+
+
+def test_what_is_no_array_is_refused(tmp_path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", {"a": np.ones(3), "name": "text"})
+    with refuses(str(tmp_path / "model"), "orbax"):
+        open_model(tmp_path / "model")
 
 
 def test_no_more_than_a_batch_is_in_memory_while_it_is_written(monkeypatch, tmp_path):
@@ -207,11 +206,3 @@ def test_a_tensor_without_elements_is_refused_before_anything_is_written(tmp_pat
     with refuses("unet.v_pred", "elements"):
         write_orbax(small({"v_pred": of_array(np.zeros(0, np.float32))}), tmp_path / "orbax")
     assert not (tmp_path / "orbax").exists()
-
-
-def test_without_orbax_it_is_told_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    monkeypatch.setitem(sys.modules, "tensorstore", None)
-    for use in (lambda: write_orbax(small({}), tmp_path / "orbax"), lambda: read_orbax(tmp_path)):
-        with refuses("pip install 'distrijax[train]'"):
-            use()
