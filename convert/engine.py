@@ -50,14 +50,6 @@ TRANSPOSED = Transform(
     lambda arrays: arrays[0].T,
 )
 
-KERNEL = Transform(
-    "a Flax kernel",  # of a linear layer, transposed; of a convolution, HWIO there and OIHW here
-    lambda shape: shape[::-1] if len(shape) == 2 else _axes(shape, 3, 2, 0, 1),
-    lambda array, _: array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1),
-    lambda shape: shape[::-1] if len(shape) == 2 else _axes(shape, 2, 3, 1, 0),
-    lambda arrays: arrays[0].T if arrays[0].ndim == 2 else arrays[0].transpose(2, 3, 1, 0),
-)
-
 SQUEEZED = Transform(
     "squeezed",  # a convolution of 1x1 there, a linear layer here; a bias, or what is linear already, is the same in both
     lambda shape: shape[:2] if all(size == 1 for size in shape[2:]) else None,
@@ -208,10 +200,6 @@ def raise_for(problems: dict[str, list[str]], what: str) -> None:
     """One DistriError for all of them, by kind; nothing where there are none."""
     if problems:
         raise DistriError(f"{what} can't be converted; give a whole file of a supported model: {summary(problems)}")
-
-
-def _axes(shape: Shape, *order: int) -> Shape | None:
-    return tuple(shape[axis] for axis in order) if len(shape) == len(order) else None
 
 
 def _pattern(name: str) -> re.Pattern:
