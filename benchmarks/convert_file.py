@@ -32,7 +32,8 @@ from distrijax import DistriError
 from distrijax.cli.options import Parser, check_positive, json_lines, plain_errors
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import needed
-from distrijax.convert.layouts.original import FAMILIES, to_original
+from distrijax.convert.layouts.families import FAMILIES
+from distrijax.convert.layouts.original import to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.tensors import Shape, Tensor
 

@@ -37,7 +37,7 @@ except ImportError:
 
 from distrijax import DEFAULT_MODEL
 from distrijax.cli.options import Parser
-from distrijax.convert.layouts.sdxl import SDXL
+from distrijax.convert.layouts.families import SDXL
 from distrijax.json_config import read_json
 from distrijax.models.unet import abstract_unet
 from distrijax.models.unet_config import UNetConfig

@@ -32,7 +32,7 @@ def check_complete(checkpoint: Checkpoint, what: str) -> None:
         for kind, names in {
             "missing": wanted.keys() - found.keys(),
             "unexpected": found.keys() - wanted.keys(),
-            "misshapen": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+            "of the wrong shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
         }.items():
             if names:
                 problems.setdefault(kind, []).extend(f"{part}.{name}" for name in sorted(names))

@@ -1,21 +1,21 @@
-"""Tables of names and named transforms, and the one engine that takes tensors through them, in either direction.
+"""Tables of names and transforms, and the engine that renames tensors by them, from a source's layout to diffusers' and back.
 
-    Row("in_layers.0.", "norm1.")                       a prefix: what follows it is carried over
-    Row("input_blocks.1.0.", "down_blocks.0.resnets.0.", RESNET)      what follows goes through another table
+    Row("in_layers.0.", "norm1.")                       a prefix: what follows it is kept
+    Row("input_blocks.1.0.", "down_blocks.0.resnets.0.", RESNET)      what follows it is looked up in another table
     Row("resblocks.{n}.", "encoder.layers.{n}.", LAYER)               {n} stands for a number
     Row("q.", "to_q.", SQUEEZED)                        a transform of the tensor
-    Row("in_proj_weight", ("q.weight", "k.weight", "v.weight"), SPLIT)    one tensor there, several here
-    Row("position_ids", None)                           known, and of no use here
+    Row("in_proj_weight", ("q.weight", "k.weight", "v.weight"), SPLIT)    one tensor in the source, several in diffusers
+    Row("position_ids", None)                           known, and not needed
 
-"Theirs" is the foreign layout, "ours" the names that PyTorch's diffusers and transformers give.
+"diffusers" means the names that PyTorch's diffusers and transformers give.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -23,103 +23,84 @@ from distrijax.convert.tensors import Shape, Tensor, Tensors
 from distrijax.errors import DistriError
 from distrijax.weights.files import summary
 
+Problems = dict[str, list[str]]
+"""Names of tensors by what is wrong with them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A change of layout that loses nothing. One of their tensors is `parts` of ours.
+    """A lossless change of layout.
 
-    shape: of each of ours, of theirs; None where the transform does not apply. split: ours number i, of theirs.
-    whole_shape, join: theirs, of all of ours.
+    split: the tensors in diffusers, of the source's one; raises ValueError for a shape that it does not apply to.
+    join: the inverse. parts: how many there are in diffusers.
     """
 
     name: str
-    shape: Callable[[Shape], Shape | None]
-    split: Callable[[np.ndarray, int], np.ndarray]
-    whole_shape: Callable[[Shape], Shape | None]
+    split: Callable[[np.ndarray], Sequence[np.ndarray]]
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
     parts: int = 1
 
 
-SAME = Transform("same", lambda shape: shape, lambda array, _: array, lambda shape: shape, lambda arrays: arrays[0])
+SAME = Transform("same", lambda array: (array,), lambda arrays: arrays[0])
 
-TRANSPOSED = Transform(
-    "transposed",
-    lambda shape: shape[::-1] if len(shape) == 2 else None,
-    lambda array, _: array.T,
-    lambda shape: shape[::-1] if len(shape) == 2 else None,
-    lambda arrays: arrays[0].T,
-)
+TRANSPOSED = Transform("transposed", lambda array: (array.T,), lambda arrays: arrays[0].T)
 
 SQUEEZED = Transform(
-    "squeezed",  # a convolution of 1x1 there, a linear layer here; a bias, or what is linear already, is the same in both
-    lambda shape: shape[:2] if all(size == 1 for size in shape[2:]) else None,
-    lambda array, _: array.reshape(array.shape[:2]),
-    lambda shape: (*shape, 1, 1) if len(shape) == 2 else shape if len(shape) == 1 else None,
+    "squeezed",  # a 1x1 convolution in the source, a linear layer in diffusers; a bias is the same in both
+    lambda array: (array.reshape(array.shape[:2]),),
     lambda arrays: arrays[0].reshape(*arrays[0].shape, *(1, 1) * (arrays[0].ndim == 2)),
 )
 
-SPLIT = Transform(
-    "split in three",
-    lambda shape: (shape[0] // 3, *shape[1:]) if shape and shape[0] % 3 == 0 else None,
-    lambda array, part: np.split(array, 3)[part],
-    lambda shape: (3 * shape[0], *shape[1:]) if shape else None,
-    np.concatenate,
-    parts=3,
-)
+SPLIT = Transform("split in three", lambda array: np.split(np.atleast_1d(array), 3), np.concatenate, parts=3)
 
 
 class Row:
     """One line of a table.
 
-    theirs, ours: names, or beginnings of names that end in a dot. ours: as many as the transform has parts, or None for what
-    is dropped. then: a transform of the tensor, or a table for the rest of the name.
+    source, diffusers: names, or prefixes that end in a dot; diffusers is a tuple where the transform has several parts, and
+    None for what is dropped. then: a transform of the tensor, or a table for the rest of the name.
     """
 
-    def __init__(self, theirs: str, ours: str | tuple[str, ...] | None, then: Transform | Table = SAME):
-        self.theirs = theirs
-        self.ours = (ours,) if isinstance(ours, str) else ours or ()
+    def __init__(self, source: str, diffusers: str | tuple[str, ...] | None, then: Transform | Table = SAME):
+        self.source = source
+        self.diffusers = (diffusers,) if isinstance(diffusers, str) else diffusers or ()
         self.then = then
-        parts = then.parts if isinstance(then, Transform) else 1
-        if self.ours and len(self.ours) != parts:
-            raise ValueError(f"{theirs} has {len(self.ours)} names for {parts} parts")
-        self._from_theirs = _pattern(theirs)
-        self._from_ours = [_pattern(name) for name in self.ours]
 
-    def from_theirs(self, name: str) -> Mapped | None:
-        return self._mapped(self._from_theirs.fullmatch(name), Table.from_theirs)
+    def from_source(self, name: str) -> Mapped | None:
+        return self._mapped((self.source,), name, Table.from_source)
 
-    def from_ours(self, name: str) -> Mapped | None:
-        found = (pattern.fullmatch(name) for pattern in self._from_ours)
-        return self._mapped(next(filter(None, found), None), Table.from_ours)
+    def from_diffusers(self, name: str) -> Mapped | None:
+        return self._mapped(self.diffusers, name, Table.from_diffusers)
 
-    def _mapped(self, found: re.Match | None, inner: Callable[[Table, str], Mapped | None]) -> Mapped | None:
+    def _mapped(self, names: Iterable[str], name: str, inner: Callable[[Table, str], Mapped | None]) -> Mapped | None:
+        found = next(filter(None, (_pattern(each).fullmatch(name) for each in names)), None)
         if found is None:
             return None
         *numbers, rest = found.groups()
-        theirs, ours = _fill(self.theirs, numbers), [_fill(name, numbers) for name in self.ours]
-        if not isinstance(self.then, Table):
-            return Mapped(theirs + rest, tuple(name + rest for name in ours), self.then)
-        if not ours:
-            return Mapped(theirs + rest, (), SAME)
+        source, diffusers = _fill(self.source, numbers), [_fill(each, numbers) for each in self.diffusers]
+        if not diffusers:
+            return Mapped(source + rest, (), SAME)
+        if isinstance(self.then, Transform):
+            return Mapped(source + rest, tuple(each + rest for each in diffusers), self.then)
         within = inner(self.then, rest)
         if within is None:
             return None
-        return Mapped(theirs + within.theirs, tuple(ours[0] + name for name in within.ours), within.transform)
+        return Mapped(source + within.source, tuple(diffusers[0] + each for each in within.diffusers), within.transform)
 
 
 class Table:
-    """Rows; the first that fits a name decides."""
+    """Rows; the first that fits a name applies."""
 
     def __init__(self, *rows: Row):
         self.rows = rows
 
-    def from_theirs(self, name: str) -> Mapped | None:
-        """What one of their names is here; None for a name that no row knows."""
-        return next(filter(None, (row.from_theirs(name) for row in self.rows)), None)
+    def from_source(self, name: str) -> Mapped | None:
+        """Where a tensor of the source goes; None for a name that no row knows."""
+        return next(filter(None, (row.from_source(name) for row in self.rows)), None)
 
-    def from_ours(self, name: str) -> Mapped | None:
-        """The tensor of theirs that holds one of ours, and all of ours that it holds; None for a name that no row knows."""
-        return next(filter(None, (row.from_ours(name) for row in self.rows)), None)
+    def from_diffusers(self, name: str) -> Mapped | None:
+        """The source's tensor that holds one of diffusers, and all that it holds; None for a name that no row knows."""
+        return next(filter(None, (row.from_diffusers(name) for row in self.rows)), None)
 
     def __add__(self, other: Table) -> Table:
         return Table(*self.rows, *other.rows)
@@ -127,83 +108,98 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-    """Where a tensor of theirs goes. ours: names, none for what is dropped."""
+    """Where a tensor of the source goes. diffusers: names, none for what is dropped."""
 
-    theirs: str
-    ours: tuple[str, ...]
+    source: str
+    diffusers: tuple[str, ...]
     transform: Transform
 
     def __str__(self) -> str:
         how = "" if self.transform is SAME else f"  [{self.transform.name}]"
-        return f"{self.theirs} -> {', '.join(self.ours) or 'dropped'}{how}"
+        return f"{self.source} -> {', '.join(self.diffusers) or 'dropped'}{how}"
 
 
-def to_ours(table: Table, theirs: Tensors, what: str) -> tuple[Tensors, list[Mapped]]:
-    """Their tensors with our names and layouts, and how each came to be.
+def to_diffusers(table: Table, tensors: Tensors, what: str) -> tuple[Tensors, list[Mapped]]:
+    """A source's tensors with diffusers' names and layouts, and where each went.
 
     what: the file, for the error. Raises one DistriError that lists every name that no row knows or that comes twice, and
-    every shape that its transform can't take.
+    every shape that its transform does not apply to.
     """
-    ours: Tensors = {}
+    found: Tensors = {}
     mapping: list[Mapped] = []
-    problems: dict[str, list[str]] = {}
-    for name, tensor in theirs.items():
-        if (mapped := table.from_theirs(name)) is None:
+    problems: Problems = {}
+    for name, tensor in tensors.items():
+        if (mapped := table.from_source(name)) is None:
             problems.setdefault("unknown", []).append(name)
             continue
         mapping.append(mapped)
-        shape = mapped.transform.shape(tensor.shape)
-        if mapped.ours and shape is None:
-            problems.setdefault("misshapen", []).append(
-                f"{name} is {list(tensor.shape)}, to be {mapped.transform.name}"
-            )
+        split = mapped.transform.split
+        try:
+            shapes = [part.shape for part in split(_stand_in(tensor.shape))]
+        except ValueError:
+            shape = f"{name} is {list(tensor.shape)}, to be {mapped.transform.name}"
+            problems.setdefault("of the wrong shape", []).append(shape)
             continue
-        for part, target in enumerate(mapped.ours):
-            if target in ours:
+        for part, target in enumerate(mapped.diffusers):
+            if target in found:
                 problems.setdefault("duplicate", []).append(name)
-            ours[target] = tensor.then(partial(_part, mapped.transform, part), shape=shape)
+            found[target] = tensor.then(lambda array, split=split, part=part: split(array)[part], shape=shapes[part])
     raise_for(problems, what)
-    return ours, mapping
+    return found, mapping
 
 
-def to_theirs(table: Table, ours: Tensors, what: str) -> tuple[Tensors, list[Mapped]]:
-    """The inverse of `to_ours`. Raises DistriError as it does, and where a part of a tensor of theirs is missing."""
-    theirs: Tensors = {}
-    made: dict[str, tuple[str, ...]] = {}
-    mapping: list[Mapped] = []
-    problems: dict[str, list[str]] = {}
-    for name, tensor in ours.items():
-        if (mapped := table.from_ours(name)) is None:
+def to_source(table: Table, tensors: Tensors, what: str) -> Tensors:
+    """The inverse of `to_diffusers`. Raises DistriError as it does, and where a part of a tensor is missing."""
+    known: dict[str, Mapped] = {}
+    problems: Problems = {}
+    for name in tensors:
+        if (mapped := table.from_diffusers(name)) is None:
             problems.setdefault("unknown", []).append(name)
-            continue
-        if mapped.theirs in made:
-            if made[mapped.theirs] != mapped.ours:
-                problems.setdefault("duplicate", []).append(name)
-            continue
-        made[mapped.theirs] = mapped.ours
-        absent = [part for part in mapped.ours if part not in ours]
-        if absent:
+        elif known.setdefault(mapped.source, mapped).diffusers != mapped.diffusers:
+            problems.setdefault("duplicate", []).append(name)
+    found: Tensors = {}
+    for source, mapped in known.items():
+        if absent := [name for name in mapped.diffusers if name not in tensors]:
             problems.setdefault("missing", []).extend(absent)
             continue
-        shape = mapped.transform.whole_shape(tensor.shape)
-        if shape is None or any(ours[part].shape != tensor.shape for part in mapped.ours):
-            problems.setdefault("misshapen", []).append(f"{name} is {list(tensor.shape)}")
+        parts = [tensors[name] for name in mapped.diffusers]
+        if len({part.shape for part in parts}) > 1:
+            shape = f"{mapped.diffusers[0]} is {list(parts[0].shape)}, unlike the other parts of {source}"
+            problems.setdefault("of the wrong shape", []).append(shape)
             continue
-        mapping.append(mapped)
-        parts = [ours[part] for part in mapped.ours]
-        theirs[mapped.theirs] = Tensor(shape, tensor.dtype, partial(_whole, mapped.transform, parts))
+        shape = mapped.transform.join([_stand_in(part.shape) for part in parts]).shape
+        found[source] = Tensor(shape, parts[0].dtype, functools.partial(_joined, mapped.transform, parts))
     raise_for(problems, what)
-    return theirs, mapping
+    return found
 
 
-def raise_for(problems: dict[str, list[str]], what: str) -> None:
-    """One DistriError for all of them, by kind; nothing where there are none."""
+def raise_for(problems: Problems, what: str) -> None:
+    """One DistriError for all of them; nothing where there are none."""
     if problems:
         raise DistriError(f"{what} can't be converted; give a whole file of a supported model: {summary(problems)}")
 
 
+def layer(transform: Transform = SAME) -> Table:
+    """The weight and bias of a layer, whose weight may be laid out in another way; no others."""
+    return Table(Row("weight", "weight", transform), Row("bias", "bias"))
+
+
+LAYER = layer()
+"""A layer as it is."""
+
+
+def _stand_in(shape: Shape) -> np.ndarray:
+    """An array of a shape that takes no memory. Raises ValueError for a shape that no array has."""
+    return np.broadcast_to(np.False_, shape)
+
+
+def _joined(transform: Transform, parts: Sequence[Tensor]) -> np.ndarray:
+    return transform.join([part.read() for part in parts])
+
+
+@functools.cache
 def _pattern(name: str) -> re.Pattern:
-    """Matches a name, or a beginning that ends in a dot; groups: the numbers, and the rest."""
+    """Matches a name, or a prefix that ends in a dot; groups: the numbers, and the rest."""
     numbered = re.escape(name).replace(re.escape("{n}"), r"(\d+)")
     return re.compile(numbered + ("(.+)" if name.endswith(".") else "()"), re.ASCII | re.DOTALL)
 
@@ -212,20 +208,3 @@ def _fill(name: str, numbers: list[str]) -> str:
     for number in numbers:
         name = name.replace("{n}", number, 1)
     return name
-
-
-def _part(transform: Transform, part: int, array: np.ndarray) -> np.ndarray:
-    return transform.split(array, part)
-
-
-def _whole(transform: Transform, parts: list[Tensor]) -> np.ndarray:
-    return transform.join([part.read() for part in parts])
-
-
-def layer(transform: Transform = SAME) -> Table:
-    """The two tensors of a layer, whose weight may be laid out in another way; no others."""
-    return Table(Row("weight", "weight", transform), Row("bias", "bias"))
-
-
-LAYER = layer()
-"""A layer as it is."""

@@ -12,7 +12,7 @@ from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.kinds import recognise
-from distrijax.convert.layouts.original import FAMILIES
+from distrijax.convert.layouts.families import FAMILIES
 from distrijax.convert.tensors import FLOATS, Tensor, Tensors
 from distrijax.models.families import FAMILIES as PIPELINES
 from distrijax.weights.load import finite
@@ -41,7 +41,7 @@ def describe_checkpoint(checkpoint: Checkpoint, mapping: list[Mapped]) -> Iterat
     yield f"scheduler: {scheduler.get('_class_name')}, predicts {scheduler.get('prediction_type', 'epsilon')}"
     for part, tensors in checkpoint.tensors.items():
         yield f"{part}: {_sizes(tensors)}"
-    if dropped := [mapped.theirs for mapped in mapping if not mapped.ours]:
+    if dropped := [mapped.source for mapped in mapping if not mapped.diffusers]:
         yield f"dropped: {len(dropped)} tensors that no picture needs ({', '.join(dropped[:4])}{' ...' * (len(dropped) > 4)})"
     for part, tensors in checkpoint.tensors.items():
         yield from _oddities(tensors, f"{part}.")

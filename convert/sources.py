@@ -23,7 +23,8 @@ from distrijax.convert.complete import check_complete
 from distrijax.convert.engine import SAME, Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.layouts.folder import from_folder, read_files, read_model
-from distrijax.convert.layouts.original import convert_original, unet_from, vae_from
+from distrijax.convert.layouts.original import convert_original
+from distrijax.convert.layouts.original_parts import unet_from, vae_from
 from distrijax.convert.readers.orbax_files import is_orbax, read_orbax
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError

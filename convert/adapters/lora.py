@@ -143,7 +143,7 @@ def _change(lora: Lora, module: str, factors: dict[str, tuple[Key, Tensor]], pro
         problems.setdefault("incomplete", []).append(f"{module} lacks {' and '.join(sorted(absent))}")
         return None
     if "alpha" in tensors and tensors["alpha"].size != 1:
-        problems.setdefault("misshapen", []).append(f"alpha of {module} is {list(tensors['alpha'].shape)}")
+        problems.setdefault("of the wrong shape", []).append(f"alpha of {module} is {list(tensors['alpha'].shape)}")
         return None
     if "magnitude" in tensors:  # flat, which tells it from LyCORIS' lengths of the inputs
         size = tensors["magnitude"].size
@@ -158,7 +158,7 @@ def _target(
     shape = change.method.shape({role: tensor.shape for role, tensor in change.factors.items()})
     if shape is None:
         factors = (f"{role} {list(tensor.shape)}" for role, tensor in change.factors.items() if role not in COMMON)
-        problems.setdefault("misshapen", []).append(f"{module} has {' and '.join(factors)}")
+        problems.setdefault("of the wrong shape", []).append(f"{module} has {' and '.join(factors)}")
         return None
     fitting = [target for target in found if _fits(shape, change, _held(checkpoint, target).shape)]
     if len(fitting) == 1:
@@ -168,7 +168,9 @@ def _target(
         problems.setdefault("ambiguous", []).append(f"{module} is in {parts}")
     elif found:
         needed = " or ".join(str(list(_held(checkpoint, target).shape)) for target in found)
-        problems.setdefault("misshapen", []).append(f"{module} changes {list(shape)} and the model has {needed}")
+        problems.setdefault("of the wrong shape", []).append(
+            f"{module} changes {list(shape)} and the model has {needed}"
+        )
     else:
         problems.setdefault("unknown", []).append(module)
     return None

@@ -103,7 +103,7 @@ def spellings(checkpoint: Checkpoint) -> dict[tuple[str, str], list[Target]]:
 
 
 def _original_names(part: str, tensors: dict[str, Tensor]) -> Table | None:
-    return unet_table(UNetLayout.of_ours(tensors, "the checkpoint's UNet")) if part == "unet" and tensors else None
+    return unet_table(UNetLayout.of_diffusers(tensors, "the checkpoint's UNet")) if part == "unet" and tensors else None
 
 
 def _spelt(part: str, module: str, leaf: str, table: Table | None) -> Iterator[tuple[str, bool]]:
@@ -113,8 +113,8 @@ def _spelt(part: str, module: str, leaf: str, table: Table | None) -> Iterator[t
         yield f"{part}.{name}", False
         for prefix in UNDERSCORED[part]:
             yield prefix + name.replace(".", "_"), False
-    if table and (mapped := table.from_ours(f"{module}.{leaf}")):
-        theirs = mapped.theirs.removesuffix(f".{leaf}")
+    if table and (mapped := table.from_diffusers(f"{module}.{leaf}")):
+        theirs = mapped.source.removesuffix(f".{leaf}")
         yield "lora_unet_" + theirs.replace(".", "_"), True
         for prefix in ("diffusion_model.", "model.diffusion_model.", "unet."):
             yield prefix + theirs, True

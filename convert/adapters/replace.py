@@ -8,9 +8,9 @@ from typing import Any
 
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
+from distrijax.convert.configs import compatible, merge_configs, to_json_value
 from distrijax.convert.layouts.original_unet import describe_unet
 from distrijax.convert.layouts.original_vae import describe_vae
-from distrijax.convert.settle import agree, settle, spoken
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
 from distrijax.models.unet_config import UNetConfig
@@ -80,12 +80,12 @@ def _replaced(
         raise DistriError(f"the checkpoint has no {part} that {what} could take the place of; give a whole pipeline")
     old = CONFIGS[part].from_dict(held)  # which knows the defaults
     for key in neighbours:
-        if not agree(told[key], getattr(old, key)):
+        if not compatible(told[key], getattr(old, key)):
             raise DistriError(
-                f"{what}: {key} of its {part} is {spoken(told[key])} and the model's is {getattr(old, key)}; "
+                f"{what}: {key} of its {part} is {to_json_value(told[key])} and the model's is {getattr(old, key)}; "
                 f"give a {part} that was made for a model of this kind"
             )
-    config = settle(part, told, held, given or {}, what)
+    config = merge_configs(part, told, held, given or {}, what)
     check_complete(dataclasses.replace(checkpoint, configs={part: config}, tensors={part: tensors}), what)
     replaced = checkpoint.with_tensors(part, tensors)
     return dataclasses.replace(replaced, configs={**checkpoint.configs, part: config})

@@ -1,40 +1,33 @@
-"""Single files in the original layouts (CompVis, SGM), in and out, tensors by name; the files themselves are read elsewhere.
+"""Single files in the original layouts (CompVis, SGM), read and written, as tensors by name.
 
-names and shapes -> recognise -> family: rows -> to_ours -> parts -> describe -> configs -> Checkpoint
-Checkpoint -> family: rows -> to_theirs -> names as CompVis and SGM write them
+names and shapes -> recognise -> family: rows -> to_diffusers -> parts -> describe -> configs -> Checkpoint
+Checkpoint -> family: rows -> to_source -> names as CompVis and SGM write them
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.engine import SAME, Mapped, raise_for, to_ours, to_theirs
+from distrijax.convert.configs import compatible, merge_configs
+from distrijax.convert.engine import SAME, Mapped, raise_for, to_diffusers, to_source
 from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise
+from distrijax.convert.layouts.families import EPSILON_STEP, FAMILIES, REFINER, SD1, SD2, SDXL
 from distrijax.convert.layouts.family import MARKERS, UNET, Config, OriginalFamily, without
-from distrijax.convert.layouts.original_parts import unet_from, vae_from
 from distrijax.convert.layouts.original_text import describe_text, heads_of
 from distrijax.convert.layouts.original_unet import TIME_COND, describe_unet
 from distrijax.convert.layouts.original_vae import describe_vae
-from distrijax.convert.layouts.refiner import REFINER
-from distrijax.convert.layouts.sd1 import SD1
-from distrijax.convert.layouts.sd2 import EPSILON_STEP, SD2
-from distrijax.convert.layouts.sdxl import SDXL
 from distrijax.convert.layouts.vocabulary import SIZE, tokenizer_files
-from distrijax.convert.settle import agree, settle
 from distrijax.convert.tensors import Tensors, of_array
 from distrijax.errors import DistriError, warn
 from distrijax.schedulers import SCHEDULERS
 from distrijax.schedulers.common import Prediction
 from distrijax.validate import choose
 from distrijax.weights.names import IGNORED, current_name
-
-__all__ = ["FAMILIES", "convert_original", "from_original", "to_original", "unet_from", "vae_from"]
-
-FAMILIES = {family.kind: family for family in (SD1, SD2, SDXL, REFINER)}
 
 ADVICE = {
     Kind.UNET: "give it as the UNet (--unet) of a whole model",
@@ -60,31 +53,15 @@ DEFAULTS = {
         "num_train_timesteps": 1000,
     },
 }
-"""Keys that change the picture and that no tensor tells, and what they are where a config lacks them."""
+"""Keys that change the image and that shapes do not imply, with their defaults."""
 
 SAMPLING = ("rescale_betas_zero_snr", "set_alpha_to_one", "steps_offset", "timestep_spacing")
-"""Further such keys of a scheduler; what they are where a config lacks them is a matter of its class."""
+"""Further such keys of a scheduler; their defaults depend on its class."""
 
 
-def from_original(
-    tensors: Tensors,
-    what: str,
-    *,
-    ema: bool = False,
-    config: Mapping[str, Config] | None = None,
-    prediction_type: str | None = None,
-    files: Mapping[str, bytes] | None = None,
-) -> Checkpoint:
-    """The parts of a single file in the layout of Stable Diffusion 1.x, 2.x, XL or the XL refiner.
-
-    what: the file, for errors. ema: take the UNet's averaged weights. config: of each part (`unet`, `vae`, `text_encoder`,
-    `text_encoder_2`, `scheduler`) a whole config or some of its keys, for what can't be told from shapes.
-    prediction_type: "epsilon" or "v_prediction"; by default v_prediction where the file is marked so (`v_pred`) and in SD 2.x,
-    whose two kinds differ in no tensor. files: the tokenizers' files, by path, instead of CLIP's.
-    Raises DistriError for a file that is something else, for unknown tensors, and for configs that do not fit.
-    """
-    options = {"config": config, "prediction_type": prediction_type, "files": files}
-    return convert_original(tensors, what, ema=ema, **options)[0]
+def from_original(tensors: Tensors, what: str, **options: Any) -> Checkpoint:
+    """The checkpoint of `convert_original` alone."""
+    return convert_original(tensors, what, **options)[0]
 
 
 def convert_original(
@@ -96,18 +73,36 @@ def convert_original(
     prediction_type: str | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> tuple[Checkpoint, list[Mapped]]:
-    """`from_original`, and where each tensor of the file went; nothing of the weights is read."""
+    """The parts of a single file of Stable Diffusion 1.x, 2.x, XL or the XL refiner, and where each tensor went.
+
+    No weight is read.
+
+    Args:
+        tensors: Of the file.
+        what: The file, for errors.
+        ema: Take the UNet's averaged weights.
+        config: Of each part (`unet`, `vae`, `text_encoder`, `text_encoder_2`, `scheduler`) a whole config or some of its
+            keys, for what shapes do not imply.
+        prediction_type: "epsilon" or "v_prediction"; by default v_prediction where the file is marked so (`v_pred`) and in
+            SD 2.x, whose two kinds have the same tensors.
+        files: The tokenizers' files, by path, instead of CLIP's.
+
+    Raises:
+        DistriError: For a file that is something else, for unknown tensors, and for configs that do not fit.
+    """
     kind = recognise(tensors, what)
     if kind not in FAMILIES:
         raise DistriError(f"{what} is {kind}, and a whole model is needed; {ADVICE[kind]}")
     family, config = FAMILIES[kind], config or {}
-    source, averaged = _with_averages(tensors, what) if ema else (tensors, {})
-    ours, mapping = to_ours(family.table_of_theirs(source, config, what), source, what)
-    parts = {part: without(ours, f"{part}.") for part in _parts(family)}
+    source, averaged = _with_ema(tensors, what) if ema else (tensors, {})
+    named, mapping = to_diffusers(family.table_of_source(source, config, what), source, what)
+    parts = {part: without(named, f"{part}.") for part in _parts(family)}
     if absent := [part for part, held in parts.items() if not held]:
         raise DistriError(f"{what} has no {', '.join(absent)}; give a file that holds the whole model")
     prediction = _prediction(tensors, family, config.get("scheduler", {}), prediction_type)
-    configs = _configs(parts, family, config, prediction, what)
+    inferred = _inferred(parts, family, what)
+    bases = _bases(inferred, family, prediction)
+    configs = {part: merge_configs(part, inferred[part], bases[part], config.get(part, {}), what) for part in inferred}
     configs["scheduler"] = _scheduler(tensors, family, config.get("scheduler", {}), prediction, what)
     index = {**family.index, "scheduler": ["diffusers", configs["scheduler"]["_class_name"]]}
     files = dict(files) if files is not None else _tokenizers(family, configs, what)
@@ -117,8 +112,8 @@ def convert_original(
 def to_original(checkpoint: Checkpoint) -> Tensors:
     """The tensors of a single file; the inverse of `from_original`.
 
-    Raises DistriError for a checkpoint that the original layouts have no names for. Warns (DistriWarning) of what its configs
-    say and such a file can't: whoever reads it takes the family's values, among them v-prediction in SD 2.x.
+    Raises DistriError for a checkpoint that the original layouts have no names for. Warns (DistriWarning) of values of its configs
+    that such a file cannot hold: readers take the family's values, among them v-prediction in SD 2.x.
     """
     what = "the checkpoint"
     parts = {part: _current(tensors) for part, tensors in checkpoint.tensors.items()}
@@ -131,25 +126,25 @@ def to_original(checkpoint: Checkpoint) -> Tensors:
         )
     _check_activation(checkpoint, family)
     named = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
-    theirs, _ = to_theirs(family.table_of_ours(parts, what), named, what)
-    theirs |= _markers(family, checkpoint.configs.get("scheduler", {}))
-    _warn_of_losses(checkpoint.configs, theirs, parts, family, what)
-    return theirs
+    tensors = to_source(family.table_of_diffusers(parts, what), named, what)
+    tensors |= _markers(family, checkpoint.configs.get("scheduler", {}))
+    _warn_of_losses(checkpoint.configs, tensors, parts, family, what)
+    return tensors
 
 
 def _parts(family: OriginalFamily) -> list[str]:
     return ["unet", "vae", *(text.part for text in family.texts)]
 
 
-def _with_averages(tensors: Tensors, what: str) -> tuple[Tensors, dict[str, str]]:
-    """The tensors with the averaged ones in the UNet's place, and the name that each of those has in the file."""
+def _with_ema(tensors: Tensors, what: str) -> tuple[Tensors, dict[str, str]]:
+    """The tensors with the averaged ones in place of the UNet's, and the name that each of those has in the file."""
     if not any(name.startswith("model_ema.") for name in tensors):
         raise DistriError(f"{what} has no EMA weights; convert it without them")
     averaged = {
         name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)
     }
     problems = {"missing": [flat for flat in averaged.values() if flat not in tensors]}
-    problems["misshapen"] = [
+    problems["of the wrong shape"] = [
         flat for name, flat in averaged.items() if flat in tensors and tensors[flat].shape != tensors[name].shape
     ]
     raise_for({kind: names for kind, names in problems.items() if names}, what)
@@ -159,14 +154,14 @@ def _with_averages(tensors: Tensors, what: str) -> tuple[Tensors, dict[str, str]
 
 
 def _as_read(mapping: list[Mapped], averaged: Mapping[str, str]) -> list[Mapped]:
-    """The mapping with the averaged tensors' own names; those they took the place of are dropped."""
-    read = [dataclasses.replace(mapped, theirs=averaged.get(mapped.theirs, mapped.theirs)) for mapped in mapping]
+    """The mapping with the averaged tensors' own names; those that they replace are dropped."""
+    read = [dataclasses.replace(mapped, source=averaged.get(mapped.source, mapped.source)) for mapped in mapping]
     return read + [Mapped(name, (), SAME) for name in averaged]
 
 
-def _prediction(tensors: Tensors, family: OriginalFamily, given: Config, asked: str | None) -> str:
-    """What the model predicts: as asked, as the config says, as marked in the file, or as usual in its family."""
-    if chosen := asked or given.get("prediction_type"):
+def _prediction(tensors: Tensors, family: OriginalFamily, given: Config, requested: str | None) -> str:
+    """What the model predicts: as requested, as the config says, as marked in the file, or as usual in its family."""
+    if chosen := requested or given.get("prediction_type"):
         return choose(Prediction, chosen, "prediction_type").value
     if "v_pred" in tensors:
         return Prediction.V_PREDICTION.value
@@ -177,7 +172,7 @@ def _prediction(tensors: Tensors, family: OriginalFamily, given: Config, asked: 
 
 
 def _scheduler(tensors: Tensors, family: OriginalFamily, given: Config, prediction: str, what: str) -> Config:
-    config = settle("scheduler", {}, family.base("scheduler", prediction), given, what)
+    config = merge_configs("scheduler", {}, family.base("scheduler", prediction), given, what)
     config = {
         "_class_name": family.base("scheduler", prediction)["_class_name"],
         **config,
@@ -188,30 +183,21 @@ def _scheduler(tensors: Tensors, family: OriginalFamily, given: Config, predicti
     return config
 
 
-def _configs(
-    parts: Mapping[str, Tensors], family: OriginalFamily, given: Mapping[str, Config], prediction: str, what: str
-) -> dict[str, Config]:
-    """The configs of the models; raises DistriError where they do not go together."""
-    told = _told(parts, family, what)
-    bases = _bases(told, family, prediction)
-    return {part: settle(part, told[part], bases[part], given.get(part, {}), what) for part in told}
-
-
-def _told(parts: Mapping[str, Tensors], family: OriginalFamily, what: str) -> dict[str, Config]:
-    """What the shapes say of each model's config; raises DistriError for models that do not go together."""
+def _inferred(parts: Mapping[str, Tensors], family: OriginalFamily, what: str) -> dict[str, Config]:
+    """What the shapes imply for each model's config; raises DistriError for models that do not go together."""
     texts = {text.part: describe_text(parts[text.part], what) for text in family.texts}
     unet, vae = describe_unet(parts["unet"], what), describe_vae(parts["vae"], what)
     _check_together(unet, vae, texts, family, what)
     return {"unet": unet, "vae": vae, **texts}
 
 
-def _bases(told: Mapping[str, Config], family: OriginalFamily, prediction: str) -> dict[str, Config]:
-    """What a family's model of that size has beside, as far as the family has a rule for it."""
-    bases = {part: family.base(part, prediction) for part in told}
+def _bases(inferred: Mapping[str, Config], family: OriginalFamily, prediction: str) -> dict[str, Config]:
+    """The rest of each config, by the rules of the family for a model of that size."""
+    bases = {part: family.base(part, prediction) for part in inferred}
     texts = [text.part for text in family.texts]
     for part in texts:
-        bases[part]["num_attention_heads"] = heads_of(told[part]["hidden_size"])
-    bases["unet"] |= family.unet_rules(told["unet"], told[texts[-1]].get("projection_dim"))
+        bases[part]["num_attention_heads"] = heads_of(inferred[part]["hidden_size"])
+    bases["unet"] |= family.unet_rules(inferred["unet"], inferred[texts[-1]].get("projection_dim"))
     return bases
 
 
@@ -277,25 +263,25 @@ def _check_activation(checkpoint: Checkpoint, family: OriginalFamily) -> None:
 
 
 def _markers(family: OriginalFamily, scheduler: Config) -> Tensors:
-    """The tensors of no content by which files of SDXL say what they predict."""
+    """The empty tensors by which files of SDXL tell what they predict."""
     marked = family.time_ids and scheduler.get("prediction_type") == Prediction.V_PREDICTION.value
     held = {"v_pred": marked, "ztsnr": marked and scheduler.get("rescale_betas_zero_snr")}
     return {name: of_array(np.zeros(0, np.float32)) for name, holds in held.items() if holds}
 
 
 def _warn_of_losses(
-    configs: Mapping[str, Config], theirs: Tensors, parts: Mapping[str, Tensors], family: OriginalFamily, what: str
+    configs: Mapping[str, Config], tensors: Tensors, parts: Mapping[str, Tensors], family: OriginalFamily, what: str
 ) -> None:
     """Warns of the values in which the configs differ from those that the file will be read with."""
-    prediction = _prediction(theirs, family, {}, None)
-    scheduler = _scheduler(theirs, family, {}, prediction, what)
-    read = _bases(_told(parts, family, what), family, prediction) | {"scheduler": _sampling(scheduler) | scheduler}
+    prediction = _prediction(tensors, family, {}, None)
+    scheduler = _scheduler(tensors, family, {}, prediction, what)
+    read = _bases(_inferred(parts, family, what), family, prediction) | {"scheduler": _sampling(scheduler) | scheduler}
     defaults = DEFAULTS | {"scheduler": DEFAULTS["scheduler"] | _sampling(configs.get("scheduler", {}))}
     lost = []
     for part in configs.keys() & read.keys():
         for key, default in defaults["text" if part.startswith("text_encoder") else part].items():
             value, other = configs[part].get(key, default), read[part].get(key, default)
-            lost += [] if agree(value or None, other or None) else [f"{part}: {key} {value!r}"]  # null is false
+            lost += [] if compatible(value or None, other or None) else [f"{part}: {key} {value!r}"]  # null is false
     if lost:
         warn(
             f"a file in the original layout holds no configs, and is read as {family.kind}; "
@@ -304,9 +290,9 @@ def _warn_of_losses(
 
 
 def _sampling(scheduler: Config) -> Config:
-    """What a scheduler's class has for the keys of `SAMPLING` that it heeds; of an unknown class, None for those it sets."""
+    """The defaults of a scheduler's class for the keys of `SAMPLING` that it uses; for an unknown class, None for those it sets."""
     for kind, _ in SCHEDULERS.values():
         if kind.diffusers_name == scheduler.get("_class_name"):
-            heeded = {key: getattr(kind, key) for key in SAMPLING if key in kind.options() - kind.ignored}
-            return {key: getattr(default, "value", default) for key, default in heeded.items()}
+            used = {key: getattr(kind, key) for key in SAMPLING if key in kind.options() - kind.ignored}
+            return {key: getattr(default, "value", default) for key, default in used.items()}
     return {key: None for key in SAMPLING if key in scheduler}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from distrijax.convert.engine import Table, raise_for, to_ours
+from distrijax.convert.configs import to_json_value
+from distrijax.convert.engine import Table, raise_for, to_diffusers
 from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise, unet_prefix, vae_prefix
 from distrijax.convert.layouts.family import DROPPED, Config, without
 from distrijax.convert.layouts.original_unet import TIME_COND, UNetLayout, describe_unet, unet_table
 from distrijax.convert.layouts.original_vae import describe_vae, levels_of, vae_table
-from distrijax.convert.settle import spoken
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
 from distrijax.weights.names import current_name
@@ -28,11 +28,11 @@ def unet_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
         raise DistriError(f"{what} is {kind} and holds no UNet; give a file with one")
     held = without(tensors, prefix)
     if "input_blocks.0.0.weight" in held:
-        ours, _ = to_ours(unet_table(UNetLayout.of_theirs(held, what)) + DROPPED, held, what)
+        ours, _ = to_diffusers(unet_table(UNetLayout.of_source(held, what)) + DROPPED, held, what)
     else:
         ours = held
-        _check_known(unet_table(UNetLayout.of_ours(ours, what)), ours, {TIME_COND}, what)
-    return {key: spoken(value) for key, value in describe_unet(ours, what).items()}, ours
+        _check_known(unet_table(UNetLayout.of_diffusers(ours, what)), ours, {TIME_COND}, what)
+    return {key: to_json_value(value) for key, value in describe_unet(ours, what).items()}, ours
 
 
 def vae_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
@@ -47,7 +47,7 @@ def vae_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
         raise DistriError(f"{what} is {kind} and holds no VAE; give a file with one")
     held = without(tensors, prefix)
     if any(name.startswith(("decoder.up.", "decoder.mid.")) for name in held):
-        ours, _ = to_ours(vae_table(levels_of(held)) + DROPPED, held, what)
+        ours, _ = to_diffusers(vae_table(levels_of(held)) + DROPPED, held, what)
     else:
         ours = {current_name(name): tensor for name, tensor in held.items()}
         _check_known(vae_table(levels_of(ours)), ours, (), what)
@@ -62,5 +62,5 @@ def vae_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
 
 def _check_known(table: Table, ours: Tensors, others: Iterable[str], what: str) -> None:
     """Raises DistriError that lists the names that the model does not have."""
-    unknown = [name for name in ours if name not in others and table.from_ours(name) is None]
+    unknown = [name for name in ours if name not in others and table.from_diffusers(name) is None]
     raise_for({"unknown": unknown} if unknown else {}, what)

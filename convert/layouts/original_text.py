@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from distrijax.convert.configs import UNKNOWN, shape_of
 from distrijax.convert.engine import LAYER, SPLIT, TRANSPOSED, Row, Table
-from distrijax.convert.settle import UNKNOWN, shape_of
 from distrijax.convert.tensors import Tensors
 
 HEAD_WIDTH = 64
@@ -71,7 +71,7 @@ def open_clip_table(*, projected: bool, dropped: Iterable[int] = ()) -> Table:
         *(Row(f"transformer.resblocks.{number}.", None) for number in dropped),
         Row("transformer.resblocks.{n}.", "text_model.encoder.layers.{n}.", RESBLOCK),
         Row("ln_final.", "text_model.final_layer_norm.", LAYER),
-        *(PROJECTION.rows if projected else (Row(row.theirs, None) for row in PROJECTION.rows)),
+        *(PROJECTION.rows if projected else (Row(row.source, None) for row in PROJECTION.rows)),
         Row("logit_scale", None),
         Row("attn_mask", None),
     )

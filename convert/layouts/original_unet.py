@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, Self
 
+from distrijax.convert.configs import shape_of
 from distrijax.convert.engine import LAYER, Row, Table
-from distrijax.convert.settle import shape_of
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
 
@@ -57,7 +57,7 @@ class UNetLayout:
     up: tuple[bool, ...]
 
     @classmethod
-    def of_theirs(cls, names: Iterable[str], what: str) -> Self:
+    def of_source(cls, names: Iterable[str], what: str) -> Self:
         """Of names that start with `input_blocks.` and so on; raises DistriError for blocks of unequal size."""
         names = set(names)
         numbers = {int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,2})\.", name, re.ASCII))}
@@ -80,8 +80,8 @@ class UNetLayout:
         )
 
     @classmethod
-    def of_ours(cls, names: Iterable[str], what: str) -> Self:
-        """Of diffusers' names; raises as `of_theirs`."""
+    def of_diffusers(cls, names: Iterable[str], what: str) -> Self:
+        """Of diffusers' names; raises as `of_source`."""
         resnets, down, up = {}, {}, {}
         for name in names:
             if found := re.match(r"(down|up)_blocks\.(\d{1,3})\.(resnets|attentions)\.(\d{1,3})\.", name, re.ASCII):
@@ -146,7 +146,7 @@ def _members(theirs: str, first: int, count: int, ours: str, attention: bool) ->
 
 def describe_unet(tensors: Tensors, what: str) -> dict[str, Any]:
     """The keys of diffusers' config that the shapes of a UNet in its naming tell; None in a list: not told of that block."""
-    layout = UNetLayout.of_ours(tensors, what)
+    layout = UNetLayout.of_diffusers(tensors, what)
     blocks = range(len(layout.down))
     with_attention = [f"down_blocks.{b}.attentions.0." if layout.down[b] else None for b in blocks]
     with_attention[-1] = with_attention[-1] or "mid_block.attentions.0."

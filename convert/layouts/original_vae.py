@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from distrijax.convert.configs import shape_of
 from distrijax.convert.engine import LAYER, SQUEEZED, Row, Table, layer
-from distrijax.convert.settle import shape_of
 from distrijax.convert.tensors import Tensors
 
 RESNET = Table(

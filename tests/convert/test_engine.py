@@ -5,7 +5,7 @@ import re
 import numpy as np
 from facts import refuses
 
-from distrijax.convert.engine import SPLIT, SQUEEZED, TRANSPOSED, Row, Table, to_ours, to_theirs
+from distrijax.convert.engine import SPLIT, SQUEEZED, TRANSPOSED, Row, Table, to_diffusers, to_source
 from distrijax.convert.tensors import Tensors, of_array
 
 INNER = Table(
@@ -34,7 +34,7 @@ THEIRS = tensors(
 
 
 def test_every_name_and_layout_goes_where_the_table_says():
-    ours, _ = to_ours(TABLE, THEIRS, "file")
+    ours, _ = to_diffusers(TABLE, THEIRS, "file")
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         "down.0.norm1.weight": (3,),
         "layers.11.2.to_q.weight": (4, 3),
@@ -50,9 +50,8 @@ def test_every_name_and_layout_goes_where_the_table_says():
 
 
 def test_there_and_back_is_the_same_bytes():
-    ours, mapping = to_ours(TABLE, THEIRS, "file")
-    back, mapping_back = to_theirs(TABLE, ours, "file")
-    assert mapping == mapping_back
+    ours, _ = to_diffusers(TABLE, THEIRS, "file")
+    back = to_source(TABLE, ours, "file")
     assert back.keys() == THEIRS.keys()
     for name, tensor in THEIRS.items():
         assert back[name].shape == tensor.shape
@@ -60,39 +59,39 @@ def test_there_and_back_is_the_same_bytes():
 
 
 def test_the_order_of_the_parts_of_a_tensor_does_not_matter():
-    ours, _ = to_ours(TABLE, THEIRS, "file")
-    back, _ = to_theirs(TABLE, dict(sorted(ours.items())), "file")
+    ours, _ = to_diffusers(TABLE, THEIRS, "file")
+    back = to_source(TABLE, dict(sorted(ours.items())), "file")
     np.testing.assert_array_equal(back["res.2.at.0.in_proj_weight"].read(), THEIRS["res.2.at.0.in_proj_weight"].read())
 
 
 def test_what_is_dropped_is_told():
-    ours, mapping = to_ours(TABLE, tensors(pos=(1,)), "file")
+    ours, mapping = to_diffusers(TABLE, tensors(pos=(1,)), "file")
     assert not ours
-    assert [(each.theirs, each.ours) for each in mapping] == [("pos", ())]
+    assert [(each.source, each.diffusers) for each in mapping] == [("pos", ())]
 
 
 def test_all_that_is_wrong_is_in_one_error():
     wrong = tensors(**{"other": (3,), "res.1.at.1.in_proj_weight": (4, 2), "input.1.0.q.weight": (4, 3, 3, 3)})
     with refuses("model.safetensors", "1 unknown (other)", re.compile(r"\b2 [^;(]*shape")):
-        to_ours(TABLE, wrong, "model.safetensors")
+        to_diffusers(TABLE, wrong, "model.safetensors")
 
 
 def test_two_tensors_for_one_place_are_refused():
     table = Table(Row("a", "c"), Row("b", "c"))
     with refuses("1 duplicate (b)"):
-        to_ours(table, tensors(a=(1,), b=(1,)), "file")
+        to_diffusers(table, tensors(a=(1,), b=(1,)), "file")
 
 
 def test_a_part_that_is_missing_or_of_another_size_is_named_on_the_way_back():
-    ours, _ = to_ours(TABLE, THEIRS, "file")
+    ours, _ = to_diffusers(TABLE, THEIRS, "file")
     del ours["layers.2.0.v.weight"]
     with refuses(re.compile(r"missing .*layers\.2\.0\.v\.weight")):
-        to_theirs(TABLE, ours, "file")
+        to_source(TABLE, ours, "file")
     with refuses(re.compile(r"\b1 [^;(]*shape[^;(]* \(layers\.2\.0\.q\.weight [^)]*\[3, 2\]")):
-        to_theirs(TABLE, {**ours, **tensors(**{"layers.2.0.v.weight": (4, 2)})}, "file")
+        to_source(TABLE, {**ours, **tensors(**{"layers.2.0.v.weight": (4, 2)})}, "file")
 
 
 def test_two_tensors_of_ours_for_one_of_theirs_are_refused():
     table = Table(Row("a", "b"), Row("a", "c"))
     with refuses("1 duplicate (c)"):
-        to_theirs(table, tensors(b=(1,), c=(1,)), "file")
+        to_source(table, tensors(b=(1,), c=(1,)), "file")

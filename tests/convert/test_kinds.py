@@ -11,7 +11,8 @@ from original_layouts import Shapes, clip, open_clip, original, prefixed, unet, 
 
 from distrijax import DistriError
 from distrijax.convert.kinds import Kind, recognise
-from distrijax.convert.layouts.original import FAMILIES, from_original
+from distrijax.convert.layouts.families import FAMILIES
+from distrijax.convert.layouts.original import from_original
 from distrijax.convert.tensors import of_array
 
 UNET = "model.diffusion_model."

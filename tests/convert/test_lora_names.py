@@ -39,11 +39,11 @@ def test_kohya_file_merges_as_the_diffusers_one(xl, xl_file, xl_expected):
 
 
 def test_sgm_block_names_merge_as_the_diffusers_ones(xl, xl_file, xl_expected):
-    table = unet_table(UNetLayout.of_ours(xl.tensors["unet"], "tiny"))
+    table = unet_table(UNetLayout.of_diffusers(xl.tensors["unet"], "tiny"))
     renamed = {}
     for name in xl.tensors["unet"]:
         module = name.removesuffix(".weight")
-        theirs = table.from_ours(name).theirs.removesuffix(".weight")
+        theirs = table.from_diffusers(name).source.removesuffix(".weight")
         renamed["lora_unet_" + module.replace(".", "_")] = "lora_unet_" + theirs.replace(".", "_")
     kohya = {
         ".".join([renamed.get(name.split(".")[0], name.split(".")[0]), *name.split(".")[1:]]): tensor

@@ -8,7 +8,7 @@ from facts import refuses
 from original_layouts import unread, vae
 from small_originals import convert, same_bytes, small
 
-from distrijax.convert.layouts.original import unet_from, vae_from
+from distrijax.convert.layouts.original_parts import unet_from, vae_from
 from distrijax.convert.tensors import of_array
 
 PARTS = ("model.diffusion_model.", "diffusion_model.", "")

@@ -38,7 +38,7 @@ def test_the_last_layer_of_sd2_is_left_out_and_so_told():
     checkpoint, mapping = convert_original(file, "file", config={**CONFIG, "text_encoder": text}, files=FILES)
     assert checkpoint.configs["text_encoder"]["num_hidden_layers"] == 2
     assert not any("layers.2." in name for name in checkpoint.tensors["text_encoder"])
-    dropped = {mapped.theirs for mapped in mapping if not mapped.ours}
+    dropped = {mapped.source for mapped in mapping if not mapped.diffusers}
     layer = {name for name in file if ".resblocks.2." in name}
     assert dropped == {*layer, "cond_stage_model.model.text_projection", "cond_stage_model.model.logit_scale"}
 
@@ -46,12 +46,12 @@ def test_the_last_layer_of_sd2_is_left_out_and_so_told():
 def test_the_mapping_tells_of_every_tensor_of_the_file():
     file = {**small("sd1"), "betas": of_array(np.zeros(3))}
     _, mapping = convert_original(file, "file", config=CONFIG, files=FILES)
-    assert {mapped.theirs for mapped in mapping} == file.keys()
-    goes = {mapped.theirs: mapped for mapped in mapping}
-    assert goes["betas"].ours == ()
+    assert {mapped.source for mapped in mapping} == file.keys()
+    goes = {mapped.source: mapped for mapped in mapping}
+    assert goes["betas"].diffusers == ()
     query = goes["first_stage_model.decoder.mid.attn_1.q.weight"]
-    assert query.ours == ("vae.decoder.mid_block.attentions.0.to_q.weight",)
-    says(str(query), query.theirs, *query.ours, re.compile(r"\[.+\]"))  # and what is done to it
+    assert query.diffusers == ("vae.decoder.mid_block.attentions.0.to_q.weight",)
+    says(str(query), query.source, *query.diffusers, re.compile(r"\[.+\]"))  # and what is done to it
 
 
 def test_averaged_weights_are_taken_when_asked_for():
@@ -73,8 +73,8 @@ def test_averaged_weights_are_taken_when_asked_for():
     )
     assert {name: tensor.shape for name, tensor in averaged.items()} == {n: t.shape for n, t in plain.items()}
     assert all(tensor.dtype == np.float32 for tensor in averaged.values())
-    assert sorted(mapped.theirs for mapped in mapping) == sorted(file)
-    used = {mapped.theirs: mapped.ours for mapped in mapping}
+    assert sorted(mapped.source for mapped in mapping) == sorted(file)
+    used = {mapped.source: mapped.diffusers for mapped in mapping}
     assert used["model_ema.diffusion_modelout2bias"] == ("unet.conv_out.bias",)
     assert used["model.diffusion_model.out.2.bias"] == ()
 
