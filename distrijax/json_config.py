@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from distrijax.errors import CheckpointError, checkpoint_errors
+from distrijax.errors import CheckpointError, checkpoint_errors, warn
 
 
 class ModelConfig:
     """Mix-in for dataclasses that are read from a model's config.json.
 
-    Every key must be a field, or be listed in one of the attributes.
+    A key that is neither a field nor listed in one of the attributes has no effect.
 
     Attributes:
         INERT: Keys that have no effect at inference.
@@ -29,10 +30,12 @@ class ModelConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Creates an instance from the content of a config.json. Keys with a leading underscore are ignored.
 
+        Warns once of each unknown key.
+
         Raises:
-            CheckpointError: A key is unknown or missing, or a value is not supported.
+            CheckpointError: A key is missing or is nearly the name of a field, or a value is not supported.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
+        fields = frozenset(field.name for field in dataclasses.fields(cls))
         chosen = {}
         for key, value in config.items():
             value = freeze(value)
@@ -41,11 +44,7 @@ class ModelConfig:
             if key in fields:
                 chosen[key] = value
             elif key not in cls.FIXED:
-                hint = difflib.get_close_matches(key, fields, 1)
-                raise CheckpointError(
-                    f"{cls.__name__}: unknown key {key!r} (value {value!r}){f', did you mean {hint[0]!r}' if hint else ''}; "
-                    "remove it if it has no effect, or use a model of the Stable Diffusion family"
-                )
+                _warn_of_unknown(cls.__name__, key, fields)
             elif value not in cls.FIXED[key]:
                 raise CheckpointError(
                     f"{cls.__name__}: {key} is {value!r}; supported: {', '.join(map(repr, cls.FIXED[key]))}"
@@ -55,6 +54,14 @@ class ModelConfig:
             raise CheckpointError(f"{cls.__name__}: the config lacks {', '.join(missing)}; fetch the file again")
         with checkpoint_errors():
             return cls(**chosen)
+
+
+@functools.cache  # the same config is read several times
+def _warn_of_unknown(what: str, key: str, fields: frozenset[str]) -> None:
+    """Warns of a key; raises CheckpointError for one that looks like a misspelled field."""
+    if near := difflib.get_close_matches(key, fields, 1, cutoff=0.85):
+        raise CheckpointError(f"{what}: unknown key {key!r}, did you mean {near[0]!r}; correct or remove it")
+    warn(f"{what}: unknown key {key!r} has no effect; remove it, or check that the model does not need it")
 
 
 def freeze(value: Any) -> Any:

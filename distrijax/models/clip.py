@@ -57,6 +57,7 @@ class CLIPTextConfig(ModelConfig):
         "is_decoder": (False,),
         "is_encoder_decoder": (False,),
         "pruned_heads": ({}, None),
+        "quantization_config": (None,),
     }
 
     vocab_size: int

@@ -37,7 +37,9 @@ class UNetConfig(ModelConfig):
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
 
-    INERT = frozenset({"dropout", "upcast_attention"})  # attention scores are always float32
+    INERT = frozenset(  # attention scores are always float32; the rest is of diffusers' EMAModel
+        "dropout upcast_attention decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup".split()
+    )
     FIXED = {
         "act_fn": ("silu", "swish"),
         "addition_embed_type_num_heads": (64,),

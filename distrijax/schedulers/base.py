@@ -112,7 +112,7 @@ class Scheduler(ModelConfig, abc.ABC):
         Keys with a leading underscore are ignored, and so are `OTHER_CLASSES_OPTIONS` that this class does not have.
 
         Raises:
-            DistriError: A key is unknown, or a value would change the result and is not supported.
+            DistriError: A value would change the result and is not supported.
         """
         handled = cls.options()
         used = {key: value for key, value in config.items() if key in handled or key not in OTHER_CLASSES_OPTIONS}

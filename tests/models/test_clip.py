@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from facts import refuses
+from facts import refuses, warns
 from flax import nnx
 from transformers import CLIPTextConfig as TorchConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -215,12 +215,18 @@ def test_reads_every_key_that_transformers_writes(tmp_path):
         ({"eos_token_id": [2, 3]}, "eos_token_id 2 3"),
         ({"is_decoder": True}, "is_decoder True False"),
         ({"model_type": "t5"}, "model_type 't5'"),
-        ({"quantization_config": {}}, "key 'quantization_config'"),
+        ({"quantization_config": {}}, "quantization_config None"),
     ],
 )
 def test_refuses_configs_that_it_would_compute_wrongly(change, told):
     with refuses(*told.split()):
         CLIPTextConfig.from_dict(TINY | change)
+
+
+def test_an_unknown_key_is_warned_of_once():
+    with warns("'brand_new'"):
+        config = CLIPTextConfig.from_dict(TINY | {"brand_new": 1})
+    assert config == CLIPTextConfig.from_dict(TINY | {"brand_new": 2}) == CLIPTextConfig.from_dict(TINY)
 
 
 def test_refuses_more_tokens_than_positions():

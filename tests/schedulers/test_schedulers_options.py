@@ -104,7 +104,6 @@ def test_equal_options_make_equal_schedulers_whatever_they_were_read_from():
         ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, "trained_betas null 1000"),
         ({"_class_name": "DDIMScheduler", "trained_betas": [0] * 1000}, "trained_betas 0 1"),
         ({"_class_name": "DDIMScheduler", "beta_strat": 0.1}, "'beta_strat' 'beta_start'"),
-        ({"_class_name": "EulerDiscreteScheduler", "s_churn": 0.5}, "key 's_churn'"),
         ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "log_linear"}, "interpolation_type 'linear'"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type 'discrete'"),
         ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "use_exponential_sigmas True"),
