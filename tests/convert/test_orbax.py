@@ -174,10 +174,9 @@ def test_a_folder_that_is_not_one_or_not_whole_is_refused(written, tmp_path):
         ({"files": {"../../escaped": {"text": ""}}}, r"\.\./\.\./escaped"),
         ({"files": {"/etc/escaped": {"text": ""}}}, "/etc/escaped"),
         ({"models": {"..": True}}, r"\(\.\. "),
-        ({"models": {"a/b": True}}, "name.* path"),
-        ({"models": ["unet"]}, "models.* object"),
-        ({"configs": {"unet": 3}}, "config .*object"),
-        ({"files": {"tokenizer/vocab.json": "{}"}}, "text.* base64"),
+        ({"models": ["unet"]}, "list"),
+        ({"configs": {"unet": 3}}, "int"),
+        ({"files": {"tokenizer/vocab.json": {}}}, "base64"),
         ({"files": {"tokenizer/vocab.json": {"base64": "?"}}}, "base64|padding|Non-"),
     ],
 )
