@@ -1,4 +1,4 @@
-"""Files of tensors, known by their content and never by their suffix."""
+"""Files of tensors, recognised by their content and never by their suffix."""
 
 from __future__ import annotations
 
@@ -15,40 +15,27 @@ SUPPORTED = "a safetensors file, a file of torch.save (.ckpt, .bin, .pt), or a F
 
 FOREIGN = {
     b"GGUF": "a GGUF file, whose weights are quantised",
-    b"ustar": "a tar archive",
     b"\x1f\x8b": "a gzip archive, to be unpacked first",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive, to be unpacked first",
     b"Rar!": "a RAR archive, to be unpacked first",
     b"\x28\xb5\x2f\xfd": "a zstd archive, to be unpacked first",
-    b"BZh": "a bzip2 archive, to be unpacked first",
-    b"\xfd7zXZ": "an xz archive, to be unpacked first",
     b"\x89HDF": "an HDF5 file, such as Keras writes",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"RIFF": "a picture or a sound",
-    b"version https://git-lfs": "a pointer of git-lfs, in whose place `git lfs pull` puts the file itself",
-    b"\x08\x03\x12": "an ONNX model",
-    b"\x08\x04\x12": "an ONNX model",
-    b"\x08\x05\x12": "an ONNX model",
-    b"\x08\x06\x12": "an ONNX model",
-    b"\x08\x07\x12": "an ONNX model",
-    b"\x08\x08\x12": "an ONNX model",
-    b"\x08\x09\x12": "an ONNX model",
-    b"\x08\x0a\x12": "an ONNX model",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"RIFF": "an image or a sound",
+    b"version https://git-lfs": "a pointer of git-lfs, which `git lfs pull` replaces with the file itself",
 }
-"""Beginnings of files that are often taken for others."""
+"""First bytes of files that are often mistaken for weights."""
 
 SHARE = 4
-"""How many times a file's size its tensors may have; weights that are tied are there once and count twice."""
+"""How many times a file's size its tensors may have: tied weights are stored once and count twice."""
 
 
 def open_tensors(path: Path) -> Tensors:
-    """The tensors of a file, found and not read; none of it is executed, and no more memory is taken than twice what it has bytes
-    and 32 MB (`Source.spend` is the account of what describes the tensors).
+    """The tensors of a file, located and not read. Nothing of it is executed.
 
     path: safetensors, torch's zip archives and older files (a trainer's `state_dict` in them is found), Flax's msgpack (names
-    joined by dots). Raises DistriError, which names what the file is where it is something else, for one that is not whole
-    and for one whose tensors no memory could hold.
+    joined by dots). Raises DistriError for a file that is something else, which it names, or not whole.
     """
     source = Source(Path(path))
     head = source.head(HEAD)
@@ -70,11 +57,11 @@ def _open(source: Source, head: bytes) -> Tensors:
     foreign = _foreign(head)
     if foreign is None and flax_files.is_flax(head):
         return flax_files.open_flax(source)
-    raise DistriError(f"{source.path} is {foreign or 'of a kind that is not known'}; give {SUPPORTED}")
+    raise DistriError(f"{source.path} is {foreign or 'of an unknown kind'}; give {SUPPORTED}")
 
 
 def _foreign(head: bytes) -> str | None:
-    """What a file is that holds no tensors that could be read, if it is known."""
+    """What a file without readable tensors is, if its kind is known."""
     if not head:
         return "empty"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -83,7 +70,9 @@ def _foreign(head: bytes) -> str | None:
     if text.startswith((b"{", b"[")):
         return "a text, perhaps JSON"
     if head[257:262] == b"ustar":
-        return FOREIGN[b"ustar"]
+        return "a tar archive"
+    if head[:1] == b"\x08" and head[2:3] == b"\x12":
+        return "an ONNX model"
     if head.startswith(b"\x80") and len(head) > 1 and head[1] <= 5:
         return "a pickle, but none that torch.save wrote"
     if len(head) > 8 and head[8:9] == b"{":
@@ -92,7 +81,7 @@ def _foreign(head: bytes) -> str | None:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """What a file says of itself; nothing where its format can't."""
+    """The metadata of a safetensors file; nothing for other formats."""
     source = Source(Path(path))
     if not safetensors_files.is_safetensors(source.head(HEAD), source.size):
         return {}

@@ -1,8 +1,7 @@
-"""Safetensors files: found by the safetensors library, read where their header says, and written as a stream.
+"""Safetensors files: checked by the safetensors library, read where their header says, and written as a stream.
 
-The library proves a file's header (every byte belongs to one tensor, and there is none beyond the end). Its tensors lie in a
-memory map, though, whose pages count as the process's memory for as long as it is open: reading all of SDXL that way looks like
-taking 7 GB. Its writer wants all tensors at once. So tensors are read with pread here, and written a few at a time.
+The library's tensors lie in a memory map, whose pages count as the process's memory while it is open, and its writer wants all
+tensors at once. So tensors are read with pread here, and written a few at a time.
 """
 
 from __future__ import annotations
@@ -21,40 +20,20 @@ from distrijax.convert.source import Source
 from distrijax.convert.tensors import Tensor, Tensors
 from distrijax.errors import DistriError
 
-DTYPES = {
-    name: np.dtype(kind)
-    for name, kind in {
-        "F64": "<f8",
-        "F32": "<f4",
-        "F16": "<f2",
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-        "C64": "<c8",
-        "I64": "<i8",
-        "I32": "<i4",
-        "I16": "<i2",
-        "I8": "i1",
-        "U64": "<u8",
-        "U32": "<u4",
-        "U16": "<u2",
-        "U8": "u1",
-        "BOOL": "?",
-    }.items()
-}
-"""What safetensors calls the types that a file of it may have."""
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 RANKS = ("U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL").split()
 """Types in the order in which the library (0.8) lays tensors out: wide ones first, so that all are aligned."""
 
+KINDS = "<u8 <i8 <f8 <c8 <f4 <u4 <i4 bfloat16 <f2 <u2 <i2 float8_e8m0fnu float8_e4m3fn float8_e5m2 i1 u1 ?".split()
+DTYPES = {name: np.dtype(getattr(ml_dtypes, kind, kind)) for name, kind in zip(RANKS, KINDS, strict=True)}
+"""NumPy's types by safetensors' names of them."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 HEADER = 16 << 20
-"""Bytes of a header: those of a whole SDXL are 0.3 MB, and the training data that LoRAs tell of, a few."""
+"""Most bytes of a header. A whole SDXL has 0.3 MB, and LoRAs that list their training data a few."""
 
 WRITERS = 2
-"""Threads that read, convert and write a tensor each: one alone keeps a fast disk waiting while it copies."""
+"""Threads that each read, convert and write a tensor; one alone would keep a fast disk waiting while it copies."""
 
 METADATA = "__metadata__"
 
@@ -70,7 +49,7 @@ def open_safetensors(source: Source) -> Tensors:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself (`__metadata__`): a LoRA's training, for one. Raises as `open_safetensors`."""
+    """The `__metadata__` of a safetensors file, such as a LoRA's training. Raises as `open_safetensors`."""
     return _parsed(Source(path))[1]
 
 
@@ -96,8 +75,8 @@ def _tensor(source: Source, start: int, entry: dict) -> Tensor:
 def write_safetensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a file, two tensors in memory at a time; the same tensors give the same bytes, and the library's `save_file` too.
 
-    metadata: {"format": "pt"} unless told otherwise, which transformers asks for. Raises DistriError for a type that
-    safetensors doesn't have. Use `atomic_write` around it for a file that appears whole.
+    metadata: by default {"format": "pt"}, which transformers requires. Raises DistriError for a type that safetensors does not
+    have. Use `atomic_write` around it for a file that appears whole.
     """
     ordered = sorted(tensors.items(), key=lambda item: (RANKS.index(dtype_name(*item)), item[0]))
     if METADATA in tensors:
@@ -129,7 +108,7 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def dtype_name(name: str, tensor: Tensor) -> str:
-    """Safetensors' word for a tensor's type."""
+    """Safetensors' name of a tensor's type."""
     try:
         return NAMES[tensor.dtype.newbyteorder("<")]
     except KeyError:
@@ -139,7 +118,7 @@ def dtype_name(name: str, tensor: Tensor) -> str:
 
 
 def little_endian_bytes(name: str, tensor: Tensor) -> memoryview:
-    """What a tensor is in a file: its elements in row-major order. Raises DistriError where it isn't what it said."""
+    """A tensor's elements in row-major order. Raises DistriError where it is not what it was announced as."""
     array = tensor.read()
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
         raise DistriError(

@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from functools import partial
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -27,33 +27,15 @@ from distrijax.errors import DistriError
 LEGACY = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """First bytes of a file in the format before torch 1.6: a pickle of a magic number."""
 
-STORAGES = {
-    f"{name}Storage": np.dtype(kind)
-    for name, kind in {
-        "Double": "<f8",
-        "Float": "<f4",
-        "Half": "<f2",
-        "BFloat16": ml_dtypes.bfloat16,
-        "ComplexFloat": "<c8",
-        "ComplexDouble": "<c16",
-        "Long": "<i8",
-        "Int": "<i4",
-        "Short": "<i2",
-        "Char": "i1",
-        "Byte": "u1",
-        "Bool": "?",
-        "Untyped": "u1",
-    }.items()
-}
+KINDS = "Double f8, Float f4, Half f2, ComplexFloat c8, ComplexDouble c16, Long i8, Int i4, Short i2, Char i1, Byte u1, Bool ?"
+STORAGES = {f"{name}Storage": np.dtype(kind) for name, kind in map(str.split, f"{KINDS}, Untyped u1".split(", "))}
+STORAGES["BFloat16Storage"] = np.dtype(ml_dtypes.bfloat16)
+"""NumPy's types of torch's storages."""
 
-TYPES = {
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "uint16": np.dtype("<u2"),
-    "uint32": np.dtype("<u4"),
-    "uint64": np.dtype("<u8"),
+TYPES = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2")} | {
+    name: np.dtype(name) for name in ("uint16", "uint32", "uint64")
 }
-"""Data types without a typed storage."""
+"""Types that lie in untyped storages."""
 
 PACKAGES = frozenset(
     "argparse _codecs collections datetime diffusers ldm lightning lightning_fabric lightning_utilities numpy omegaconf pathlib "
@@ -83,11 +65,8 @@ class View(NamedTuple):
     strides: tuple[int, ...]
     dtype: np.dtype
 
-    def tensor(self, source: Source, offset: int, read: Any) -> Tensor:
-        """The tensor, where its storage begins at `offset` of the file; `read` is called as `Source.array`.
-
-        Raises ValueError where the view does not lie within its storage.
-        """
+    def tensor(self, offset: int, read: Callable[[int, Shape, np.dtype], np.ndarray]) -> Tensor:
+        """The tensor, of a storage that begins at `offset`; read: as `Source.array`. Raises ValueError for a view beyond it."""
         strides_fit = isinstance(self.strides, tuple) and len(self.strides) == len(self.shape)
         if not strides_fit or not all(type(n) is int and n >= 0 for n in (self.start, *self.strides)):
             raise ValueError("the strides of a tensor do not fit its shape")
@@ -192,44 +171,44 @@ REBUILD = {
 def open_torch_zip(source: Source) -> Tensors:
     """The tensors of a zip archive such as torch writes. Raises DistriError for any other."""
     with source.parsed_as("torch file"), zipfile.ZipFile(source.path) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1 or any("/code/" in name for name in entries):
+        names = archive.namelist()
+        pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1 or any("/code/" in name for name in names):
             raise DistriError(
                 f"{source.path} is a zip archive, but not one of weights that torch.save wrote; give one of a state_dict"
             )
         folder = pickles[0].removesuffix("data.pkl")
-
-        def stored(name: str) -> tuple[int, zipfile.ZipInfo]:
-            """Where an entry's bytes begin, and the entry."""
-            entry = entries[f"{folder}{name}"]
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise ValueError(f"{entry.filename!a} is compressed or encrypted, which torch does not do")
-            name_and_extra = struct.unpack("<HH", source.read(entry.header_offset + 26, 4))
-            return entry.header_offset + 30 + sum(name_and_extra), entry
-
-        def content(name: str) -> bytes:
-            offset, entry = stored(name)
-            return _checked(source, entry, offset, (entry.file_size,), np.dtype(np.uint8)).tobytes()
-
-        def located(view: View) -> Tensor:
-            offset, entry = stored(f"data/{view.storage.key}")
-            if entry.file_size < view.storage.count * view.storage.dtype.itemsize:
-                raise ValueError(f"its storage {view.storage.key} is cut off")
-            return view.tensor(source, offset, partial(_checked, source, entry))
-
-        if f"{folder}byteorder" in entries and content("byteorder") != b"little":
+        if f"{folder}byteorder" in names and Entry(source, archive.getinfo(f"{folder}byteorder")).all() != b"little":
             raise ValueError("its bytes are in big-endian order")
-        tree = Unpickler(source, io.BytesIO(content("data.pkl"))).load()
-        return {name: located(view) for name, view in _flattened(tree).items()}
+        tree = Unpickler(source, io.BytesIO(Entry(source, archive.getinfo(pickles[0])).all())).load()
+        found: Tensors = {}
+        for name, view in _flattened(tree).items():
+            entry = Entry(source, archive.getinfo(f"{folder}data/{view.storage.key}"))
+            if entry.size < view.storage.count * view.storage.dtype.itemsize:
+                raise ValueError(f"its storage {view.storage.key} is cut off")
+            found[name] = view.tensor(entry.offset, entry.array)
+        return found
 
 
-def _checked(source: Source, entry: zipfile.ZipInfo, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """A part of an entry; of a whole entry the CRC-32 is checked, unless torch left it out (0)."""
-    array = source.array(offset, shape, dtype)
-    if array.nbytes == entry.file_size and entry.CRC not in (0, zlib.crc32(array.reshape(-1).view(np.uint8))):
-        raise source.broken("torch file", f"the CRC-32 of {entry.filename!a} is not that of its bytes")
-    return array
+class Entry:
+    """An uncompressed entry of a zip archive, and where its bytes begin. Raises ValueError for a compressed one."""
+
+    def __init__(self, source: Source, info: zipfile.ZipInfo):
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError(f"{info.filename!a} is compressed or encrypted, which torch does not do")
+        self.source, self.info, self.size = source, info, info.file_size
+        name_and_extra = struct.unpack("<HH", source.read(info.header_offset + 26, 4))
+        self.offset = info.header_offset + 30 + sum(name_and_extra)
+
+    def all(self) -> bytes:
+        return self.array(self.offset, (self.size,), np.dtype(np.uint8)).tobytes()
+
+    def array(self, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
+        """As `Source.array`; of a whole entry the CRC-32 is checked, unless torch left it out (0)."""
+        array = self.source.array(offset, shape, dtype)
+        if array.nbytes == self.size and self.info.CRC not in (0, zlib.crc32(array.reshape(-1).view(np.uint8))):
+            raise self.source.broken("torch file", f"the CRC-32 of {self.info.filename!a} is not that of its bytes")
+        return array
 
 
 def open_torch_legacy(source: Source) -> Tensors:
@@ -240,18 +219,19 @@ def open_torch_legacy(source: Source) -> Tensors:
             raise ValueError("it is of another version, or in big-endian order")
         unpickler = Unpickler(source, file)
         content = unpickler.load()
-        offsets, position = {}, None
-        for key in Unpickler(source, file).load():
-            position, storage = file.tell() if position is None else position, unpickler.storages[key]
+        keys = Unpickler(source, file).load()
+        offsets, position = {}, file.tell()
+        for key in keys:
+            storage = unpickler.storages[key]
             count = int.from_bytes(source.read(position, 8), "little")
             if count != storage.count:
                 raise ValueError(f"its storage {key} has {count} elements and not {storage.count}")
             offsets[key] = position + 8
             position += 8 + count * storage.dtype.itemsize
-        if position is not None and position > source.size:
+        if position > source.size:
             raise ValueError(f"it ends at byte {source.size}, and {position} were promised")
         views = _flattened(content).items()
-        return {name: view.tensor(source, offsets[view.storage.key], source.array) for name, view in views}
+        return {name: view.tensor(offsets[view.storage.key], source.array) for name, view in views}
 
 
 def _flattened(content: Any) -> dict[str, View]:
