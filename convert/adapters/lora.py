@@ -1,4 +1,4 @@
-"""LoRA and its kin merged into a checkpoint's weights, one by one as they are read.
+"""LoRA and related adapters, merged into a checkpoint's weights one by one as they are read.
 
 names of the adapter -> module and role -> tensor of the checkpoint -> checked -> Change, merged with others when read
 """
@@ -15,6 +15,7 @@ from distrijax.convert.adapters.lora_names import FOREIGN, Key, Target, is_pefts
 from distrijax.convert.adapters.lora_settings import PEFT_SETTINGS, Settings, read_settings
 from distrijax.convert.adapters.merging import COMMON, Change, fits, lengths_fit, merged
 from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.engine import Problems
 from distrijax.convert.kinds import recognise
 from distrijax.convert.tensors import Shape, Tensor, Tensors
 from distrijax.errors import DistriError, warn
@@ -23,16 +24,14 @@ from distrijax.weights.names import shown
 
 SUPPORTED = "LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA"
 
-Problems = dict[str, list[str]]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lora:
     """An adapter.
 
-    what: the file, for errors. weight: how much of it is taken; 1 is what it was trained for. metadata: of the safetensors
+    what: the file, for errors. weight: the factor of its change; 1 is what it was trained for. metadata: of the safetensors
     file, where diffusers writes PEFT's settings (`lora_adapter_metadata`), or those settings, PEFT's adapter_config.json.
-    Raises DistriError for a weight that is no finite number.
+    Raises DistriError for a weight that is not a finite number.
     """
 
     tensors: Tensors
@@ -49,10 +48,10 @@ Changes = dict[Target, Change]
 
 
 def with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
-    """The checkpoint with adapters merged into its UNet and text encoders, in float32, each weight when it is read.
+    """The checkpoint with adapters merged into its UNet and text encoders in float32, each weight when it is read.
 
-    Of several, each changes the weights as they were without the others: their order doesn't matter. That and how an
-    adapter's weight acts with DoRA is as in diffusers, whose layers add the adapters' outputs and do not merge them.
+    Each adapter changes the weights as they were without the others, so their order does not matter. That, and the effect of
+    an adapter's weight with DoRA, is as in diffusers, whose layers add the adapters' outputs and do not merge them.
     Raises one DistriError for each adapter of another kind, and one that lists all of its tensors that have no place in the
     checkpoint, lack a counterpart, come twice, or have another shape.
     """
@@ -61,13 +60,10 @@ def with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
     for lora in loras:
         for target, change in _changes(lora, checkpoint, known).items():
             changes.setdefault(target, []).append(change)
-    for part in {target.part for target in changes}:
-        held = dict(checkpoint.tensors[part])
-        held |= {
-            target.name: merged(held[target.name], all_) for target, all_ in changes.items() if target.part == part
-        }
-        checkpoint = checkpoint.with_tensors(part, held)
-    return checkpoint
+    tensors = {part: dict(held) for part, held in checkpoint.tensors.items()}
+    for target, all_ in changes.items():
+        tensors[target.part][target.name] = merged(tensors[target.part][target.name], all_)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str], list[Target]]) -> Changes:
@@ -85,7 +81,7 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
         raise DistriError(
             f"{lora.what} does not fit the model; give a LoRA that was trained for one of its kind: {summary(problems)}"
         )
-    # some trainers write a module in both layouts; diffusers takes that of its own, too
+    # some trainers write a module in both layouts; diffusers' own comes last and is taken, as in diffusers
     ordered = sorted(found.items(), key=lambda item: not item[0].original)
     settings = read_settings(lora.metadata, lora.what)
     _warn_of_no_alpha(lora, found, settings)
@@ -101,9 +97,12 @@ def _warn_of_no_alpha(lora: Lora, found: Changes, settings: Settings) -> None:
 
 
 def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:
-    """The tensors of each module, by their roles. Raises DistriError for a file that is no LoRA, or of another method."""
+    """The tensors of each module, by role. Raises DistriError for a file that is not a LoRA, or of another method."""
     for name in lora.tensors:
-        _refuse_foreign(name, lora.what)
+        if method := next((method for method, pattern in FOREIGN.items() if re.search(pattern, name, re.ASCII)), None):
+            raise DistriError(
+                f"{lora.what} is {method} ({shown(name)}), which is not supported; use one of: {SUPPORTED}"
+            )
     if not any(map(read_key, lora.tensors)):
         kind = recognise(lora.tensors, lora.what)
         raise DistriError(
@@ -122,14 +121,8 @@ def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, 
     return modules
 
 
-def _refuse_foreign(name: str, what: str) -> None:
-    for method, pattern in FOREIGN.items():
-        if re.search(pattern, name, re.ASCII):
-            raise DistriError(f"{what} is {method} ({shown(name)}), which is not supported; use one of: {SUPPORTED}")
-
-
 def _change(lora: Lora, module: str, factors: dict[str, tuple[Key, Tensor]], problems: Problems) -> Change | None:
-    """The change that a module's tensors make; None, and a problem, where they make none."""
+    """The change that a module's tensors make; None, and a problem, for an incomplete one."""
     methods = {key.method for key, _ in factors.values()} - {None}
     tensors = {role: tensor for role, (_, tensor) in factors.items()}
     method = methods.pop() if len(methods) == 1 else None
@@ -154,30 +147,27 @@ def _change(lora: Lora, module: str, factors: dict[str, tuple[Key, Tensor]], pro
 def _target(
     found: Sequence[Target], module: str, change: Change, checkpoint: Checkpoint, problems: Problems
 ) -> Target | None:
-    """The tensor that a change fits; None, and a problem, where there is none or the name leaves open which one."""
+    """The tensor that a change fits; None, and a problem, where there is none or more than one."""
     shape = change.method.shape({role: tensor.shape for role, tensor in change.factors.items()})
     if shape is None:
         factors = (f"{role} {list(tensor.shape)}" for role, tensor in change.factors.items() if role not in COMMON)
         problems.setdefault("of the wrong shape", []).append(f"{module} has {' and '.join(factors)}")
         return None
-    fitting = [target for target in found if _fits(shape, change, _held(checkpoint, target).shape)]
+    shapes = {target: checkpoint.tensors[target.part][target.name].shape for target in found}
+    fitting = [target for target in found if _fits(shape, change, shapes[target])]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         parts = " and ".join(sorted(target.part for target in fitting))
         problems.setdefault("ambiguous", []).append(f"{module} is in {parts}")
     elif found:
-        needed = " or ".join(str(list(_held(checkpoint, target).shape)) for target in found)
+        needed = " or ".join(str(list(held)) for held in shapes.values())
         problems.setdefault("of the wrong shape", []).append(
             f"{module} changes {list(shape)} and the model has {needed}"
         )
     else:
         problems.setdefault("unknown", []).append(module)
     return None
-
-
-def _held(checkpoint: Checkpoint, target: Target) -> Tensor:
-    return checkpoint.tensors[target.part][target.name]
 
 
 def _fits(shape: Shape, change: Change, weight: Shape) -> bool:

@@ -1,11 +1,11 @@
-"""What the tensors of a LoRA are called: the role of each, and the module it belongs to.
+"""The names of a LoRA's tensors: the role of each, and the module it belongs to.
 
 lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight        kohya, with diffusers' names of the blocks
 lora_unet_input_blocks_4_1_proj_in.lora_down.weight                  kohya, with the original ones
 lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha
 unet.down_blocks.1.attentions.0.proj_in.lora_A.weight                diffusers
 unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight    before version 0.23
-base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.default.weight                 PEFT, of a part that it doesn't name
+base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.default.weight                 PEFT, of a part that it does not name
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from distrijax.convert.adapters.merging import FULL, LOHA, LOKR, LORA, Method
 from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Table
 from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
-from distrijax.convert.tensors import Tensor
 from distrijax.weights.names import current_name
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """What a LoRA can change."""
 
 UNDERSCORED = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-"""What names with underscores for dots begin with."""
+"""Prefixes of names with underscores in place of dots."""
 
 ROLES: tuple[tuple[str, Method | None, str | None, str], ...] = (
     (r"\.lora_(?P<role>down|up|mid)\.weight", LORA, None, "weight"),
@@ -40,7 +39,7 @@ ROLES: tuple[tuple[str, Method | None, str | None, str], ...] = (
     (r"\.dora_scale", None, "dora_scale", "weight"),
     (r"[._]lora_magnitude_vector(\.[^.]+?)?(\.weight)?", None, "magnitude", "weight"),
 )
-"""Ends of names: pattern, the method it belongs to (None: to any), the role, and which tensor of the module it changes."""
+"""Ends of names: pattern, method (None: any), role, and which tensor of the module it changes."""
 
 ENDS = [(re.compile(rf"(?P<module>.+?){end}", re.ASCII | re.DOTALL), *rest) for end, *rest in ROLES]
 
@@ -52,7 +51,7 @@ FOREIGN = {
     "LoRA of an embedding": r"lora_embedding_[AB]",
     "LoRA with a bias of its own": r"\.lora_(B(\.[^.]+)?|up)\.bias$",
 }
-"""Methods that are not supported, by a pattern that one of their tensors has."""
+"""Methods that are not supported: a pattern that one of their tensors has."""
 
 
 class Key(NamedTuple):
@@ -73,7 +72,7 @@ class Target(NamedTuple):
 
 
 def read_key(name: str) -> Key | None:
-    """None for a name that ends in no known way."""
+    """The parts of a name; None for an unknown one."""
     for pattern, method, role, leaf in ENDS:
         if found := pattern.fullmatch(name):
             module = found["module"].replace("base_model.model.", "").replace(".processor.", ".")
@@ -82,19 +81,17 @@ def read_key(name: str) -> Key | None:
 
 
 def is_pefts(names: Iterable[str]) -> bool:
-    """Whether they are those that PEFT gives, which writes no alpha beside them."""
+    """Whether PEFT wrote these names; it writes no alpha with them."""
     return any("base_model.model." in name for name in names)
 
 
 def spellings(checkpoint: Checkpoint) -> dict[tuple[str, str], list[Target]]:
-    """All tensors that a LoRA can change: by each spelling of their module, and `weight` or `bias`.
-
-    A spelling without the part, such as PEFT's, may fit several.
-    """
+    """All tensors that a LoRA can change, by each name of their module and `weight` or `bias`; PEFT's names may fit several."""
     found: dict[tuple[str, str], list[Target]] = {}
     for part in PARTS:
         tensors = checkpoint.tensors.get(part, {})
-        table = _original_names(part, tensors)
+        is_unet = part == "unet" and tensors
+        table = unet_table(UNetLayout.of_diffusers(tensors, "the checkpoint's UNet")) if is_unet else None
         for name in tensors:
             module, _, leaf = name.rpartition(".")
             for spelt, original in set(_spelt(part, module, leaf, table)):
@@ -102,22 +99,16 @@ def spellings(checkpoint: Checkpoint) -> dict[tuple[str, str], list[Target]]:
     return found
 
 
-def _original_names(part: str, tensors: dict[str, Tensor]) -> Table | None:
-    return unet_table(UNetLayout.of_diffusers(tensors, "the checkpoint's UNet")) if part == "unet" and tensors else None
-
-
 def _spelt(part: str, module: str, leaf: str, table: Table | None) -> Iterator[tuple[str, bool]]:
-    """What a module is called, and whether that is a name of the original layout."""
+    """A module's names, each with whether it is one of the original layout."""
     for name in _aliases(part, module):
-        yield name, False
-        yield f"{part}.{name}", False
-        for prefix in UNDERSCORED[part]:
-            yield prefix + name.replace(".", "_"), False
+        for spelt in (name, f"{part}.{name}", *(prefix + name.replace(".", "_") for prefix in UNDERSCORED[part])):
+            yield spelt, False
     if table and (mapped := table.from_diffusers(f"{module}.{leaf}")):
-        theirs = mapped.source.removesuffix(f".{leaf}")
-        yield "lora_unet_" + theirs.replace(".", "_"), True
+        name = mapped.source.removesuffix(f".{leaf}")
+        yield "lora_unet_" + name.replace(".", "_"), True
         for prefix in ("diffusion_model.", "model.diffusion_model.", "unet."):
-            yield prefix + theirs, True
+            yield prefix + name, True
 
 
 def _aliases(part: str, module: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""PEFT's settings of an adapter, which its tensors do not tell: alpha, for each module, and what it is divided by."""
+"""PEFT's settings of an adapter that its tensors do not hold: alpha of each module, and what it is divided by."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from distrijax.convert.adapters.merging import FULL, Change
 from distrijax.errors import DistriError
 
 KEY = "lora_adapter_metadata"
-"""Where diffusers writes the settings of all parts, in the metadata of a safetensors file, as JSON."""
+"""The key in a safetensors file's metadata where diffusers writes the settings of all parts, as JSON."""
 
 PEFT_SETTINGS = "adapter_config.json"
-"""Where PEFT writes them, beside the adapter's file."""
-
+"""The file beside an adapter where PEFT writes them."""
 
 CHANGING = ("pissa", "olora", "corda", "loftq")
-"""How those begin for which PEFT takes something off the model's weights, or rounds them: merged into others they are wrong."""
+"""Initialisations (prefixes) with which PEFT changes the model's own weights: merged into others, such an adapter is wrong."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PartSettings:
-    """Of one part. alpha: None where none is named. patterns: ends of modules' names, and their own alpha."""
+    """Of one part. alpha: None without one. patterns: of modules' names, with an alpha of their own."""
 
     alpha: float | None = None
     patterns: tuple[tuple[re.Pattern, float], ...] = ()
@@ -36,7 +35,7 @@ class PartSettings:
         begun = settings.get("init_lora_weights")
         if isinstance(begun, str) and begun.lower().startswith(CHANGING):
             raise DistriError(
-                f"{what} began as {begun}, which changes the model's own weights, too; have PEFT save it as a plain LoRA, "
+                f"{what} was initialised with {begun}, which changes the model's own weights; have PEFT save it as a plain LoRA, "
                 "with path_initial_model_for_weight_conversion"
             )
         patterns = settings.get("alpha_pattern") or {}
@@ -62,7 +61,7 @@ class Settings:
     parts: Mapping[str, PartSettings]
 
     def applied(self, change: Change, target: Target) -> Change:
-        """A change with the alpha of the settings, where no tensor of the adapter holds one."""
+        """A change with the alpha of the settings, unless a tensor of the adapter holds one."""
         settings = self.parts.get(target.part)
         if settings is None or "alpha" in change.factors or change.method is FULL:
             return change
@@ -71,9 +70,9 @@ class Settings:
 
 
 def read_settings(metadata: Mapping[str, Any] | None, what: str) -> Settings:
-    """Of a safetensors file's metadata, or of PEFT's adapter_config.json; without settings every change has a scale of 1.
+    """The settings in a safetensors file's metadata or PEFT's adapter_config.json; without any, every change has a scale of 1.
 
-    what: the file, for the error. Raises DistriError for settings that can't be read.
+    what: the file, for the error. Raises DistriError for settings that cannot be read.
     """
     metadata = metadata or {}
     if "peft_type" in metadata:
