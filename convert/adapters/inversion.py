@@ -1,10 +1,10 @@
-"""Textual inversion: learned words put into a checkpoint's vocabulary, tokenizer and token embeddings.
+"""Textual inversion: learned words added to a checkpoint's vocabulary, tokenizer and token embeddings.
 
     {"<cat>": [768]} or [n, 768]         diffusers: the name is the word
     {"emb_params": [n, 768]}, {"string_to_param.*": [n, 768], ...}       A1111: the word is the file's name
     {"clip_l": [n, 768], "clip_g": [n, 1280]}                            SDXL: for its two text encoders
 
-A word of n vectors becomes the tokens word, word_1, ..., word_n-1; the tokenizer puts all of them where a prompt has the word.
+A word of n vectors becomes the tokens word, word_1, ..., word_n-1; the tokenizer inserts all of them where a prompt has the word.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from distrijax.weights.names import current_name, shown
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
 A1111 = ("string_to_param.*", "emb_params")
-"""What A1111 calls the vectors, in pickles and in safetensors; what else such a file holds is of no use."""
+"""A1111's names of the vectors, in pickles and in safetensors; the rest of such a file is not needed."""
 
 XL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""What files for SDXL call the vectors of each encoder."""
+"""The names of the vectors of each encoder in files for SDXL."""
 
-FORMATS = f"one tensor named by its word, {' or '.join(A1111)}, or {' and '.join(XL)}"
+NAMES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+"""Files of a tokenizer that name tokens by their ids."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedding:
     """Learned vectors of one word.
 
-    what: the file, for errors. word: what stands for it in prompts; None takes the tensor's name, which is the word in files
-    of diffusers and of no other kind.
+    what: the file, for errors. word: what stands for it in prompts; None takes the tensor's name, which is the word in
+    diffusers' files only.
     """
 
     tensors: Tensors
@@ -60,21 +61,23 @@ def with_embeddings(checkpoint: Checkpoint, embeddings: Sequence[Embedding]) -> 
 
 def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, Tensor]]:
     """The word and its vectors [n, width], by the text encoder that they are for."""
-    tensors, what = embedding.tensors, embedding.what
+    tensors, what, word = embedding.tensors, embedding.what, embedding.word
     encoders = [part for part in XL.values() if part in checkpoint.tensors]
+    names = f"{len(tensors)} tensors ({', '.join(map(shown, list(tensors)[:3]))}{', ...' if len(tensors) > 3 else ''})"
     if any(name in tensors for name in XL):
         found = {part: tensors[name] for name, part in XL.items() if name in tensors and part in encoders}
         if "text_encoder_2" not in encoders or not found or len(tensors) > len(XL):
             raise DistriError(
-                f"{what} holds {_names(tensors)}, an embedding for Stable Diffusion XL; this model's text encoders are "
+                f"{what} holds {names}, an embedding for Stable Diffusion XL; this model's text encoders are "
                 f"{', '.join(encoders) or 'missing'}; give an embedding that was made for it"
             )
-        word = embedding.word
     else:
         name = next((name for name in A1111 if name in tensors), None)
-        word = embedding.word
         if name is None:
-            name = _only(tensors, what)
+            if len(tensors) != 1:
+                formats = f"one tensor named by its word, {' or '.join(A1111)}, or {' and '.join(XL)}"
+                raise DistriError(f"{what} holds {names} and is no embedding; give a file with {formats}")
+            name = next(iter(tensors))
             word = name if word is None else word
         if len(encoders) != 1:
             raise DistriError(
@@ -82,26 +85,11 @@ def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, 
                 f"Stable Diffusion XL, with {' and '.join(XL)}"
             )
         found = {encoders[0]: tensors[name]}
-    word = _checked_word(word, what)
-    return {part: (word, _vectors(tensor, checkpoint, part, what)) for part, tensor in found.items()}
-
-
-def _only(tensors: Tensors, what: str) -> str:
-    if len(tensors) != 1:
-        raise DistriError(f"{what} holds {_names(tensors)} and is no embedding; give a file with {FORMATS}")
-    return next(iter(tensors))
-
-
-def _names(tensors: Tensors) -> str:
-    return f"{len(tensors)} tensors ({', '.join(map(shown, list(tensors)[:3]))}{', ...' if len(tensors) > 3 else ''})"
-
-
-def _checked_word(word: str | None, what: str) -> str:
     if word is None:
         raise DistriError(f"{what} does not say which word it stands for; give the word")
     if not isinstance(word, str) or not word.strip() or word != word.strip():
         raise DistriError(f"the word of {what} is {word!r}; give a text that neither begins nor ends with a blank")
-    return word
+    return {part: (word, _vectors(tensor, checkpoint, part, what)) for part, tensor in found.items()}
 
 
 def _vectors(tensor: Tensor, checkpoint: Checkpoint, part: str, what: str) -> Tensor:
@@ -117,7 +105,7 @@ def _vectors(tensor: Tensor, checkpoint: Checkpoint, part: str, what: str) -> Te
 
 
 def _table_name(checkpoint: Checkpoint, part: str) -> str:
-    """What the token embeddings are called; text encoders come with and without a prefix."""
+    """The name of the token embeddings; text encoders come with and without a prefix."""
     names = (name for name in checkpoint.tensors[part] if current_name(name) == TOKEN_EMBEDDING)
     if (name := next(names, None)) is None:
         raise DistriError(f"the {part} of the checkpoint lacks {TOKEN_EMBEDDING}; give a whole model")
@@ -125,7 +113,7 @@ def _table_name(checkpoint: Checkpoint, part: str) -> str:
 
 
 def _with_tokens(checkpoint: Checkpoint, part: str, tokens: list[str], vectors: Tensor, what: str) -> Checkpoint:
-    """With tokens of one text encoder after all that its tokenizer has."""
+    """The checkpoint with tokens of one text encoder after all that its tokenizer has."""
     name = _table_name(checkpoint, part)
     table = checkpoint.tensors[part][name]
     folder = part.replace("text_encoder", "tokenizer")
@@ -148,10 +136,10 @@ def _with_tokens(checkpoint: Checkpoint, part: str, tokens: list[str], vectors: 
 def _add_tokens(
     files: Mapping[str, bytes], folder: str, tokens: Sequence[str], what: str
 ) -> tuple[dict[str, bytes], int]:
-    """The files with tokens added wherever the folder keeps its own added tokens, and the first one's id."""
+    """The tokenizer's files with tokens added wherever it lists added tokens, and the first one's id."""
     held = {name: _object(files, f"{folder}/{name}") for name in NAMES if f"{folder}/{name}" in files}
     vocabulary, added = _vocabulary(held, folder), _added(held, folder)
-    spelt = {text.lower() for text in added}  # added tokens are found in any case of letters
+    spelt = {text.lower() for text in added}  # added tokens are matched case-insensitively
     if taken := [token for token in tokens if token in vocabulary or token.lower() in spelt]:
         raise DistriError(
             f"the word {tokens[0]!r} of {what} needs the tokens {', '.join(taken)}, which the {folder} has already; "
@@ -159,7 +147,8 @@ def _add_tokens(
         )
     first = max([len(vocabulary), *(index + 1 for index in added.values())])
     ids = {token: first + n for n, token in enumerate(tokens)}
-    entries = {index: {**_flags(token), "special": False} for token, index in ids.items()}
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
+    entries = {index: {"content": token, **flags} for token, index in ids.items()}  # as transformers adds a word
     changed = {"added_tokens.json": {**held.get("added_tokens.json", {}), **ids}}
     if content := held.get("tokenizer.json"):
         listed = [{"id": index, **entry} for index, entry in entries.items()]
@@ -170,10 +159,6 @@ def _add_tokens(
         changed["tokenizer_config.json"] = {**settings, "added_tokens_decoder": decoder}
     texts = {name: json.dumps(content, ensure_ascii=False, indent=2) for name, content in changed.items()}
     return {**files, **{f"{folder}/{name}": f"{text}\n".encode() for name, text in texts.items()}}, first
-
-
-NAMES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-"""Files of a tokenizer that name tokens by their ids."""
 
 
 def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
@@ -205,8 +190,3 @@ def _added(held: Mapping[str, dict], folder: str) -> dict[str, int]:
         return found | {token["content"]: int(index) for index, token in decoder.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DistriError(f"{folder} has an added token without text or number; fetch its files again") from None
-
-
-def _flags(token: str) -> dict[str, Any]:
-    """How a word is looked for: after the prompt was put in lower case, inside of words, too; as transformers adds one."""
-    return {"content": token, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}

@@ -1,10 +1,10 @@
-"""What an adapter makes of one weight, in float32: LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA.
+"""The change that an adapter makes to one weight, in float32: LoRA, LoCon, LoHa, LoKr and whole differences, and DoRA.
 
     LoRA    up down                                 LoCon   up * mid * down, convolutions (Tucker's decomposition) or two of them
     LoHa    (a1 b1) o (a2 b2), element by element   LoKr    w1 (x) w2, the Kronecker product; each may be a product itself
     DoRA    m (W + change) / |W + change|           full    the change itself
 
-Every change but the last is scaled by alpha / rank, where there is an alpha, and by the adapter's weight.
+Every change but the last is scaled by alpha / rank, if there is an alpha, and by the adapter's weight.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, Shape]
 
 COMMON = frozenset({"alpha", "dora_scale", "magnitude"})
-"""Roles that tensors have beside the factors. dora_scale: LyCORIS' name of DoRA's lengths; magnitude: PEFT's."""
-
-PRODUCT_1, PRODUCT_2 = {"w1_a", "w1_b"}, {"w2_a", "w2_b"}
+"""Roles of tensors other than factors. dora_scale: LyCORIS' name of DoRA's magnitudes; magnitude: PEFT's."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """One way to write a change of a weight.
 
-    roles: the sets of factors that make one, of which any will do. ranked: the factors whose rows are counted by the rank;
-    the first that is there tells it. shape: of the change, from those of the factors; None where they do not go together.
-    change: of the factors; a convolution's kernel may be flat in its last dimension.
+    roles: the sets of factors, any of which makes one. ranked: factors whose number of rows is the rank; the first present
+    counts. shape: of the change, from those of the factors; None where they do not fit together. change: made of the factors;
+    a convolution's kernel may be flat in its last dimension.
     """
 
     name: str
@@ -43,7 +41,7 @@ class Method:
     change: Callable[[Arrays], np.ndarray]
 
     def absent(self, roles: frozenset[str]) -> frozenset[str]:
-        """The factors that must be added to have a whole change; none for a whole one."""
+        """The factors that a change lacks."""
         return min((needed - roles for needed in self.roles if roles <= needed), key=len, default=frozenset())
 
     def rank(self, factors: Tensors) -> int | None:
@@ -89,7 +87,7 @@ def _lokr_change(factors: Arrays) -> np.ndarray:
 
 
 def _product_shape(shapes: Shapes, name: str, core: str) -> Shape | None:
-    """Of what `_product` makes."""
+    """The shape of `_product`."""
     if name in shapes:
         return shapes[name]
     left, right = shapes[f"{name}_a"], shapes[f"{name}_b"]
@@ -102,7 +100,7 @@ def _product_shape(shapes: Shapes, name: str, core: str) -> Shape | None:
 
 
 def _product(factors: Arrays, name: str, core: str) -> np.ndarray:
-    """A factor: as it is, a product of two matrices, or Tucker's decomposition around a core."""
+    """A factor: itself, a product of two matrices, or Tucker's decomposition around a core."""
     if name in factors:
         return factors[name]
     left, right = factors[f"{name}_a"], factors[f"{name}_b"]
@@ -118,46 +116,29 @@ def _matrix(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), -1)
 
 
-LORA = Method(
-    "LoRA",
-    (frozenset({"down", "up"}), frozenset({"down", "mid", "up"})),
-    ("down",),
-    _lora_shape,
-    _lora_change,
+def _roles(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+LOHA_ROLES = _roles("w1_a", "w1_b", "w2_a", "w2_b")
+LOKR_ROLES = tuple(
+    _roles(*one, *two)
+    for one in (("w1",), ("w1_a", "w1_b"))
+    for two in (("w2",), ("w2_a", "w2_b"), ("w2_a", "w2_b", "t2"))
 )
-LOHA = Method(
-    "LoHa",
-    (frozenset(PRODUCT_1 | PRODUCT_2), frozenset(PRODUCT_1 | PRODUCT_2 | {"t1", "t2"})),
-    ("w1_b",),
-    _loha_shape,
-    _loha_change,
-)
-LOKR = Method(
-    "LoKr",
-    tuple(
-        frozenset(one | two)
-        for one in ({"w1"}, PRODUCT_1)
-        for two in ({"w2"}, PRODUCT_2, PRODUCT_2 | {"t2"})
-    ),
-    ("w2_b", "w1_b"),
-    _lokr_shape,
-    _lokr_change,
-)  # fmt: skip
-FULL = Method(
-    "full",
-    (frozenset({"diff"}),),
-    (),
-    lambda shapes: shapes["diff"],
-    lambda factors: factors["diff"],
-)
+
+LORA = Method("LoRA", (_roles("down", "up"), _roles("down", "mid", "up")), ("down",), _lora_shape, _lora_change)
+LOHA = Method("LoHa", (LOHA_ROLES, LOHA_ROLES | {"t1", "t2"}), ("w1_b",), _loha_shape, _loha_change)
+LOKR = Method("LoKr", LOKR_ROLES, ("w2_b", "w1_b"), _lokr_shape, _lokr_change)
+FULL = Method("full", (_roles("diff"),), (), lambda shapes: shapes["diff"], lambda factors: factors["diff"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Change:
     """What one adapter does to one weight.
 
-    factors: by role, alpha and DoRA's lengths among them. weight: of the adapter. alpha: where no tensor holds it. what: the
-    adapter, for an error.
+    factors: by role, including alpha and DoRA's magnitudes. weight: of the adapter. alpha: if no tensor holds it. what: the
+    adapter, for errors.
     """
 
     method: Method
@@ -168,7 +149,7 @@ class Change:
     what: str = "the LoRA"
 
     def of(self, base: np.ndarray) -> np.ndarray:
-        """What is to be added to a weight, in float32 as it is itself."""
+        """What is added to a weight, both in float32."""
         factors = {role: tensor.read().astype(np.float32) for role, tensor in self.factors.items()}
         change = self.method.change(factors).reshape(base.shape) * np.float32(self._scale(factors))
         lengths = next((factors[role] for role in ("dora_scale", "magnitude") if role in factors), None)
@@ -183,9 +164,9 @@ class Change:
 
 
 def _with_lengths(merged: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The columns or rows of a weight brought to new lengths.
+    """A weight whose columns or rows are scaled to new magnitudes (Liu et al., "DoRA", 2024).
 
-    As in PEFT and, for an adapter's weight of 1, LyCORIS: the length is that of the changed weight (Liu et al., "DoRA", 2024).
+    As in PEFT and, for an adapter's weight of 1, LyCORIS: the old magnitude is that of the changed weight.
     """
     if per_input(lengths.shape, merged.shape):
         axes, shape = (0, *range(2, merged.ndim)), (1, -1, *(1,) * (merged.ndim - 2))
@@ -196,23 +177,22 @@ def _with_lengths(merged: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def per_input(lengths: Shape, weight: Shape) -> bool:
-    """Whether DoRA's lengths are those of a weight's inputs, as LyCORIS has them by default: [1, in] or [1, in, 1, 1].
+    """Whether DoRA's magnitudes are those of a weight's inputs, as LyCORIS has them by default: [1, in] or [1, in, 1, 1].
 
-    PEFT has [out], for convolutions [1, out, 1, 1], which looks the same in a square one; so its role is another, and
-    lengths of that role come here as [out].
+    PEFT has [out], for convolutions [1, out, 1, 1], which looks the same for a square one; these arrive here as [out].
     """
     return len(lengths) > 1 and lengths[0] == 1 and lengths[1] == weight[1] and math.prod(lengths) == weight[1]
 
 
 def lengths_fit(role: str, lengths: Shape, weight: Shape) -> bool:
-    """Whether DoRA's lengths are one for each output of a weight, or one for each input where the role allows it."""
+    """Whether DoRA's magnitudes are one for each output of a weight, or one for each input if the role allows it."""
     if len(weight) < 2:
         return False
     return math.prod(lengths) == weight[0] or (role == "dora_scale" and per_input(lengths, weight))
 
 
 def fits(change: Shape, weight: Shape) -> bool:
-    """Whether a change can be added to a weight: 1x1 convolutions and linear layers are one, and kernels may be flat."""
+    """Whether a change can be added to a weight; 1x1 convolutions count as linear layers, and kernels may be flat."""
     if len(change) < 2 or len(weight) < 2:
         return change == weight
     return change[0] == weight[0] and (
@@ -226,9 +206,9 @@ def _without_ones(shape: Shape) -> Shape:
 
 
 def merged(base: Tensor, changes: Sequence[Change]) -> Tensor:
-    """A weight with all changes, each of which is made of the weight as it was; computed when it is read, in its own dtype.
+    """A weight with all changes, each computed from the original weight, in its own dtype; computed when it is read.
 
-    Reading it raises DistriError, which names the adapter, where that dtype has no numbers for what comes out.
+    Reading it raises DistriError, which names the adapter, where the result overflows that dtype.
     """
 
     def add(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Another VAE or UNet in a checkpoint's place, with diffusers' names, checked against its config and its new neighbours."""
+"""Replaces the VAE or UNet of a checkpoint, checked against its config and the other parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNET_NEIGHBOURS = (
     "addition_embed_type",
     "projection_class_embeddings_input_dim",
 )
-"""What the VAE and the text encoders fix of a UNet."""
+"""Keys of a UNet's config that the VAE and the text encoders determine."""
 
 VAE_NEIGHBOURS = ("latent_channels", "in_channels", "out_channels")
 
@@ -36,7 +36,7 @@ VAE_OPTIONAL = {"use_quant_conv": True, "use_post_quant_conv": True}
 """Keys of a VAE's config that `describe_vae` names only where the tensors are absent."""
 
 UNET_OPTIONAL = ("addition_embed_type", "projection_class_embeddings_input_dim", "time_cond_proj_dim")
-"""Keys of a UNet's config that its tensors tell by being there: without them their value is None."""
+"""Keys of a UNet's config whose value is None without certain tensors."""
 
 
 def with_vae(
@@ -44,48 +44,48 @@ def with_vae(
 ) -> Checkpoint:
     """The checkpoint with another VAE.
 
-    what: the file, for errors. config: of this VAE, a whole config or some of its keys; without it what shapes do not tell,
-    the scaling factor above all, is that of the VAE it takes the place of, for it belongs to the UNet.
-    Raises one DistriError that lists every tensor that is missing, unexpected or misshapen, and one for a VAE of other latents.
+    what: the file, for errors. config: of this VAE, a whole config or some of its keys; without it what shapes do not imply,
+    above all the scaling factor, is that of the old VAE, since it belongs to the UNet. Raises one DistriError that lists every
+    tensor that is missing, unexpected or of the wrong shape, and one for a VAE of other latents.
     """
     current = {current_name(name): tensor for name, tensor in tensors.items()}
-    told = VAE_OPTIONAL | describe_vae(current, what)
-    return _replaced(checkpoint, "vae", current, told, VAE_NEIGHBOURS, config, what)
+    inferred = VAE_OPTIONAL | describe_vae(current, what)
+    return _replaced(checkpoint, "vae", current, inferred, VAE_NEIGHBOURS, config, what)
 
 
 def with_unet(
     checkpoint: Checkpoint, tensors: Tensors, what: str, config: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """The checkpoint with another UNet; the same of UNets.
+    """The checkpoint with another UNet, as `with_vae`.
 
-    A latent consistency model, which embeds the guidance, is told by its tensors. What it predicts, noise or v, is told by
-    nothing; the scheduler's config stays as it is. Raises DistriError as `with_vae`, and for one that reads other text.
+    A latent consistency model, which embeds the guidance scale, is recognised by its tensors. What a UNet predicts, noise or v,
+    is not; the scheduler's config stays as it is. Raises DistriError as `with_vae`, and for one that reads other embeddings.
     """
-    told = dict.fromkeys(UNET_OPTIONAL) | describe_unet(tensors, what)
-    return _replaced(checkpoint, "unet", tensors, told, UNET_NEIGHBOURS, config, what)
+    inferred = dict.fromkeys(UNET_OPTIONAL) | describe_unet(tensors, what)
+    return _replaced(checkpoint, "unet", tensors, inferred, UNET_NEIGHBOURS, config, what)
 
 
 def _replaced(
     checkpoint: Checkpoint,
     part: str,
     tensors: Tensors,
-    told: Config,
+    inferred: Config,
     neighbours: tuple[str, ...],
     given: Mapping[str, Any] | None,
     what: str,
 ) -> Checkpoint:
-    """told: by the shapes. neighbours: keys that must stay as they are in the checkpoint."""
+    """inferred: from the shapes. neighbours: keys that must have the same value as in the checkpoint."""
     held = checkpoint.configs.get(part)
     if held is None:
-        raise DistriError(f"the checkpoint has no {part} that {what} could take the place of; give a whole pipeline")
+        raise DistriError(f"the checkpoint has no {part} that {what} could replace; give a whole pipeline")
     old = CONFIGS[part].from_dict(held)  # which knows the defaults
     for key in neighbours:
-        if not compatible(told[key], getattr(old, key)):
+        if not compatible(inferred[key], getattr(old, key)):
             raise DistriError(
-                f"{what}: {key} of its {part} is {to_json_value(told[key])} and the model's is {getattr(old, key)}; "
+                f"{what}: {key} of its {part} is {to_json_value(inferred[key])} and the model's is {getattr(old, key)}; "
                 f"give a {part} that was made for a model of this kind"
             )
-    config = merge_configs(part, told, held, given or {}, what)
+    config = merge_configs(part, inferred, held, given or {}, what)
     check_complete(dataclasses.replace(checkpoint, configs={part: config}, tensors={part: tensors}), what)
     replaced = checkpoint.with_tensors(part, tensors)
     return dataclasses.replace(replaced, configs={**checkpoint.configs, part: config})
