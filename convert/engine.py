@@ -188,6 +188,16 @@ LAYER = layer()
 """A layer as it is."""
 
 
+def rows(pairs: str, then: Transform | Table = LAYER, *, prefix: str = "") -> tuple[Row, ...]:
+    """Rows of modules.
+
+    pairs: their names in the source and in diffusers, "in_layers.0 norm1, out_layers.3 conv2"; one name if both are the same.
+    then: the layout of each. prefix: of all names in diffusers.
+    """
+    names = [pair.split() for pair in pairs.split(",")]
+    return tuple(Row(f"{pair[0]}.", f"{prefix}{pair[-1]}.", then) for pair in names)
+
+
 def _stand_in(shape: Shape) -> np.ndarray:
     """An array of a shape that takes no memory. Raises ValueError for a shape that no array has."""
     return np.broadcast_to(np.False_, shape)

@@ -1,8 +1,8 @@
-"""A UNet or a VAE out of a file that holds it alone or with others, in the original or in diffusers' naming."""
+"""A UNet or a VAE from a file that holds it alone or with other models, in the original or in diffusers' names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from distrijax.convert.configs import to_json_value
 from distrijax.convert.engine import Table, raise_for, to_diffusers
@@ -16,51 +16,48 @@ from distrijax.weights.names import current_name
 
 
 def unet_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
-    """A UNet with diffusers' names, and what its shapes tell of its config.
+    """A UNet with diffusers' names, and what its shapes imply for its config.
 
-    The config is to be laid over that of the model it goes into, which has what shapes do not tell, such as the number of
-    heads. Latent consistency models are told by `time_cond_proj_dim`.
-    Raises DistriError for a file without a UNet that paints from text, and for unknown tensors.
+    What they do not imply, such as the number of heads, is as in the model that it is put into. Raises DistriError for a file
+    without a text-to-image UNet, and for unknown tensors.
     """
-    kind = recognise(tensors, what)
-    prefix = unet_prefix(tensors)
-    if kind in (Kind.LORA, Kind.EMBEDDING) or prefix is None:
-        raise DistriError(f"{what} is {kind} and holds no UNet; give a file with one")
-    held = without(tensors, prefix)
+    held = _part(tensors, unet_prefix, "UNet", what)
     if "input_blocks.0.0.weight" in held:
-        ours, _ = to_diffusers(unet_table(UNetLayout.of_source(held, what)) + DROPPED, held, what)
+        held, _ = to_diffusers(unet_table(UNetLayout.of_source(held, what)) + DROPPED, held, what)
     else:
-        ours = held
-        _check_known(unet_table(UNetLayout.of_diffusers(ours, what)), ours, {TIME_COND}, what)
-    return {key: to_json_value(value) for key, value in describe_unet(ours, what).items()}, ours
+        _check_known(unet_table(UNetLayout.of_diffusers(held, what)), held, {TIME_COND}, what)
+    return {key: to_json_value(value) for key, value in describe_unet(held, what).items()}, held
 
 
 def vae_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
-    """A VAE with diffusers' names, and what its shapes tell of its config.
+    """A VAE with diffusers' names, and what its shapes imply for its config; not the scaling factor, which the UNet determines.
 
-    The config is to be laid over that of the model it goes into, which has the scaling factor: it belongs to the UNet.
     Raises DistriError for a file without a VAE of four latent channels, and for unknown tensors.
     """
-    kind = recognise(tensors, what)
-    prefix = vae_prefix(tensors)
-    if kind in (Kind.LORA, Kind.EMBEDDING) or prefix is None:
-        raise DistriError(f"{what} is {kind} and holds no VAE; give a file with one")
-    held = without(tensors, prefix)
+    held = _part(tensors, vae_prefix, "VAE", what)
     if any(name.startswith(("decoder.up.", "decoder.mid.")) for name in held):
-        ours, _ = to_diffusers(vae_table(levels_of(held)) + DROPPED, held, what)
+        held, _ = to_diffusers(vae_table(levels_of(held)) + DROPPED, held, what)
     else:
-        ours = {current_name(name): tensor for name, tensor in held.items()}
-        _check_known(vae_table(levels_of(ours)), ours, (), what)
-    told = describe_vae(ours, what)
-    if told["latent_channels"] != LATENT_CHANNELS:
+        held = {current_name(name): tensor for name, tensor in held.items()}
+        _check_known(vae_table(levels_of(held)), held, (), what)
+    inferred = describe_vae(held, what)
+    if inferred["latent_channels"] != LATENT_CHANNELS:
         raise DistriError(
-            f"{what} is a VAE of {told['latent_channels']} latent channels, as those of Stable Diffusion 3 and Flux; "
+            f"{what} is a VAE of {inferred['latent_channels']} latent channels, as those of Stable Diffusion 3 and Flux; "
             f"give one of {LATENT_CHANNELS}"
         )
-    return told, ours
+    return inferred, held
 
 
-def _check_known(table: Table, ours: Tensors, others: Iterable[str], what: str) -> None:
+def _part(tensors: Tensors, prefix_of: Callable[[Tensors], str | None], name: str, what: str) -> Tensors:
+    """The tensors of one model, without their prefix."""
+    kind, prefix = recognise(tensors, what), prefix_of(tensors)
+    if kind in (Kind.LORA, Kind.EMBEDDING) or prefix is None:
+        raise DistriError(f"{what} is {kind} and holds no {name}; give a file with one")
+    return without(tensors, prefix)
+
+
+def _check_known(table: Table, tensors: Tensors, others: Iterable[str], what: str) -> None:
     """Raises DistriError that lists the names that the model does not have."""
-    unknown = [name for name in ours if name not in others and table.from_diffusers(name) is None]
+    unknown = [name for name in tensors if name not in others and table.from_diffusers(name) is None]
     raise_for({"unknown": unknown} if unknown else {}, what)

@@ -1,4 +1,4 @@
-"""Text encoders in original files: CLIP-L as transformers names it, OpenCLIP as open_clip does; rows, and their config."""
+"""Text encoders of single files, CLIP-L in transformers' names and OpenCLIP in open_clip's: tables of names, and configs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from distrijax.convert.configs import UNKNOWN, shape_of
-from distrijax.convert.engine import LAYER, SPLIT, TRANSPOSED, Row, Table
+from distrijax.convert.engine import LAYER, SPLIT, TRANSPOSED, Row, Table, rows
 from distrijax.convert.tensors import Tensors
 
 HEAD_WIDTH = 64
-"""Channels of a head, in every CLIP that Stable Diffusion reads."""
+"""Channels of a head in every CLIP that Stable Diffusion uses."""
 
 EMBEDDINGS = Table(
     Row("token_embedding.weight", "token_embedding.weight"),
@@ -20,8 +20,8 @@ EMBEDDINGS = Table(
 )
 
 ENCODER_LAYER = Table(
-    *(Row(f"self_attn.{name}_proj.", f"self_attn.{name}_proj.", LAYER) for name in ("q", "k", "v", "out")),
-    *(Row(name, name, LAYER) for name in ("layer_norm1.", "mlp.fc1.", "mlp.fc2.", "layer_norm2.")),
+    *rows("self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.out_proj"),
+    *rows("layer_norm1, mlp.fc1, mlp.fc2, layer_norm2"),
 )
 
 
@@ -46,11 +46,7 @@ SPLIT_ATTENTION = {
 
 RESBLOCK = Table(
     *(Row(f"attn.in_proj_{leaf}", names, SPLIT) for leaf, names in SPLIT_ATTENTION.items()),
-    Row("attn.out_proj.", "self_attn.out_proj.", LAYER),
-    Row("ln_1.", "layer_norm1.", LAYER),
-    Row("ln_2.", "layer_norm2.", LAYER),
-    Row("mlp.c_fc.", "mlp.fc1.", LAYER),
-    Row("mlp.c_proj.", "mlp.fc2.", LAYER),
+    *rows("attn.out_proj self_attn.out_proj, ln_1 layer_norm1, ln_2 layer_norm2, mlp.c_fc mlp.fc1, mlp.c_proj mlp.fc2"),
 )
 
 PROJECTION = Table(
@@ -62,8 +58,8 @@ PROJECTION = Table(
 def open_clip_table(*, projected: bool, dropped: Iterable[int] = ()) -> Table:
     """Rows of a text encoder of open_clip.
 
-    projected: whether its pooled embedding is used. dropped: numbers of layers that are not: a model that reads the
-    embeddings before the last layer, as SD 2.x, is written without it in the diffusers layout.
+    projected: whether its pooled embedding is used. dropped: numbers of layers that are not: SD 2.x reads the embeddings before
+    the last layer, which diffusers leaves out.
     """
     return Table(
         Row("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
@@ -78,15 +74,15 @@ def open_clip_table(*, projected: bool, dropped: Iterable[int] = ()) -> Table:
 
 
 def layers_of(names: Iterable[str]) -> int:
-    """How many layers there are, in either naming."""
+    """The number of layers, in either naming."""
     pattern = re.compile(r"(?:transformer\.resblocks|text_model\.encoder\.layers)\.(\d+)\.", re.ASCII)
     return len({found[1] for name in names if (found := pattern.match(name))})
 
 
 def describe_text(tensors: Tensors, what: str) -> dict[str, Any]:
-    """The keys of transformers' config that the shapes of a text encoder in its naming tell."""
+    """The keys of transformers' config that the shapes of its text encoder imply."""
     vocabulary, width = shape_of(tensors, "text_model.embeddings.token_embedding.weight", what, 2)
-    told = {
+    inferred = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "max_position_embeddings": shape_of(tensors, "text_model.embeddings.position_embedding.weight", what, 2)[0],
@@ -94,10 +90,10 @@ def describe_text(tensors: Tensors, what: str) -> dict[str, Any]:
         "intermediate_size": shape_of(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", what, 2)[0],
     }
     if "text_projection.weight" in tensors:
-        told["projection_dim"] = shape_of(tensors, "text_projection.weight", what, 2)[0]
-    return told
+        inferred["projection_dim"] = shape_of(tensors, "text_projection.weight", what, 2)[0]
+    return inferred
 
 
 def heads_of(width: int) -> Any:
-    """How many heads an encoder of that width has, or `UNKNOWN`."""
+    """The number of heads of an encoder of that width, or `UNKNOWN`."""
     return UNKNOWN if width % HEAD_WIDTH else width // HEAD_WIDTH

@@ -1,4 +1,4 @@
-"""The UNet as CompVis and SGM name its tensors: rows, and what the shapes say of its config.
+"""The UNet in the names of CompVis and SGM: table of names, and what its shapes imply for its config.
 
 input_blocks.0.0                 conv_in
 input_blocks.{b (layers+1) + 1 + l}   down_blocks.b: resnet l and, as .1, its attention; after the last one the downsampler
@@ -14,42 +14,29 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from distrijax.convert.configs import shape_of
-from distrijax.convert.engine import LAYER, Row, Table
+from distrijax.convert.engine import Row, Table, rows
 from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
 
 RESNET = Table(
-    Row("in_layers.0.", "norm1.", LAYER),
-    Row("in_layers.2.", "conv1.", LAYER),
-    Row("emb_layers.1.", "time_emb_proj.", LAYER),
-    Row("out_layers.0.", "norm2.", LAYER),
-    Row("out_layers.3.", "conv2.", LAYER),
-    Row("skip_connection.", "conv_shortcut.", LAYER),
+    *rows("in_layers.0 norm1, in_layers.2 conv1, emb_layers.1 time_emb_proj, out_layers.0 norm2, out_layers.3 conv2"),
+    *rows("skip_connection conv_shortcut"),
 )
 
-TRANSFORMER = (
-    Table(  # the same names in both; proj_in and proj_out are convolutions in SD 1.x and linear later, in both, too
-        *(Row(name, name, LAYER) for name in ("norm.", "proj_in.", "proj_out.")),
-        *(
-            Row(name, name, LAYER)
-            for layer in (
-                *(f"attn{n}.to_{which}." for n in (1, 2) for which in ("q", "k", "v", "out.0")),
-                *("ff.net.0.proj.", "ff.net.2.", "norm1.", "norm2.", "norm3."),
-            )
-            for name in (f"transformer_blocks.{{n}}.{layer}",)
-        ),
-    )
-)
+ATTENTION = ", ".join(f"attn{n}.to_{name}" for n in (1, 2) for name in ("q", "k", "v", "out.0"))
+BLOCK = Table(*rows(ATTENTION), *rows("ff.net.0.proj, ff.net.2, norm1, norm2, norm3"))
+TRANSFORMER = Table(*rows("norm, proj_in, proj_out"), *rows("transformer_blocks.{n}", BLOCK))
+"""The same names in both; proj_in and proj_out are convolutions in SD 1.x and linear layers later, in both too."""
 
 TIME_COND = "time_embedding.cond_proj.weight"
-"""The embedding of the guidance in latent consistency models, for which the original layout has no name."""
+"""Embeds the guidance scale in latent consistency models; the original layout has no name for it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetLayout:
-    """What decides how the blocks are numbered.
+    """What the numbers of the blocks depend on.
 
-    layers: resnets of a block on the way down. down, up: of each block, in its order, whether it has attention.
+    layers: resnets of a block on the way down. down, up: whether each block has attention.
     """
 
     layers: int
@@ -58,7 +45,7 @@ class UNetLayout:
 
     @classmethod
     def of_source(cls, names: Iterable[str], what: str) -> Self:
-        """Of names that start with `input_blocks.` and so on; raises DistriError for blocks of unequal size."""
+        """From names in the original layout; raises DistriError for blocks of unequal size."""
         names = set(names)
         numbers = {int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,2})\.", name, re.ASCII))}
         ends = sorted(n for n in numbers if f"input_blocks.{n}.0.op.weight" in names)
@@ -70,7 +57,7 @@ class UNetLayout:
             or period < 2
         ):
             raise DistriError(
-                f"{what}: the UNet has {len(numbers)} input blocks, of which {ends} make the picture smaller; "
+                f"{what}: the UNet has {len(numbers)} input blocks, of which {ends} downsample; "
                 "only blocks of one size are supported; use another model"
             )
         return cls(
@@ -81,7 +68,7 @@ class UNetLayout:
 
     @classmethod
     def of_diffusers(cls, names: Iterable[str], what: str) -> Self:
-        """Of diffusers' names; raises as `of_source`."""
+        """From diffusers' names; raises as `of_source`."""
         resnets, down, up = {}, {}, {}
         for name in names:
             if found := re.match(r"(down|up)_blocks\.(\d{1,3})\.(resnets|attentions)\.(\d{1,3})\.", name, re.ASCII):
@@ -101,58 +88,46 @@ class UNetLayout:
 
 def unet_table(layout: UNetLayout) -> Table:
     """Rows of a UNet's tensors, whose names start with `input_blocks.` and so on."""
-    rows = [
-        Row("time_embed.0.", "time_embedding.linear_1.", LAYER),
-        Row("time_embed.2.", "time_embedding.linear_2.", LAYER),
-        Row("label_emb.0.0.", "add_embedding.linear_1.", LAYER),
-        Row("label_emb.0.2.", "add_embedding.linear_2.", LAYER),
-        Row("input_blocks.0.0.", "conv_in.", LAYER),
-        Row("middle_block.0.", "mid_block.resnets.0.", RESNET),
-        Row("middle_block.1.", "mid_block.attentions.0.", TRANSFORMER),
-        Row("middle_block.2.", "mid_block.resnets.1.", RESNET),
-        Row("out.0.", "conv_norm_out.", LAYER),
-        Row("out.2.", "conv_out.", LAYER),
+    found = [
+        *rows("time_embed.0 time_embedding.linear_1, time_embed.2 time_embedding.linear_2"),
+        *rows("label_emb.0.0 add_embedding.linear_1, label_emb.0.2 add_embedding.linear_2"),
+        *rows("input_blocks.0.0 conv_in, out.0 conv_norm_out, out.2 conv_out"),
+        *rows("middle_block.0 mid_block.resnets.0, middle_block.2 mid_block.resnets.1", RESNET),
+        *rows("middle_block.1 mid_block.attentions.0", TRANSFORMER),
     ]
+    period = layout.layers + 1
     for block, attention in enumerate(layout.down):
-        rows += _down_rows(block, attention, layout.layers, last=block == len(layout.down) - 1)
+        first = block * period + 1
+        found += _members("input_blocks", first, layout.layers, f"down_blocks.{block}", attention)
+        if block < len(layout.down) - 1:
+            found += rows(f"input_blocks.{first + layout.layers}.0.op down_blocks.{block}.downsamplers.0.conv")
     for block, attention in enumerate(layout.up):
-        rows += _up_rows(block, attention, layout.layers, last=block == len(layout.up) - 1)
-    return Table(*rows)
+        last, member = (block + 1) * period - 1, 2 if attention else 1
+        found += _members("output_blocks", block * period, period, f"up_blocks.{block}", attention)
+        if block < len(layout.up) - 1:
+            found += rows(f"output_blocks.{last}.{member}.conv up_blocks.{block}.upsamplers.0.conv")
+    return Table(*found)
 
 
-def _down_rows(block: int, attention: bool, layers: int, *, last: bool) -> list[Row]:
-    first, ours = block * (layers + 1) + 1, f"down_blocks.{block}."
-    rows = _members("input_blocks", first, layers, ours, attention)
-    if not last:
-        rows.append(Row(f"input_blocks.{first + layers}.0.op.", f"{ours}downsamplers.0.conv.", LAYER))
-    return rows
-
-
-def _up_rows(block: int, attention: bool, layers: int, *, last: bool) -> list[Row]:
-    first, ours = block * (layers + 1), f"up_blocks.{block}."
-    rows = _members("output_blocks", first, layers + 1, ours, attention)
-    if not last:
-        member = 2 if attention else 1
-        rows.append(Row(f"output_blocks.{first + layers}.{member}.conv.", f"{ours}upsamplers.0.conv.", LAYER))
-    return rows
-
-
-def _members(theirs: str, first: int, count: int, ours: str, attention: bool) -> list[Row]:
-    rows = [Row(f"{theirs}.{first + n}.0.", f"{ours}resnets.{n}.", RESNET) for n in range(count)]
-    if attention:
-        rows += [Row(f"{theirs}.{first + n}.1.", f"{ours}attentions.{n}.", TRANSFORMER) for n in range(count)]
-    return rows
+def _members(source: str, first: int, count: int, block: str, attention: bool) -> list[Row]:
+    """Rows of a block's resnets and attentions."""
+    found: list[Row] = []
+    for n in range(count):
+        found += rows(f"{source}.{first + n}.0 {block}.resnets.{n}", RESNET)
+        if attention:
+            found += rows(f"{source}.{first + n}.1 {block}.attentions.{n}", TRANSFORMER)
+    return found
 
 
 def describe_unet(tensors: Tensors, what: str) -> dict[str, Any]:
-    """The keys of diffusers' config that the shapes of a UNet in its naming tell; None in a list: not told of that block."""
+    """The keys of diffusers' config that the shapes of its UNet imply; None in a list: nothing is known of that block."""
     layout = UNetLayout.of_diffusers(tensors, what)
     blocks = range(len(layout.down))
     with_attention = [f"down_blocks.{b}.attentions.0." if layout.down[b] else None for b in blocks]
     with_attention[-1] = with_attention[-1] or "mid_block.attentions.0."
     some = next(filter(None, with_attention))
     conv_in = shape_of(tensors, "conv_in.weight", what, 4)
-    told = {
+    inferred = {
         "in_channels": conv_in[1],
         "out_channels": shape_of(tensors, "conv_out.weight", what, 4)[0],
         "block_out_channels": [
@@ -166,11 +141,13 @@ def describe_unet(tensors: Tensors, what: str) -> dict[str, Any]:
         "use_linear_projection": len(shape_of(tensors, f"{some}proj_in.weight", what, 2, 4)) == 2,
     }
     if "add_embedding.linear_1.weight" in tensors:
-        told["addition_embed_type"] = "text_time"
-        told["projection_class_embeddings_input_dim"] = shape_of(tensors, "add_embedding.linear_1.weight", what, 2)[1]
+        inferred["addition_embed_type"] = "text_time"
+        inferred["projection_class_embeddings_input_dim"] = shape_of(tensors, "add_embedding.linear_1.weight", what, 2)[
+            1
+        ]
     if TIME_COND in tensors:
-        told["time_cond_proj_dim"] = shape_of(tensors, TIME_COND, what, 2)[1]
-    return told
+        inferred["time_cond_proj_dim"] = shape_of(tensors, TIME_COND, what, 2)[1]
+    return inferred
 
 
 def _depth(tensors: Tensors, attention: str) -> int:
