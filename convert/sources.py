@@ -123,11 +123,7 @@ class Found:
         model = partial(find, parts=("",), index="config.json", formats=tuple(STEMS))
         return cls(
             source=find(
-                recipe.source,
-                parts=PARTS,
-                formats=tuple(STEMS),
-                variant=recipe.variant,
-                revision=recipe.revision,
+                recipe.source, parts=PARTS, formats=tuple(STEMS), variant=recipe.variant, revision=recipe.revision
             ),
             config=None if recipe.config is None else find(recipe.config, parts=PARTS, formats=()),
             unet=None if recipe.unet is None else model(recipe.unet),

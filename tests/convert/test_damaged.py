@@ -20,7 +20,6 @@ from facts import refuses, says
 from original_layouts import original, unread
 from tensor_files import read_all, refusal, small, torch_bytes, written
 
-from distrijax.convert.files import open_tensors
 from distrijax.convert.layouts.original import from_original
 from distrijax.convert.tensors import of_array
 
@@ -255,10 +254,3 @@ def test_models_of_very_many_blocks_are_refused_soon(case):
     with refuses(re.compile("^file")):
         from_original(tensors, "file")
     assert time.perf_counter() - start < 5
-
-
-def test_a_file_that_is_a_pointer_or_a_page(tmp_path):
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-    for content, what in ((pointer, "git-lfs"), (b"<!doctype html>", "web page")):
-        with refuses("file.weights", what):
-            open_tensors(written(tmp_path, content))

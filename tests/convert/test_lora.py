@@ -8,14 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from adapters import (
-    add_adapter,
-    changed,
-    file_tensors,
-    largest_difference,
-    merged_by_peft,
-    tensors_of,
-)
+from adapters import add_adapter, changed, file_tensors, largest_difference, merged_by_peft, tensors_of
 from lora_files import CLOSE, KOHYA, loaded_unet, random_lora, saved, to_kohya, unet_lora
 from peft import LoHaConfig, LoKrConfig
 from peft.utils import get_peft_model_state_dict

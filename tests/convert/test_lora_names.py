@@ -9,13 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from adapters import (
-    changed,
-    file_tensors,
-    largest_difference,
-    merged_by_peft,
-    tensors_of,
-)
+from adapters import changed, file_tensors, largest_difference, merged_by_peft, tensors_of
 from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,

@@ -9,9 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapters import (
-    largest_difference,
-)
+from adapters import largest_difference
 from facts import refuses, warns
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from lora_files import CLOSE, Weights

@@ -7,9 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from adapters import (
-    changed,
-)
+from adapters import changed
 from facts import refuses
 from lora_files import random_lora
 

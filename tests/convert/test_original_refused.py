@@ -46,11 +46,7 @@ def test_a_small_vocabulary_needs_its_own_tokenizer():
 
 
 @pytest.mark.parametrize(
-    "left_out, part",
-    [
-        ("first_stage_model.", "vae"),
-        ("conditioner.embedders.0.", "text_encoder"),
-    ],
+    "left_out, part", [("first_stage_model.", "vae"), ("conditioner.embedders.0.", "text_encoder")]
 )
 def test_a_part_that_is_not_there_is_named(left_out, part):
     file = {name: tensor for name, tensor in small("sdxl").items() if not name.startswith(left_out)}

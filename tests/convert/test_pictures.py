@@ -1,8 +1,7 @@
-"""A pipeline of torch diffusers, written as a single file, paints the same: read again by diffusers, and by this package."""
+"""A pipeline of torch diffusers, written as a single file, generates the same image in diffusers and in this package."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +12,13 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from facts import warns
 from oracle import psnr
-from safetensors.numpy import load_file, save_file
 from tiny_pipeline import TEXT_WIDTH, UNET, load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
 
 from distrijax import DistriConfig, load_pipeline
-from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.files import open_tensors
+from distrijax.convert.layouts.folder import from_folder, write_folder
 from distrijax.convert.layouts.original import from_original, to_original
-from distrijax.convert.tensors import Tensors, of_array
+from distrijax.convert.readers.safetensors_files import write_safetensors
 
 CALL = {
     "prompt": "a red circle on the left",
@@ -65,49 +64,16 @@ def case(request, tmp_path_factory) -> Case:
         else:
             save_tiny_sd_pipeline(root / "folder", int(request.param[-1]))
     with warns("--config FOLDER", "unet: norm_num_groups 16"):
-        tensors = to_original(read_folder(root / "folder"))
-    save_file(
-        {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}, root / "model.safetensors"
-    )
+        tensors = to_original(from_folder(root / "folder"))
+    write_safetensors(tensors, root / "model.safetensors")
     return Case(request.param, root / "folder", root / "model.safetensors")
-
-
-def read_tensors(file: Path) -> Tensors:
-    return {name: of_array(array) for name, array in load_file(file).items()}
-
-
-def read_folder(folder: Path) -> Checkpoint:
-    configs = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/*config.json")}
-    configs = {part: config for part, config in configs.items() if not part.startswith("tokenizer")}
-    return Checkpoint(
-        index=json.loads((folder / "model_index.json").read_text()),
-        configs=configs,
-        tensors={path.parent.name: read_tensors(path) for path in folder.glob("*/*.safetensors")},
-        files={str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("tokenizer*/*")},
-    )
-
-
-def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
-    def write(path: str, content: bytes) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-
-    write("model_index.json", json.dumps(checkpoint.index).encode())
-    for part, config in checkpoint.configs.items():
-        write(f"{part}/{'scheduler_' * (part == 'scheduler')}config.json", json.dumps(config).encode())
-    for part, tensors in checkpoint.tensors.items():
-        stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
-        arrays = {name: np.ascontiguousarray(tensor.read()) for name, tensor in tensors.items()}
-        save_file(arrays, folder / part / f"{stem}.safetensors")
-    for path, content in checkpoint.files.items():
-        write(path, content)
 
 
 def torch_picture(pipe: DiffusionPipeline, noise: torch.Tensor) -> np.ndarray:
     return pipe(**CALL, latents=noise.clone(), output_type="np").images
 
 
-def test_diffusers_paints_the_same_from_the_single_file(case):
+def test_diffusers_generates_the_same_from_the_single_file(case):
     noise = torch.randn(1, 4, 8, 8)
     wanted = torch_picture(load_torch_pipeline(case.folder), noise)
     pipe = TORCH[case.family].from_single_file(
@@ -119,9 +85,9 @@ def test_diffusers_paints_the_same_from_the_single_file(case):
     assert wanted.std() > 0.05
 
 
-def test_this_package_paints_the_same_from_the_single_file(case, tmp_path):
-    given = read_folder(case.folder)
-    checkpoint = from_original(read_tensors(case.file), "file", config=given.configs, files=given.files)
+def test_this_package_generates_the_same_from_the_single_file(case, tmp_path):
+    given = from_folder(case.folder)
+    checkpoint = from_original(open_tensors(case.file), "file", config=given.configs, files=given.files)
     write_folder(checkpoint, tmp_path)
     noise = torch.randn(1, 4, 8, 8)
     wanted = torch_picture(load_torch_pipeline(case.folder), noise)
