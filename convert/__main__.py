@@ -1,12 +1,12 @@
-"""Turns models of Stable Diffusion (XL, its refiner, 1.x and 2.x) into each other's formats.
+"""Converts models of Stable Diffusion (XL, its refiner, 1.x and 2.x) between formats.
 
     python -m distrijax.convert dream.safetensors DREAM           a single file to a folder that from_pretrained reads
     python -m distrijax.convert owner/model dream.safetensors     a repository on the hub to a single file
     python -m distrijax.convert base.ckpt NEW --lora style.safetensors:0.8 --vae vae.safetensors --dtype float16
-    python -m distrijax.convert dream.ckpt --inspect              what it is, and what is odd about it
+    python -m distrijax.convert dream.ckpt --inspect              what it is, and what is unusual about it
 
 SOURCE: a single file in the original layout (safetensors or pickle), a folder in the diffusers layout (safetensors, pickles or
-Flax), an orbax folder, a hub id, an hf:// path. Nothing of a file is executed. DESTINATION appears whole or not at all.
+Flax), an orbax folder, a hub id, an hf:// path. No code of a file is executed. DESTINATION appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.inspection import describe_checkpoint, describe_file
 from distrijax.convert.layouts.folder import write_folder
 from distrijax.convert.layouts.original import to_original
-from distrijax.convert.progress import watched
+from distrijax.convert.progress import with_progress
 from distrijax.convert.readers.orbax_files import write_orbax
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.sources import Found, Recipe, add_flags, assemble
@@ -52,13 +52,13 @@ class Format(enum.StrEnum):
 
 
 SHARD = "10GB"
-"""The most that a file in a folder of safetensors has, unless a user says otherwise."""
+"""The default size of a file in a folder of safetensors."""
 
 SINGLE = ".safetensors"
-"""How a single file ends that is written."""
+"""The suffix of a single file that is written."""
 
 FILES = (*hub.FILE_SUFFIXES, ".pt", ".pth", ".msgpack", ".gguf", ".onnx")
-"""How files of weights end; a folder of such a name would be taken for one."""
+"""Suffixes of files of weights; a folder of such a name would be mistaken for one."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:  # whoever reads the output has seen enough
+        except BrokenPipeError:  # the reader of the output has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -105,7 +105,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Reads, and tells or writes. Raises DistriError for what can't be read, converted or written."""
+    """Reads the source, and prints or writes it. Raises DistriError for what cannot be read, converted or written."""
     recipe = Recipe.of(arguments.source, arguments)
     kind = _format(arguments) if arguments.destination else None
     if arguments.max_shard_size is not None:
@@ -127,12 +127,12 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -> None:
-    """Writes in a format, as the flags ask for."""
+    """Writes a checkpoint in a format."""
     destination: Path = arguments.destination
     if arguments.dtype:
         checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
     with (
-        watched(checkpoint, destination.name) as seen,
+        with_progress(checkpoint, destination.name) as seen,
         atomic_write(destination, replace=arguments.force, durable=True) as beside,
     ):
         if kind is Format.SINGLE:
@@ -144,7 +144,7 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
 
 
 def _format(arguments: argparse.Namespace) -> Format:
-    """What is asked for. Raises DistriError for a destination whose name says something else."""
+    """The format requested. Raises DistriError for a destination whose name says another one."""
     destination: Path = arguments.destination
     if destination.name in ("", ".."):
         raise DistriError(f"DESTINATION is {destination}, which cannot be replaced from within; name a folder in it")
@@ -162,7 +162,7 @@ def _format(arguments: argparse.Namespace) -> Format:
 
 
 def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
-    """In another precision. Reading a tensor raises DistriError where that has no numbers for it."""
+    """The checkpoint in another precision. Reading a tensor raises DistriError where it overflows."""
 
     def checked(name: str, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -185,7 +185,7 @@ def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
 
 
 def _bytes(size: str) -> int:
-    """Bytes out of 500MB or 5GB, the decimal units that the hub counts in."""
+    """The number of bytes in 500MB or 5GB, decimal units as on the hub."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = size[:-2], size[-2:].upper()
     if unit not in units or not number.isdecimal() or int(number) == 0:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from distrijax.atomic_write import atomic_write
 from distrijax.convert.layouts.folder import MODELS, read_files, write_folder
-from distrijax.convert.progress import watched
+from distrijax.convert.progress import with_progress
 from distrijax.convert.sources import Found, Recipe, assemble
 from distrijax.errors import DistriError
 
@@ -49,7 +49,7 @@ def prepared(recipe: Recipe, *, token: str | bool | None = None, offline: bool =
             checkpoint, _ = assemble(recipe, found)
             with (
                 atomic_write(destination, replace=False, durable=True) as beside,
-                watched(checkpoint, "convert") as seen,
+                with_progress(checkpoint, "convert") as seen,
             ):
                 write_folder(seen, beside)
     return Prepared(destination, None)

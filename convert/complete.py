@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.engine import raise_for
+from distrijax.convert.engine import Problems, raise_for
 from distrijax.convert.tensors import Shape
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.models.layers import abstract
@@ -19,13 +19,12 @@ from distrijax.weights.names import IGNORED, checkpoint_name, current_name, to_p
 
 
 def check_complete(checkpoint: Checkpoint, what: str) -> None:
-    """Raises one DistriError that lists every tensor that is missing, unexpected or misshapen in the UNet, the VAE and the
-    text encoders, and one for a config that is not supported. what: the file, for the error.
+    """Raises one DistriError that lists every tensor that is missing, unexpected or of the wrong shape in the UNet, the VAE and
+    the text encoders, and one for a config that is not supported. what: the file, for the error.
     """
-    problems: dict[str, list[str]] = {}
+    problems: Problems = {}
     for part, tensors in checkpoint.tensors.items():
-        wanted = needed(checkpoint, part)
-        if wanted is None:
+        if (wanted := needed(checkpoint, part)) is None:
             continue
         held = {current_name(name): tensor.shape for name, tensor in tensors.items()}
         found = {name: shape for name, shape in held.items() if name not in IGNORED}
@@ -40,26 +39,18 @@ def check_complete(checkpoint: Checkpoint, what: str) -> None:
 
 
 def needed(checkpoint: Checkpoint, part: str) -> dict[str, Shape] | None:
-    """Names and shapes that a part's config asks for, with PyTorch's names and layouts; None for what paints no picture."""
-    module = _module(checkpoint, part)
-    return None if module is None else _shapes(module)
-
-
-def _module(checkpoint: Checkpoint, part: str) -> nnx.Module | None:
-    """A model of shapes."""
+    """Names and shapes that a part's config requires, in PyTorch's layout; None for a part that is not a supported model."""
     config = checkpoint.configs.get(part, {})
     if part == "unet":
-        return abstract(partial(UNet, UNetConfig.from_dict(config)))
-    if part == "vae":
-        return abstract(partial(AutoencoderKL, VAEConfig.from_dict(config)))
-    if part.startswith("text_encoder"):
+        make = partial(UNet, UNetConfig.from_dict(config))
+    elif part == "vae":
+        make = partial(AutoencoderKL, VAEConfig.from_dict(config))
+    elif part.startswith("text_encoder"):
         projected = (checkpoint.index.get(part) or [None])[-1] == "CLIPTextModelWithProjection"
-        return abstract(partial(CLIPTextEncoder, CLIPTextConfig.from_dict(config), with_projection=projected))
-    return None
-
-
-def _shapes(module: nnx.Module) -> dict[str, Shape]:
+        make = partial(CLIPTextEncoder, CLIPTextConfig.from_dict(config), with_projection=projected)
+    else:
+        return None
     return {
         checkpoint_name(path): to_pytorch(path[-1], np.broadcast_to(np.int8(0), leaf.shape)).shape
-        for path, leaf in nnx.to_flat_state(nnx.split(module)[1])
+        for path, leaf in nnx.to_flat_state(nnx.split(abstract(make))[1])
     }

@@ -1,4 +1,4 @@
-"""What a file or folder is: its kind, its precision, its sizes, and what is odd about it."""
+"""Describes a file or folder: its kind, precision and sizes, and what is unusual about it."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from distrijax.convert.tensors import FLOATS, Tensor, Tensors
 from distrijax.models.families import FAMILIES as PIPELINES
 from distrijax.weights.load import finite
 
-TOLD = ("modelspec.title", "modelspec.author", "modelspec.license", "ss_base_model_version", "ss_network_dim", "format")
-"""What a safetensors file may say of itself and people want to know."""
+METADATA = (
+    "modelspec.title", "modelspec.author", "modelspec.license", "ss_base_model_version", "ss_network_dim", "format"
+)  # fmt: skip
+"""Keys of a safetensors file's metadata that are printed."""
 
 
 def describe_file(path: Path, what: str) -> Iterator[str]:
-    """Lines about a single file, of a model or of something that is put on one. Raises DistriError for one of another kind."""
+    """Lines about a single file of a model or an addition to one. Raises DistriError for one of another kind."""
     tensors = open_tensors(path)
     kind = recognise(tensors, what)
     yield f"{what}: {kind}{'' if kind in FAMILIES else ', no whole model'}, {_sizes(tensors)}"
     metadata = metadata_of(path)
-    yield from (f"  {key}: {metadata[key]}" for key in TOLD if key in metadata)
+    yield from (f"  {key}: {metadata[key]}" for key in METADATA if key in metadata)
     if any(name.startswith("model_ema.") for name in tensors):
         yield "  has averaged weights, which --ema takes"
     yield from _oddities(tensors, "")
 
 
 def describe_checkpoint(checkpoint: Checkpoint, mapping: list[Mapped]) -> Iterator[str]:
-    """Lines about a model and each of its parts."""
+    """Lines about a model and its parts."""
     name = checkpoint.index.get("_class_name")
     scheduler = checkpoint.configs.get("scheduler", {})
-    yield f"pipeline: {name}{'' if name in PIPELINES else ', which can be converted and not painted with'}"
+    yield f"pipeline: {name}{'' if name in PIPELINES else ', which can be converted but not run'}"
     yield f"scheduler: {scheduler.get('_class_name')}, predicts {scheduler.get('prediction_type', 'epsilon')}"
     for part, tensors in checkpoint.tensors.items():
         yield f"{part}: {_sizes(tensors)}"
     if dropped := [mapped.source for mapped in mapping if not mapped.diffusers]:
-        yield f"dropped: {len(dropped)} tensors that no picture needs ({', '.join(dropped[:4])}{' ...' * (len(dropped) > 4)})"
+        yield f"dropped: {len(dropped)} tensors that are not needed ({', '.join(dropped[:4])}{' ...' * (len(dropped) > 4)})"
     for part, tensors in checkpoint.tensors.items():
         yield from _oddities(tensors, f"{part}.")
 
@@ -62,13 +64,13 @@ def _oddities(tensors: Tensors, prefix: str) -> Iterator[str]:
     """Reads every tensor, one at a time."""
     found = collections.defaultdict(list)
     for name, tensor in tensors.items():
-        if trouble := _trouble(tensor):
-            found[trouble].append(prefix + name)
-    for trouble, names in found.items():
-        yield f"odd: {len(names)} {trouble} ({', '.join(names[:4])}{' ...' * (len(names) > 4)})"
+        if problem := _problem(tensor):
+            found[problem].append(prefix + name)
+    for problem, names in found.items():
+        yield f"odd: {len(names)} {problem} ({', '.join(names[:4])}{' ...' * (len(names) > 4)})"
 
 
-def _trouble(tensor: Tensor) -> str | None:
+def _problem(tensor: Tensor) -> str | None:
     if tensor.dtype not in FLOATS or not tensor.size:
         return None
     array = tensor.read()

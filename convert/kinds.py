@@ -1,4 +1,4 @@
-"""What a file holds, by the names and shapes of its tensors; never by the file's name."""
+"""Recognises what a file holds by the names and shapes of its tensors, never by the file's name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distrijax.weights.names import shown
 
 
 class Kind(enum.StrEnum):
-    """What can be converted, in words for people."""
+    """What can be converted, as messages name it."""
 
     SD1 = "Stable Diffusion 1.x"
     SD2 = "Stable Diffusion 2.x"
@@ -24,7 +24,7 @@ class Kind(enum.StrEnum):
     EMBEDDING = "a textual inversion embedding"
 
 
-SUPPORTED = "models of Stable Diffusion 1.x, 2.x and XL, and UNets, VAEs, LoRAs and embeddings of theirs"
+SUPPORTED = "models of Stable Diffusion 1.x, 2.x and XL, and UNets, VAEs, LoRAs and embeddings for them"
 
 ADD_ON, OTHER = "give the model it is used with", "use one of those"
 

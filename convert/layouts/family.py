@@ -13,14 +13,10 @@ from distrijax.convert.layouts.original_text import TRANSFORMERS, layers_of, ope
 from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
 from distrijax.convert.layouts.original_vae import levels_of, vae_table
 from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
 
 Config = dict[str, Any]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-
-NUMBERED = 100
-"""Most blocks or layers of a model; the largest text encoder has 32. Every name is tried with each."""
 
 DIFFUSION = """
     betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod
@@ -64,7 +60,7 @@ class Text:
 
     @property
     def projected(self) -> bool:
-        """Whether the UNet reads its pooled embedding."""
+        """Whether the UNet uses its pooled embedding."""
         return self.config["architectures"] == ["CLIPTextModelWithProjection"]
 
     def table(self, layers: int, kept: int) -> Table:
@@ -109,9 +105,8 @@ class OriginalFamily:
             whole = not any(width % self.head_width for width in widths)
             rules["attention_head_dim"] = [width // self.head_width for width in widths] if whole else UNKNOWN
         if self.time_ids and pooled is not None:
-            rules["addition_time_embed_dim"] = (
-                inferred["projection_class_embeddings_input_dim"] - pooled
-            ) // self.time_ids
+            width = inferred["projection_class_embeddings_input_dim"]
+            rules["addition_time_embed_dim"] = (width - pooled) // self.time_ids
         return rules
 
     def table(self, unet: UNetLayout, levels: int, texts: Mapping[str, tuple[int, int]]) -> Table:
@@ -126,19 +121,10 @@ class OriginalFamily:
     def table_of_source(self, names: Tensors, config: Mapping[str, Config], what: str) -> Table:
         """The rows that fit a file with these names."""
         layers = {text: layers_of(without(names, text.prefix)) for text in self.texts}
-        levels = levels_of(without(names, VAE))
-        if max(levels, *layers.values()) > NUMBERED:
-            raise DistriError(
-                f"{what} has {levels} blocks in its VAE and {', '.join(map(str, layers.values()))} layers in its text encoders, "
-                f"and none may have more than {NUMBERED}; give a file of a known model"
-            )
-        kept = {
-            text: config.get(text.part, {}).get("num_hidden_layers", text.config["num_hidden_layers"])
-            for text in self.texts
-        }
+        kept = {text: (text.config | config.get(text.part, {}))["num_hidden_layers"] for text in self.texts}
         return self.table(
             UNetLayout.of_source(without(names, UNET), what),
-            levels,
+            levels_of(without(names, VAE)),
             {text.part: (layers[text], kept[text]) for text in self.texts},
         )
 

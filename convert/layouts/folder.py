@@ -1,4 +1,4 @@
-"""Folders in the diffusers layout, in and out: safetensors, sharded or not, pickles, and the Flax weights of old."""
+"""Folders in the diffusers layout: read from safetensors, pickles or old Flax weights, sharded or not, and written."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ LARGEST = 64 << 20
 def from_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
     """The parts of a folder in the diffusers layout.
 
-    variant: of the weights, such as fp16, in those parts that have it. What paints no picture (safety checker, feature
-    extractor, image encoder) is left out. Raises DistriError for parts that are absent or can't be read.
+    variant: of the weights, such as fp16, in those parts that have it. Safety checker, feature extractor and image encoder are
+    left out. Raises DistriError for parts that are absent or cannot be read.
     """
     index = _without_flax(read_json(folder / "model_index.json"))
     there = [part for part, library in index.items() if isinstance(library, list) and library and library[0]]
@@ -66,7 +66,7 @@ def read_model(folder: Path, *, variant: str | None = None) -> Tensors:
 
 
 def _without_flax(value: Any) -> Any:
-    """A config with PyTorch's classes where it names Flax's, which are called the same but for their beginning."""
+    """A config with Flax's class names replaced by PyTorch's, which lack the prefix."""
     if isinstance(value, dict):
         return {key: _without_flax(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -85,12 +85,7 @@ def read_files(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, bytes
 def write_folder(checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | str = "10GB") -> None:
     """Writes a folder in the diffusers layout: what `from_pretrained` reads, here and in diffusers.
 
-    Use `atomic_write` around it.
-
-    Args:
-        checkpoint: What to write.
-        folder: Where.
-        max_shard_size: Bytes of a file of safetensors, or a text such as "5GB".
+    max_shard_size: bytes of a file of safetensors, or a text such as "5GB". Use `atomic_write` around it.
     """
     _write_json(folder / "model_index.json", checkpoint.index)
     for part, config in checkpoint.configs.items():
@@ -125,7 +120,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _files(folder: Path, part: str) -> dict[str, bytes]:
-    """What lies in a tokenizer's folder, by path."""
+    """The files of a tokenizer's folder, by path."""
     found = {}
     for path in sorted((folder / part).glob("*")):
         if path.is_file():

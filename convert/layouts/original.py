@@ -37,21 +37,12 @@ ADVICE = {
 }
 
 DEFAULTS = {
-    "unet": {
-        "attention_head_dim": 8,
-        "num_attention_heads": None,
-        "norm_num_groups": 32,
-        "addition_time_embed_dim": None,
-    },
-    "vae": {"scaling_factor": 0.18215, "shift_factor": None, "norm_num_groups": 32},
-    "text": {"num_attention_heads": 8, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "scheduler": {
-        "prediction_type": "epsilon",
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "num_train_timesteps": 1000,
-    },
+    "unet": dict(attention_head_dim=8, num_attention_heads=None, norm_num_groups=32, addition_time_embed_dim=None),
+    "vae": dict(scaling_factor=0.18215, shift_factor=None, norm_num_groups=32),
+    "text": dict(num_attention_heads=8, hidden_act="quick_gelu", layer_norm_eps=1e-5),
+    "scheduler": dict(
+        prediction_type="epsilon", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000
+    ),
 }
 """Keys that change the image and that shapes do not imply, with their defaults."""
 
@@ -124,7 +115,13 @@ def to_original(checkpoint: Checkpoint) -> Tensors:
             f"{what} is a latent consistency model, whose {TIME_COND} has no name in the original layout; "
             "write a diffusers folder instead"
         )
-    _check_activation(checkpoint, family)
+    for text in family.texts:
+        held, implied = checkpoint.configs.get(text.part, {}).get("hidden_act"), text.config["hidden_act"]
+        if held not in (None, implied):
+            raise DistriError(
+                f"the {text.part} has the activation {held!r} and a file of {family.kind} implies {implied!r}; "
+                "write a diffusers folder instead"
+            )
     named = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
     tensors = to_source(family.table_of_diffusers(parts, what), named, what)
     tensors |= _markers(family, checkpoint.configs.get("scheduler", {}))
@@ -143,10 +140,10 @@ def _with_ema(tensors: Tensors, what: str) -> tuple[Tensors, dict[str, str]]:
     averaged = {
         name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)
     }
-    problems = {"missing": [flat for flat in averaged.values() if flat not in tensors]}
-    problems["of the wrong shape"] = [
-        flat for name, flat in averaged.items() if flat in tensors and tensors[flat].shape != tensors[name].shape
-    ]
+    missing = [flat for flat in averaged.values() if flat not in tensors]
+    held = {name: flat for name, flat in averaged.items() if flat in tensors}
+    wrong = [flat for name, flat in held.items() if tensors[flat].shape != tensors[name].shape]
+    problems = {"missing": missing, "of the wrong shape": wrong}
     raise_for({kind: names for kind, names in problems.items() if names}, what)
     used = set(averaged.values())
     rest = {name: tensor for name, tensor in tensors.items() if name not in used}
@@ -172,12 +169,9 @@ def _prediction(tensors: Tensors, family: OriginalFamily, given: Config, request
 
 
 def _scheduler(tensors: Tensors, family: OriginalFamily, given: Config, prediction: str, what: str) -> Config:
-    config = merge_configs("scheduler", {}, family.base("scheduler", prediction), given, what)
-    config = {
-        "_class_name": family.base("scheduler", prediction)["_class_name"],
-        **config,
-        "prediction_type": prediction,
-    }
+    base = family.base("scheduler", prediction)
+    config = {"_class_name": base["_class_name"], **merge_configs("scheduler", {}, base, given, what)}
+    config["prediction_type"] = prediction
     if all(marker in tensors for marker in MARKERS):
         config.setdefault("rescale_betas_zero_snr", True)
     return config
@@ -249,17 +243,6 @@ def _family_of(parts: Mapping[str, Tensors], what: str) -> OriginalFamily:
         f"{what} has the parts {', '.join(parts)}; a UNet, a VAE and the text encoders of one of "
         f"{', '.join(FAMILIES)} can be written to a single file; write a diffusers folder instead"
     )
-
-
-def _check_activation(checkpoint: Checkpoint, family: OriginalFamily) -> None:
-    """Raises DistriError where the naming of a text encoder would mean another activation than it has."""
-    for text in family.texts:
-        activation = checkpoint.configs.get(text.part, {}).get("hidden_act", text.config["hidden_act"])
-        if activation != text.config["hidden_act"]:
-            raise DistriError(
-                f"the {text.part} has the activation {activation!r} and a file of {family.kind} means "
-                f"{text.config['hidden_act']!r}; write a diffusers folder instead"
-            )
 
 
 def _markers(family: OriginalFamily, scheduler: Config) -> Tensors:

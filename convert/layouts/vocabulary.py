@@ -23,7 +23,7 @@ PRINTABLE = [code for first, last in ((33, 126), (161, 172), (174, 255)) for cod
 def tokenizer_files(folder: str, *, pad_token: str) -> dict[str, bytes]:
     """The files of a tokenizer, by path.
 
-    folder: `tokenizer` or `tokenizer_2`. pad_token: what short prompts are filled up with, "<|endoftext|>" or "!".
+    folder: `tokenizer` or `tokenizer_2`. pad_token: what short prompts are padded with, "<|endoftext|>" or "!".
     """
     special = {key: _token(text) for key, text in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))}
     special["pad_token"] = pad_token
@@ -62,14 +62,8 @@ def _vocabulary_files() -> tuple[bytes, bytes]:
 
 
 def _token(text: str) -> dict[str, object]:
-    return {
-        "__type": "AddedToken",
-        "content": text,
-        "lstrip": False,
-        "normalized": True,
-        "rstrip": False,
-        "single_word": False,
-    }
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    return {"__type": "AddedToken", "content": text, **flags}
 
 
 def _json(content: dict[str, object]) -> bytes:
