@@ -1,4 +1,4 @@
-"""A pipeline's parts, whatever file they came from: what a folder in the diffusers layout holds, before anything of it is read.
+"""A pipeline's parts, as in a folder of the diffusers layout, before any weights are read.
 
 sources (folder, single file, hub)  --->  Checkpoint  --->  destinations (folder, single file, orbax)
                                              ^

@@ -18,9 +18,9 @@ from distrijax.errors import DistriError
 
 
 class Source:
-    """A regular file whose size is fixed when it is found; every read is checked against it. It's open only while it is read.
+    """A regular file; every read is checked against the size that it had first. It is open only while it is read.
 
-    Raises DistriError where there is no such file, where it is no file, and on each read that finds less than there was.
+    Raises DistriError if it is not there or not a regular file, and on a read beyond its end.
     """
 
     def __init__(self, path: Path):
@@ -45,7 +45,7 @@ class Source:
         return self.array(offset, (count,), np.dtype(np.uint8)).tobytes()
 
     def head(self, count: int) -> bytes:
-        """The first bytes, at most as many as there are."""
+        """The first bytes."""
         return self.read(0, min(count, self.size))
 
     def array(self, offset: int, shape: Shape, dtype: np.dtype) -> np.ndarray:
@@ -77,7 +77,7 @@ class Source:
 
     @contextmanager
     def parsed_as(self, kind: str) -> Iterator[None]:
-        """Turns what wrong bytes make a parser raise into the one sentence for a file that isn't what it says it is."""
+        """Turns what a parser raises into the sentence for a damaged file."""
         try:
             yield
         except DistriError:
@@ -86,7 +86,7 @@ class Source:
             raise self.broken(kind, reason(error)) from None
 
     def broken(self, kind: str, why: str) -> DistriError:
-        """The error for a file that isn't what it says it is."""
+        """The error for a damaged file."""
         return DistriError(f"{self.path} is not a whole {kind} ({why}); fetch it again")
 
 
@@ -107,7 +107,7 @@ def add(found: dict[str, Any], name: str, value: Any) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a few words on one line, fit to be printed whatever the file says."""
+    """What went wrong, on one printable line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     text = " ".join(text.split())[:200]
     return text if text.isprintable() else ascii(text)

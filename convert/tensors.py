@@ -1,4 +1,4 @@
-"""Tensors that were found and not read: what all readers yield and all writers take."""
+"""Tensors that are located but not read: what all readers yield and all writers take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOATS = (np.dtype(np.float64), np.dtype(np.float32), *HALF, *(np.dtype(kind) fo
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Tensor:
-    """A tensor of a file. shape, dtype: known without reading it. read: yields it, anew each time, in its own memory."""
+    """A tensor of a file. shape, dtype: known without reading it. read: returns a new array each time."""
 
     shape: Shape
     dtype: np.dtype
@@ -35,7 +35,7 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
     def then(self, function: Callable[[np.ndarray], np.ndarray], *, shape: Shape | None = None, dtype=None) -> Tensor:
-        """What `function` makes of it, when it is read. shape, dtype: of the result, where they differ."""
+        """The result of a function, applied when it is read. shape, dtype: of the result, if they differ."""
         shape = self.shape if shape is None else shape
         return Tensor(shape, self.dtype if dtype is None else np.dtype(dtype), lambda: function(self.read()))
 

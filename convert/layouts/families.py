@@ -1,4 +1,7 @@
-"""The families of single files: Stable Diffusion 1.x and 2.x in CompVis' layout, XL and its refiner in SGM's; their configs."""
+"""The families of single files: Stable Diffusion 1.x and 2.x in CompVis' layout, XL and its refiner in SGM's; their configs.
+
+Keys with the default of diffusers or transformers are left out.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,9 @@ from distrijax.convert.kinds import Kind
 from distrijax.convert.layouts.family import Config, OriginalFamily, Text
 
 SCHEDULER = {
-    "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "trained_betas": None,
     "clip_sample": False,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
@@ -23,29 +24,15 @@ PNDM = {"_class_name": "PNDMScheduler", **SCHEDULER}
 EULER = {
     "_class_name": "EulerDiscreteScheduler",
     **SCHEDULER,
-    "interpolation_type": "linear",
-    "sample_max_value": 1.0,
     "timestep_spacing": "leading",
-    "use_karras_sigmas": False,
 }
 
 SD1_UNET = {
     "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
     "attention_head_dim": 8,
     "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
     "cross_attention_dim": 768,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-5,
-    "norm_num_groups": 32,
-    "out_channels": 4,
     "sample_size": 64,
     "transformer_layers_per_block": 1,
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -86,14 +73,9 @@ REFINER_UNET = {
 
 VAE = {
     "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "in_channels": 3,
-    "latent_channels": 4,
     "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "out_channels": 3,
     "sample_size": 512,
     "scaling_factor": 0.18215,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -103,19 +85,14 @@ XL_VAE = {**VAE, "force_upcast": True, "sample_size": 1024, "scaling_factor": 0.
 CLIP_L = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
-    "attention_dropout": 0.0,
     "bos_token_id": 0,
     "eos_token_id": 2,
     "hidden_act": "quick_gelu",
     "hidden_size": 768,
-    "initializer_factor": 1.0,
-    "initializer_range": 0.02,
     "intermediate_size": 3072,
-    "layer_norm_eps": 1e-5,
     "max_position_embeddings": 77,
     "num_attention_heads": 12,
     "num_hidden_layers": 12,
-    "pad_token_id": 1,
     "projection_dim": 768,
     "vocab_size": 49408,
 }

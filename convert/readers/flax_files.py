@@ -68,13 +68,11 @@ def _tree(unpacker: msgpack.Unpacker, source: Source) -> Any:
     inner.feed(value.data[:HEAD])
     if inner.read_array_header() != 3:
         raise ValueError("an array is not described as Flax does it")
-    shape, name = checked_shape(inner.unpack()), inner.unpack()
-    if (dtype := TYPES.get(name)) is None:
-        raise ValueError(f"an array is of {name}, which cannot be converted")
+    shape, dtype = checked_shape(inner.unpack()), TYPES[inner.unpack()]
     size = math.prod(shape) * dtype.itemsize
     head = inner.tell() + (2 if size < 2**8 else 3 if size < 2**16 else 5)
     if head + size != len(value.data):
-        raise ValueError(f"an array of {len(value.data) - head} bytes should be {name} {list(shape)}")
+        raise ValueError(f"an array of {len(value.data) - head} bytes should be {dtype} {list(shape)}")
     return Array(unpacker.tell() - size, shape, dtype)
 
 

@@ -32,8 +32,8 @@ STORAGES = {f"{name}Storage": np.dtype(kind) for name, kind in map(str.split, f"
 STORAGES["BFloat16Storage"] = np.dtype(ml_dtypes.bfloat16)
 """NumPy's types of torch's storages."""
 
-TYPES = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2")} | {
-    name: np.dtype(name) for name in ("uint16", "uint32", "uint64")
+TYPES = {
+    name: np.dtype(getattr(ml_dtypes, name, name)) for name in "float8_e4m3fn float8_e5m2 uint16 uint32 uint64".split()
 }
 """Types that lie in untyped storages."""
 
@@ -87,9 +87,6 @@ class View(NamedTuple):
 
 class Ignored:
     """An object of a class that no tensor needs. It accepts whatever a pickle does to an object."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Ignored:
-        return object.__new__(cls)
 
     def __init__(self, *_: Any, **__: Any): ...
 
@@ -155,17 +152,12 @@ def _rebuild_tensor_v3(storage: Storage, start: int, shape: Any, strides: Any, *
     return View(storage, start, checked_shape(shape), strides, dtype)
 
 
-def _rebuild_parameter(view: View, *_: Any) -> View:
-    return view
-
-
 REBUILD = {
-    "_rebuild_tensor": _rebuild_tensor,
-    "_rebuild_tensor_v2": _rebuild_tensor,
+    **dict.fromkeys(("_rebuild_tensor", "_rebuild_tensor_v2"), _rebuild_tensor),
     "_rebuild_tensor_v3": _rebuild_tensor_v3,
-    "_rebuild_parameter": _rebuild_parameter,
-    "_rebuild_parameter_with_state": _rebuild_parameter,
+    **dict.fromkeys(("_rebuild_parameter", "_rebuild_parameter_with_state"), lambda view, *_: view),
 }
+"""What torch's functions for tensors are replaced by."""
 
 
 def open_torch_zip(source: Source) -> Tensors:
