@@ -84,16 +84,16 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
     # some trainers write a module in both layouts; diffusers' own comes last and is taken, as in diffusers
     ordered = sorted(found.items(), key=lambda item: not item[0].original)
     settings = read_settings(lora.metadata, lora.what)
-    _warn_of_no_alpha(lora, found, settings)
-    return {target._replace(original=False): settings.applied(change, target) for target, change in ordered}
-
-
-def _warn_of_no_alpha(lora: Lora, found: Changes, settings: Settings) -> None:
-    if is_pefts(lora.tensors) and not settings.parts and not any("alpha" in each.factors for each in found.values()):
+    if is_pefts(lora.tensors) and not settings and not any("alpha" in each.factors for each in found.values()):
         warn(
             f"{lora.what} is PEFT's and has no {PEFT_SETTINGS} beside it, which holds its alpha; it is merged as if alpha were its "
             "rank: put that file there, or give another weight"
         )
+    applied = {}
+    for target, change in ordered:
+        held = settings.get(target.part, Settings())
+        applied[target._replace(original=False)] = held.applied(change, target.name.rpartition(".")[0])
+    return applied
 
 
 def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.convert.adapters.lora_names import PARTS, Target
+from distrijax.convert.adapters.lora_names import PARTS
 from distrijax.convert.adapters.merging import FULL, Change
 from distrijax.errors import DistriError
 
@@ -23,7 +23,7 @@ CHANGING = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PartSettings:
+class Settings:
     """Of one part. alpha: None without one. patterns: of modules' names, with an alpha of their own."""
 
     alpha: float | None = None
@@ -31,11 +31,11 @@ class PartSettings:
     rank_stabilised: bool = False
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any], what: str) -> PartSettings:
-        begun = settings.get("init_lora_weights")
-        if isinstance(begun, str) and begun.lower().startswith(CHANGING):
+    def read(cls, settings: Mapping[str, Any], what: str) -> Settings:
+        start = settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(CHANGING):
             raise DistriError(
-                f"{what} was initialised with {begun}, which changes the model's own weights; have PEFT save it as a plain LoRA, "
+                f"{what} was initialised with {start}, which changes the model's own weights; have PEFT save it as a plain LoRA, "
                 "with path_initial_model_for_weight_conversion"
             )
         patterns = settings.get("alpha_pattern") or {}
@@ -49,44 +49,30 @@ class PartSettings:
         except (TypeError, ValueError, AttributeError, re.error) as error:
             raise DistriError(f"{what} has settings that PEFT does not write ({error}); fetch the file again") from None
 
-    def of(self, module: str) -> float | None:
-        """The alpha of a module."""
-        return next((alpha for pattern, alpha in self.patterns if pattern.fullmatch(module)), self.alpha)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Settings:
-    """Of all parts, by their names."""
-
-    parts: Mapping[str, PartSettings]
-
-    def applied(self, change: Change, target: Target) -> Change:
-        """A change with the alpha of the settings, unless a tensor of the adapter holds one."""
-        settings = self.parts.get(target.part)
-        if settings is None or "alpha" in change.factors or change.method is FULL:
+    def applied(self, change: Change, module: str) -> Change:
+        """A change of a module with the alpha of the settings, unless a tensor of the adapter holds one."""
+        if "alpha" in change.factors or change.method is FULL:
             return change
-        alpha = settings.of(target.name.rpartition(".")[0])
-        return dataclasses.replace(change, alpha=alpha, rank_stabilised=settings.rank_stabilised)
+        alpha = next((alpha for pattern, alpha in self.patterns if pattern.fullmatch(module)), self.alpha)
+        return dataclasses.replace(change, alpha=alpha, rank_stabilised=self.rank_stabilised)
 
 
-def read_settings(metadata: Mapping[str, Any] | None, what: str) -> Settings:
-    """The settings in a safetensors file's metadata or PEFT's adapter_config.json; without any, every change has a scale of 1.
+def read_settings(metadata: Mapping[str, Any] | None, what: str) -> dict[str, Settings]:
+    """The settings of each part in a safetensors file's metadata or PEFT's adapter_config.json.
 
     what: the file, for the error. Raises DistriError for settings that cannot be read.
     """
     metadata = metadata or {}
     if "peft_type" in metadata:
-        return Settings(dict.fromkeys(PARTS, PartSettings.read(metadata, what)))
+        return dict.fromkeys(PARTS, Settings.read(metadata, what))
     try:
-        content = json.loads(metadata.get(KEY) or "{}")
-        if not isinstance(content, dict):
-            raise TypeError(f"a {type(content).__name__} for an object")
+        content = dict(json.loads(metadata.get(KEY) or "{}"))
     except (TypeError, ValueError) as error:
         raise DistriError(
             f"{what} has metadata that diffusers does not write ({error}); fetch the file again"
         ) from None
-    parts = {
-        part: {key.removeprefix(f"{part}."): value for key, value in content.items() if key.startswith(f"{part}.")}
-        for part in PARTS
-    }
-    return Settings({part: PartSettings.read(settings, what) for part, settings in parts.items() if settings})
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    return {part: Settings.read(settings, what) for part, settings in parts.items() if part in PARTS}
