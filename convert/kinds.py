@@ -136,9 +136,7 @@ def _any(pattern: str, names: Iterable[str]) -> bool:
 
 def _is_embedding(tensors: Tensors) -> bool:
     """Whether it holds vectors for one word, as any of the trainers writes them; for SDXL those of two encoders."""
-    if any(name == "emb_params" or name.startswith("string_to_param") for name in tensors):
-        return True
-    if set(tensors) <= {"clip_l", "clip_g"}:
+    if set(tensors) <= {"clip_l", "clip_g"} or any(re.match("emb_params$|string_to_param", name) for name in tensors):
         return True
     (name, tensor), *others = tensors.items()
     vectors = 1 <= len(tensor.shape) <= 2 and not others

@@ -163,12 +163,9 @@ def _add_tokens(
 
 def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
     try:
-        content = json.loads(files[path])
-    except ValueError as error:
-        raise DistriError(f"{path} is not readable JSON ({error}); fetch the file again") from None
-    if not isinstance(content, dict):
-        raise DistriError(f"{path} holds a {type(content).__name__}; a JSON object is needed; fetch the file again")
-    return content
+        return dict(json.loads(files[path]))
+    except (TypeError, ValueError) as error:
+        raise DistriError(f"{path} does not hold a readable JSON object ({error}); fetch the file again") from None
 
 
 def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
