@@ -31,7 +31,10 @@ READ = dict.fromkeys(WAYS, (0.8, 0.995)) | {
 """The least and the most of the checkpoint that each of two processes reads; the third way has all devices' parts in both."""
 OTHER_ENDED = r"error: [^\n]*\bprocess [^\n]*"
 """What a process says last when another one has ended or never came; XLA's log may come before."""
-GLOO = re.compile(r"\[Gloo\]|peer ranks")
+GLOO = re.compile(
+    r"(\[Gloo\] Rank |\d| is connected to | peer ranks\. |Expected number of connected peer ranks is : )*\s*"
+)
+"""A line of Gloo's log. Several threads write it piece by piece, so that one line may hold pieces of two, or none."""
 LONG = 300  # seconds for what a loaded machine should have done by then
 
 STEPPING = """
@@ -88,8 +91,7 @@ def end(started: subprocess.Popen, timeout: float = LONG) -> End:
         out, err = started.communicate(timeout=timeout)
     finally:
         started.kill()
-    # several threads write Gloo's lines, and one may break another
-    return End(started.returncode, "".join(line for line in out.splitlines(True) if not GLOO.search(line)), err)
+    return End(started.returncode, "".join(line for line in out.splitlines(True) if not GLOO.fullmatch(line)), err)
 
 
 @pytest.fixture(scope="module")
