@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from distrijax.errors import InvalidArgument
+from distrijax.errors import DistriError, InvalidArgument
 from distrijax.interrupts import undone
 
 
@@ -28,7 +28,8 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
         durable: Whether to flush the new content to the disk before it is renamed.
 
     Raises:
-        InvalidArgument: For a destination that exists and may not be replaced, and if it could not be written.
+        InvalidArgument: For a destination that exists and may not be replaced.
+        DistriError: If it could not be written, as on a full disk.
     """
     if destination.exists() and not replace:
         raise InvalidArgument(f"{destination} exists; choose another name, or --force to replace it")
@@ -55,7 +56,7 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
             finally:
                 restore()
     except OSError as error:
-        raise InvalidArgument(
+        raise DistriError(
             f"{destination} could not be written ({error.strerror or error}); make room or choose another"
         ) from None
 

@@ -25,10 +25,7 @@ def tracing_for(platform: str | None) -> Iterator[None]:
         platform: JAX's name for the devices' platform: "cpu", "gpu" or "tpu". None leaves the choice to an outer context, or to
             XLA's lowering.
     """
-    if platform is None:
-        yield
-        return
-    token = _platform.set(platform)
+    token = _platform.set(platform or _platform.get())
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -142,6 +142,10 @@ def is_main_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def _count_processes(devices: Iterable[jax.Device]) -> int:
+    return len({device.process_index for device in devices})
+
+
 def warm_up_collectives(mesh: Mesh) -> None:
     """Connects the processes of a CPU mesh along all its axes; does nothing on accelerators.
 
@@ -151,7 +155,7 @@ def warm_up_collectives(mesh: Mesh) -> None:
     Args:
         mesh: The device mesh; every process must call this with the same one.
     """
-    if mesh.devices.flat[0].platform != "cpu" or len({device.process_index for device in mesh.devices.flat}) == 1:
+    if mesh.devices.flat[0].platform != "cpu" or _count_processes(mesh.devices.flat) == 1:
         return
     multihost_utils.sync_global_devices("connect")
     axes = [name for name, size in mesh.shape.items() if size > 1]
@@ -166,30 +170,33 @@ def warm_up_collectives(mesh: Mesh) -> None:
     wait(jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=whole, out_specs=left))(ones))
 
 
-def program_facts() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions that all processes must have in common."""
     return {name: importlib.metadata.version(name) for name in ("distrijax", "jax", "jaxlib")}
 
 
-def check_agreement(devices: Sequence[jax.Device], **facts: Any) -> None:
+def check_agreement(devices: Iterable[jax.Device], facts: Callable[[], Mapping[str, Any]]) -> None:
     """Checks that all processes were started alike, before one waits for another in a program that only it runs.
 
     Does nothing where all devices are of one process. All processes must call it at the same points, with the same names.
 
     Args:
         devices: The devices that the processes share.
-        **facts: By name, what must be the same in all of them: arrays, or values whose `repr` says all.
+        facts: Returns, by name, what must be the same in all of them: arrays, or values whose `repr` says all. It is called
+            only if there are several processes.
 
     Raises:
         InvalidArgument: In every process, and names the facts that differ.
     """
-    processes = len({device.process_index for device in devices})
+    devices = list(devices)
+    processes = _count_processes(devices)
     if processes == 1:
         return
-    digests = np.stack([_digest(value) for value in facts.values()])
+    named = facts()
+    digests = np.stack([_digest(value) for value in named.values()])
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), P("device"))
     everyone = to_host(blocks_to_devices((len(devices), *digests.shape), sharding, lambda at: digests[None]))
-    differing = [name for name, each in zip(facts, np.moveaxis(everyone, 1, 0), strict=True) if (each != each[0]).any()]
+    differing = [name for name, each in zip(named, np.moveaxis(everyone, 1, 0), strict=True) if (each != each[0]).any()]
     if differing:
         raise InvalidArgument(
             f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'} among the {processes} "

@@ -34,7 +34,7 @@ def load_pipeline(
     Arguments, result and errors are those of `from_pretrained` of these classes.
 
     Raises:
-        InvalidArgument: Also for checkpoints of other families.
+        CheckpointError: Also for checkpoints of other families.
     """
     folder = find_folder(
         pretrained_model_name_or_path,

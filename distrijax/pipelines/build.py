@@ -17,7 +17,7 @@ from distrijax.errors import InvalidArgument, warn
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import check_images
 from distrijax.parallel.mesh import DATA, devices_of, plan_mesh
-from distrijax.parallel.processes import check_agreement, program_facts, warm_up_collectives
+from distrijax.parallel.processes import check_agreement, versions, warm_up_collectives
 from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.pipelines.call import (
     Call,
@@ -81,7 +81,8 @@ class Pipeline(Runner):
                 the least recently used are evicted.
 
         Raises:
-            InvalidArgument: For a checkpoint that is incomplete or of another family, and for devices that JAX does not show.
+            CheckpointError: For a checkpoint that is incomplete or of another family.
+            InvalidArgument: For other arguments that cannot be used, such as more devices than JAX shows.
         """
         config = DistriConfig() if distri_config is None else distri_config
         if not isinstance(config, DistriConfig):
@@ -99,7 +100,7 @@ class Pipeline(Runner):
         )
         configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
         model = (configs.family.name, configs.unet, configs.vae, configs.text_encoders)
-        check_agreement(devices, **program_facts(), config=repr(config), model=repr(model), dtype=dtype.name)
+        check_agreement(devices, lambda: {**versions(), "config": config, "model": repr(model), "dtype": dtype.name})
         mesh = plan_mesh(config, len(devices), branches=configs.unet.branches).build(devices)
         warm_up_collectives(mesh)
         components = abstract_components(
@@ -129,11 +130,11 @@ class Pipeline(Runner):
         if given["prompt"] is None and given["prompt_embeds"] is None:
             given["prompt"] = ""
         request = self._parse_call(given)
-        self._check_agreement(request)
         call, images, unet = request.call, request.images, self.unet_config
         check_images(images, self.mesh.shape[DATA])
         image_seeds(call.seed, images)
         scheduler = self._scheduler_of(call)
+        self._check_agreement(request, scheduler)
         steps, _ = scheduler.schedule(call.num_inference_steps)
         loop = self._loop(call, scheduler, len(steps.timestep))
         text = request.branches[-1]

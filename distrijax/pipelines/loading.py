@@ -120,6 +120,7 @@ def read_configs(
 
     Raises:
         CheckpointError: For a configuration that is missing, wrong or not supported.
+        InvalidArgument: For a scheduler or an option of it that does not exist.
     """
     family = find_family(folder)
     if needed not in (None, family):

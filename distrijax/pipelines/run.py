@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -44,12 +45,6 @@ FIXED = ("config", "dtype", "mesh", "programs", "unet_config", "vae_config")
 
 FIXED_CONFIG = ("devices", "data", "cfg", "patch", "split_batch", "parallelism", "shard_weights")
 """Fields of a config that decide the mesh, and where the weights are."""
-
-AGREED = tuple(
-    "seed height width num_inference_steps guidance_scale guidance_rescale num_images_per_prompt clip_skip output_type "
-    "chunk_size".split()
-)
-"""Arguments of a call that all processes must give alike, beside those that are no plain values."""
 
 
 class Runner:
@@ -100,7 +95,7 @@ class Runner:
         layout = loop.layout
         images = request.images
         check_images(images, self.mesh.shape[DATA])
-        self._check_agreement(request)
+        self._check_agreement(request, scheduler)
         seeds = to_devices(image_seeds(call.seed, images), layout.sharding(P(DATA)))
         channels = self.unet_config.in_channels
         noise = None
@@ -144,22 +139,21 @@ class Runner:
             )
         return self.scheduler if call.scheduler is None else with_class(self.scheduler, call.scheduler)
 
-    def _check_agreement(self, request: Request) -> None:
-        """Checks that all processes make the same call."""
+    def _check_agreement(self, request: Request, scheduler: Scheduler) -> None:
+        """Checks that all processes make the same call, with the scheduler of `_scheduler_of`."""
         call = request.call
-        facts = {name: repr(getattr(call, name)) for name in AGREED}
-        facts["prompt"], facts["latents"] = (
-            request.branches,
-            () if call.latents is None else host_array(call.latents, "latents"),
-        )
-        facts["callback_on_step_end"] = call.callback_on_step_end is None
-        check_agreement(
-            list(self.mesh.devices.flat),
-            **facts,
-            sizes=request.time_ids,
-            config=self.config,
-            scheduler=self._scheduler_of(call),
-        )
+
+        def facts() -> dict[str, Any]:
+            return {field.name: repr(getattr(call, field.name)) for field in dataclasses.fields(call)} | {
+                "prompt": request.branches,
+                "latents": () if call.latents is None else host_array(call.latents, "latents"),
+                "callback_on_step_end": call.callback_on_step_end is None,
+                "sizes": request.time_ids,
+                "config": self.config,
+                "scheduler": scheduler,
+            }
+
+        check_agreement(self.mesh.devices.flat, facts)
 
     def _loop(self, call: Call, scheduler: Scheduler, steps: int) -> LoopSpec:
         """Returns what a call's programs depend on; raises InvalidArgument for sizes that the VAE does not divide."""

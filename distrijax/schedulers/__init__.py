@@ -61,7 +61,8 @@ def load_scheduler(
         options: Options that replace the config's, such as `timestep_spacing="trailing"`.
 
     Raises:
-        DistriError: A class, an option or a value is not supported.
+        CheckpointError: A class or a value is not supported.
+        InvalidArgument: `name` or an option does not exist.
     """
     source = config.get("_class_name")
     if name is None:
@@ -101,6 +102,6 @@ def with_class(scheduler: Scheduler, name: str) -> Scheduler:
         name: One of `SCHEDULERS`.
 
     Raises:
-        DistriError: As `load_scheduler`.
+        InvalidArgument: As `load_scheduler`.
     """
     return load_scheduler({**scheduler.to_config(), "_class_name": scheduler.diffusers_name}, name)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.errors import DistriError, InvalidArgument
+from distrijax.errors import InvalidArgument
 from distrijax.json_config import ModelConfig, freeze
 from distrijax.schedulers import common
 from distrijax.validate import choose, flag, positive
@@ -77,7 +77,7 @@ class Scheduler(ModelConfig, abc.ABC):
         steps_offset: What is added to the timesteps of `leading` spacing.
 
     Raises:
-        DistriError: A value is not supported.
+        InvalidArgument: A value is not supported.
     """
 
     diffusers_name: ClassVar[str]
@@ -112,7 +112,7 @@ class Scheduler(ModelConfig, abc.ABC):
         Keys with a leading underscore are ignored, and so are `OTHER_CLASSES_OPTIONS` that this class does not have.
 
         Raises:
-            DistriError: A value would change the result and is not supported.
+            CheckpointError: A value would change the result and is not supported.
         """
         handled = cls.options()
         used = {key: value for key, value in config.items() if key in handled or key not in OTHER_CLASSES_OPTIONS}
@@ -150,7 +150,7 @@ class Scheduler(ModelConfig, abc.ABC):
             image begins with, whatever `start` is.
 
         Raises:
-            DistriError: The scheduler cannot make so many steps, or has no step `start`.
+            InvalidArgument: The scheduler cannot make so many steps, or has no step `start`.
         """
 
     def init(
@@ -225,14 +225,14 @@ class Scheduler(ModelConfig, abc.ABC):
             omit_zero: As in `common.spaced_timesteps`.
 
         Raises:
-            DistriError: For less than 1 step, and for more steps than training timesteps.
+            InvalidArgument: For less than 1 step, and for more steps than training timesteps.
         """
         positive(num_inference_steps, "num_inference_steps")
         # without timestep 0, `leading` needs one timestep more than there are steps
         leading = self.timestep_spacing == common.Spacing.LEADING
         most = self.num_train_timesteps - (1 if omit_zero and leading else 0)
         if num_inference_steps > most:
-            raise DistriError(
+            raise InvalidArgument(
                 f"num_inference_steps is {num_inference_steps} and the model was trained on {self.num_train_timesteps} "
                 f"timesteps; with timestep_spacing {self.timestep_spacing.value!r} use at most {most}"
             )
@@ -247,12 +247,12 @@ class Scheduler(ModelConfig, abc.ABC):
             num_inference_steps: Number of steps.
 
         Raises:
-            DistriError: As `spaced_timesteps`, and if timesteps reach beyond the training timesteps.
+            InvalidArgument: As `spaced_timesteps`, and if timesteps reach beyond the training timesteps.
         """
         timesteps = np.round(self.spaced_timesteps(num_inference_steps)).astype(int)
         last = self.num_train_timesteps - 1
         if timesteps[0] > last:
-            raise DistriError(
+            raise InvalidArgument(
                 f"{len(timesteps)} steps with steps_offset {self.steps_offset} reach timestep {timesteps[0]} and the "
                 f"model's last is {last}; use fewer steps or a smaller steps_offset"
             )
@@ -271,16 +271,16 @@ class Scheduler(ModelConfig, abc.ABC):
     def _positive_number(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < float("inf"):
-            raise DistriError(f"{name} is {value!r}; give a number above 0")
+            raise InvalidArgument(f"{name} is {value!r}; give a number above 0")
 
     def _between_zero_and_one(self, value: Any, name: str) -> None:
         if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
-            raise DistriError(f"{name} is {value!r}; give a number between 0 and 1")
+            raise InvalidArgument(f"{name} is {value!r}; give a number between 0 and 1")
 
     def _check_trained_betas(self) -> None:
         object.__setattr__(self, "trained_betas", freeze(self.trained_betas))
         if not isinstance(self.trained_betas, tuple) or len(self.trained_betas) != self.num_train_timesteps:
-            raise DistriError(
+            raise InvalidArgument(
                 f"trained_betas is {self.trained_betas!r:.60}; give null or a list of {self.num_train_timesteps} "
                 "numbers, one for each training timestep"
             )
@@ -317,10 +317,10 @@ class ZeroSNRScheduler(Scheduler):
             instead: What the error suggests to use.
 
         Raises:
-            DistriError: The latents at the first timestep are pure noise, and the model predicts just that.
+            InvalidArgument: The latents at the first timestep are pure noise, and the model predicts just that.
         """
         if cumulative_alphas[first] == 0 and self.prediction_type == common.Prediction.EPSILON:
-            raise DistriError(
+            raise InvalidArgument(
                 f"prediction_type is 'epsilon' and rescale_betas_zero_snr leaves no image in the latents at timestep "
                 f"{first}, so {type(self).__name__} cannot find it; use {instead}, or a model with 'v_prediction'"
             )

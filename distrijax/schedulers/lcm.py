@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, State, ZeroSNRScheduler, check_start, to_float32
 from distrijax.validate import positive
@@ -73,7 +73,7 @@ class LCM(ZeroSNRScheduler):
         self._positive_number("timestep_scaling")
         positive(self.original_inference_steps, "original_inference_steps")
         if self.original_inference_steps > self.num_train_timesteps:
-            raise DistriError(
+            raise InvalidArgument(
                 f"original_inference_steps is {self.original_inference_steps} and the model was trained on "
                 f"{self.num_train_timesteps} timesteps; use at most as many"
             )
@@ -113,7 +113,7 @@ class LCM(ZeroSNRScheduler):
         positive(count, "num_inference_steps")
         distillation_steps = self.original_inference_steps
         if count > distillation_steps:
-            raise DistriError(
+            raise InvalidArgument(
                 f"num_inference_steps is {count} and the model was distilled on {distillation_steps} timesteps "
                 f"(original_inference_steps); use at most {distillation_steps}, and 1 to 8 as a rule"
             )

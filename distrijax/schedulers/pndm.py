@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from distrijax.errors import DistriError
+from distrijax.errors import InvalidArgument
 from distrijax.schedulers import common
 from distrijax.schedulers.base import Column, Scheduler, check_start, to_float32
 
@@ -93,11 +93,11 @@ class PNDM(Scheduler):
         super().__post_init__()
         self._flag("skip_prk_steps", "set_alpha_to_one")
         if self.prediction_type == common.Prediction.SAMPLE:
-            raise DistriError(
+            raise InvalidArgument(
                 "prediction_type is 'sample' and PNDM takes epsilon or v_prediction; use another scheduler"
             )
         if not self.skip_prk_steps:
-            raise DistriError(
+            raise InvalidArgument(
                 "skip_prk_steps is False and PNDM's Runge-Kutta steps are not supported; set it to true, as Stable "
                 "Diffusion's checkpoints do, or use another scheduler"
             )
