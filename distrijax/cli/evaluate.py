@@ -40,11 +40,12 @@ from distrijax.cli.options import (
     keep_compiled_programs,
     plain_errors,
 )
+from distrijax.config import StepKind
 from distrijax.models.families import default_size
 from distrijax.pipelines.call import to_pil
 from distrijax.pipelines.loading import Configs, read_configs
 from distrijax.plan.traffic import traffic
-from distrijax.sampling.denoise import image_layout
+from distrijax.sampling.layouts import image_layout
 from distrijax.weights.dtypes import DTYPES
 
 SHEET_PROMPTS = 4  # on the contact sheet
@@ -234,7 +235,7 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
     )
     independent = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
     steps = len(job.configs.scheduler.schedule(job.call["num_inference_steps"])[0].timestep)
-    displaced = bool(planned.stale) and not all(config.synchronous(steps))
+    displaced = bool(planned.stale) and StepKind.DISPLACED in config.step_kinds(steps)
     return {
         "exactness": "lossy" if independent or displaced else "lossless",
         "received_bytes": sum(planned.received.values()),
