@@ -23,6 +23,7 @@ from distrijax.convert.sources import Recipe, add_flags
 from distrijax.errors import DistriError, DistriWarning, InvalidArgument
 from distrijax.interrupts import INTERRUPTED
 from distrijax.models.families import PARTS
+from distrijax.sampling.large import check_large
 from distrijax.validate import positive
 from distrijax.weights.dtypes import resolve_dtype
 from distrijax.weights.hub import find
@@ -235,3 +236,39 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
     if path is not None:
         add("")
     return write
+
+
+def add_large_flag(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--large`.
+
+    Args:
+        parser: The parser.
+        default: Its value unless given.
+    """
+
+    class Large(argparse.Action):
+        def __call__(self, parser, namespace, values, option=None):
+            try:
+                setattr(
+                    namespace,
+                    self.dest,
+                    check_large(values[0] if len(values) == 1 and ":" not in values[0] else pairs(values)),
+                )
+            except DistriError as error:
+                parser.error(str(error))
+
+    def pairs(values: Sequence[str]) -> list[tuple[float, ...]]:
+        try:
+            return [tuple(float(number) for number in value.split(":")) for value in values]
+        except ValueError:
+            return []
+
+    parser.add_argument(
+        "--large",
+        nargs="+",
+        action=Large,
+        default=default,
+        metavar="auto | off | TIMESTEP:FACTOR",
+        help="how images larger than the model was trained for are made: early steps on a smaller map, at timesteps above "
+        "each TIMESTEP with height and width times FACTOR, such as 350:0.25 200:0.5 (default: %(default)s)",
+    )

@@ -16,6 +16,7 @@ from distrijax.errors import InvalidArgument
 from distrijax.pipelines.prompt import Embeddings, Prompt, Texts
 from distrijax.sampling.begin import Begin, FromNoise
 from distrijax.sampling.denoise import AfterUpdate, NoHook
+from distrijax.sampling.large import check_large
 from distrijax.schedulers import Scheduler
 from distrijax.validate import check_choice, finite_number, host_array, positive, scalar
 
@@ -47,7 +48,7 @@ class Call:
     - `callback_on_step_end` always gets the latents and nothing else, so there is no `callback_on_step_end_tensor_inputs`. An
       exception that it raises stops the call.
     - `denoising_end`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds` and `return_dict` are absent.
-    - `chunk_size` and `scheduler` are not in diffusers.
+    - `chunk_size`, `large` and `scheduler` are not in diffusers.
     - Images get no watermark.
 
     With several processes every one makes the same call, and its callback returns the same latents; only process 0 shows
@@ -79,6 +80,10 @@ class Call:
             call by an exception. A step is a call of the UNet; PNDM makes one more than `num_inference_steps`.
         chunk_size: Steps between two updates of the progress bar and two calls of the callback. None runs the loop as one
             program, or step by step with `DistriConfig.sync_steps` or a callback.
+        large: How an image larger than the model was trained for is made, so that it still shows what was asked for. "auto":
+            while the timestep is high, the deep part of the UNet runs on a map of about the trained size; only for images of
+            more than 1.6 times the trained area. "off": never. Or pairs (timestep, factor), such as
+            `[(350, 0.25), (200, 0.5)]`: by what height and width of the map shrink at timesteps above that.
         scheduler: A scheduler for this call, or a name from `distrijax.schedulers.SCHEDULERS`, which gets the options of
             the pipeline's. Default: the pipeline's.
 
@@ -102,6 +107,7 @@ class Call:
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     chunk_size: int | None = 1
+    large: str | Sequence[tuple[float, float]] = "off"
     scheduler: str | Scheduler | None = None
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("prompt",)
@@ -121,6 +127,7 @@ class Call:
                 self._set(name, positive(getattr(self, name), name))
         skipped = 0 if self.clip_skip is None else self.clip_skip
         self._set("clip_skip", positive(skipped, "clip_skip", least=0))
+        self._set("large", check_large(self.large))
         if not isinstance(self.scheduler, str | Scheduler | None):
             raise InvalidArgument(
                 f'scheduler is {self.scheduler!r:.60}; give a name, such as "euler", or a scheduler of distrijax.schedulers'
