@@ -268,7 +268,8 @@ def add_large_flag(parser: argparse.ArgumentParser, default: str) -> None:
         nargs="+",
         action=Large,
         default=default,
-        metavar="auto | off | TIMESTEP:FACTOR",
-        help="how images larger than the model was trained for are made: early steps on a smaller map, at timesteps above "
-        "each TIMESTEP with height and width times FACTOR, such as 350:0.25 200:0.5 (default: %(default)s)",
+        metavar="LARGE",
+        help="auto, off, or TIMESTEP:FACTOR pairs such as 350:0.25 200:0.5: how images larger than the model was trained for "
+        "are made; at timesteps above each TIMESTEP the UNet's deep part runs at FACTOR times height and width "
+        "(default: %(default)s)",
     )

@@ -188,15 +188,15 @@ def draw(scene: Scene, height: int, width: int, rng: np.random.Generator) -> UIn
 
     Args:
         scene: The scene.
-        height: Pixels, a multiple of 8 from 64 to 512.
+        height: Pixels, a multiple of 8 from 64 to 1024.
         width: Pixels, likewise.
         rng: Source of the variation.
 
     Raises:
         ValueError: For another height or width.
     """
-    if any(side % 8 or not 64 <= side <= 512 for side in (height, width)):
-        raise ValueError(f"the image size is {height}x{width}; height and width must be multiples of 8 from 64 to 512")
+    if any(side % 8 or not 64 <= side <= 1024 for side in (height, width)):
+        raise ValueError(f"the image size is {height}x{width}; height and width must be multiples of 8 from 64 to 1024")
     light, dark = (np.float32(tone) for tone in BACKGROUNDS[scene.background])
     pattern = _pattern(scene.texture, height, width)[..., None]
     image = (light + (dark - light) * pattern) * _vignette(height, width) * np.float32(rng.uniform(0.96, 1.03))
