@@ -134,7 +134,11 @@ class DistriConfig:
         return [name for name, used in effective.items() if getattr(self, name) and not used]
 
     def synchronous(self, steps: int) -> list[bool]:
-        """Whether each of a call's `steps` steps is synchronous."""
+        """Whether each of a call's `steps` steps is synchronous.
+
+        Args:
+            steps: UNet calls of a run.
+        """
         further = {number % steps for number in self.sync_steps if -steps <= number < steps}
         return [number <= self.warmup_steps or number in further for number in range(steps)]
 

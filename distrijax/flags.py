@@ -67,6 +67,10 @@ def config_of(arguments: argparse.Namespace, **given: Any) -> DistriConfig:
 
 
 def settings_of(config: DistriConfig) -> dict[str, Any]:
-    """The fields of a config that have flags, as JSON values."""
+    """The fields of a config that have flags, as JSON values.
+
+    Args:
+        config: Its fields without a flag are left out.
+    """
     values = {name: getattr(config, name) for name in FLAGS}
     return {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}

@@ -154,7 +154,12 @@ class PromptEncoder:
         return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
 
     def prepare(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> None:
-        """Starts to compile what `encode` runs."""
+        """Starts to compile what `encode` runs.
+
+        Args:
+            branches: As for `encode`.
+            clip_skip: As for `encode`.
+        """
         skips = [*[0] * (len(branches) - 1), clip_skip]
         for branch, skip in zip(branches, skips, strict=True):
             if branch is None or isinstance(branch, Embeddings):
