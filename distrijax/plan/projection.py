@@ -176,7 +176,18 @@ def compile_decoder(
     guided: bool = True,
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, int]:
-    """Compiles the VAE's decoder for a compile-only target; arguments as in `compile_step`.
+    """Compiles the VAE's decoder for a compile-only target.
+
+    Args:
+        config: As for `compile_step`.
+        unet: As for `compile_step`.
+        vae: Configuration of the decoder.
+        target: As for `compile_step`.
+        devices: Number of devices.
+        latent: Rows and columns of the latent.
+        images: Number of images.
+        guided: Whether a step has two guidance branches, which decides the mesh.
+        dtype: Of the run; the VAE's own may be wider.
 
     Returns:
         Bytes on each device, by kind: weights, pixels and work.
@@ -325,6 +336,10 @@ def waiting_seconds(events: list[Event]) -> float:
 
 def timeline(events: list[Event], title: str) -> Figure:
     """A plot of the time line: kernels above, transfers below.
+
+    Args:
+        events: Of one projection.
+        title: Above the plot.
 
     Raises:
         ImportError: Without matplotlib.

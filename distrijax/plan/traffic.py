@@ -245,5 +245,9 @@ def _bytes(leaf: Any) -> int:
 
 
 def megabytes(count: float) -> str:
-    """Bytes as text, in MB or GB."""
+    """Bytes as text, in MB or GB.
+
+    Args:
+        count: Bytes.
+    """
     return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"

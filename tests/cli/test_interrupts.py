@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from children import heeding_interrupts
+from children import receiving_interrupts
 
 from distrijax import DEFAULT_MODEL, interrupts
 
@@ -51,7 +51,7 @@ COMMANDS = {
 
 
 def start(folder: Path, *arguments: str | Path, before: str = "") -> subprocess.Popen:
-    """A Python that runs `before` before all else, heeds SIGINT, and has been waited for until it says that it is there."""
+    """A Python that runs `before` before all else, receives SIGINT, and has been waited for until it says that it is there."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(STAY + before)
     folder = folder / "work"
@@ -59,7 +59,7 @@ def start(folder: Path, *arguments: str | Path, before: str = "") -> subprocess.
     path = os.pathsep.join(map(str, (folder.parent / "site", ROOT)))
     environment = {**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with heeding_interrupts():
+    with receiving_interrupts():
         process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **pipes)
     wait_for(folder / "reached", process)
     return process

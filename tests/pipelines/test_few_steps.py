@@ -1,4 +1,4 @@
-"""Distilled models, one to eight steps: LCM (a UNet that is told the guidance scale), Lightning and Turbo, against torch
+"""Distilled models, one to eight steps: LCM (a UNet that is conditioned on the guidance scale), Lightning and Turbo, against torch
 diffusers on one device, many devices against one, and what is refused or told."""
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from distrijax.plan.traffic import traffic
 from distrijax.sampling.denoise import STEPS
 from distrijax.sampling.noise import band_noise, image_keys
 
-TOLD = {"time_cond_proj_dim": 32}
+GUIDANCE_DISTILLED = {"time_cond_proj_dim": 32}
 
 
 @pytest.fixture(scope="module")
 def lcm_checkpoints(tmp_path_factory):
     """Small random checkpoints like LCM's, by family."""
     folders = {family: tmp_path_factory.mktemp(f"lcm-{family}") for family in ("xl", "1.x")}
-    save_tiny_pipeline(folders["xl"], scheduler=LCMScheduler(original_inference_steps=40), **TOLD, **SHALLOW)
-    save_tiny_sd_pipeline(folders["1.x"], 1, scheduler=LCMScheduler(steps_offset=1, clip_sample=False), **TOLD)
+    save_tiny_pipeline(
+        folders["xl"], scheduler=LCMScheduler(original_inference_steps=40), **GUIDANCE_DISTILLED, **SHALLOW
+    )
+    save_tiny_sd_pipeline(
+        folders["1.x"], 1, scheduler=LCMScheduler(steps_offset=1, clip_sample=False), **GUIDANCE_DISTILLED
+    )
     return folders
 
 
@@ -128,11 +132,11 @@ def test_one_device_equals_torch_diffusers(case, checkpoints, pipe_on, same_nois
     assert relative_error(generated(ours, latents=noise.numpy(), seed=5, **settings), wanted) < 1e-3
 
 
-def test_the_guidance_scale_changes_the_picture_and_compiles_nothing(one):
-    pictures, count = [generated(one, guidance_scale=8.0)], one.programs.count
+def test_the_guidance_scale_changes_the_image_and_compiles_nothing(one):
+    images, count = [generated(one, guidance_scale=8.0)], one.programs.count
     for scale in (0.0, 1.0, 7.9):
-        pictures.append(generated(one, guidance_scale=scale, num_inference_steps=4))
-        assert min(relative_error(pictures[-1], other) for other in pictures[:-1]) > 1e-3
+        images.append(generated(one, guidance_scale=scale, num_inference_steps=4))
+        assert min(relative_error(images[-1], other) for other in images[:-1]) > 1e-3
     generated(one, guidance_scale=3.0, num_inference_steps=8)
     assert one.programs.count == count
 
@@ -165,7 +169,7 @@ def test_displaced_steps_come_after_the_warm_up(stale, one):
 
 @slow
 def test_naive_patches_are_told_the_guidance_scale(pipe_on, one):
-    """Each band equals one device's picture of the band's size."""
+    """Each band equals one device's image of the band's size."""
     noise = np.random.default_rng(1).standard_normal((1, *LATENT), np.float32)
     pipe = pipe_on("xl", devices=2, parallelism="naive_patch", split_scheme="row")
     call = {"guidance_scale": 6.0, "num_inference_steps": 1}
