@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from distrijax.cli.fidelity.scenes import Scene, copies, found, held_out_example, sharpness
-from distrijax.cli.options import Parser, add_large_flag
+from distrijax.cli.options import Parser
+from distrijax.flags import add_large_flag
 
 
 @dataclass(frozen=True)

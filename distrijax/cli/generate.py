@@ -34,7 +34,6 @@ from distrijax.atomic_write import atomic_write
 from distrijax.cli.multiprocess import add_process_flags, fail_together, join
 from distrijax.cli.options import (
     Parser,
-    add_large_flag,
     add_model_flags,
     device_kind,
     find_configurations,
@@ -45,7 +44,7 @@ from distrijax.cli.options import (
     plain_errors,
 )
 from distrijax.errors import InvalidArgument
-from distrijax.flags import add_config_flags, config_of, settings_of
+from distrijax.flags import add_config_flags, add_large_flag, config_of, settings_of
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG

@@ -23,7 +23,6 @@ from distrijax.convert.sources import Recipe, add_flags
 from distrijax.errors import DistriError, DistriWarning, InvalidArgument
 from distrijax.interrupts import INTERRUPTED
 from distrijax.models.families import PARTS
-from distrijax.sampling.large import check_large
 from distrijax.validate import positive
 from distrijax.weights.dtypes import resolve_dtype
 from distrijax.weights.hub import find
@@ -236,40 +235,3 @@ def json_lines(path: Path | None) -> Callable[[dict[str, Any]], None]:
     if path is not None:
         add("")
     return write
-
-
-def add_large_flag(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds `--large`.
-
-    Args:
-        parser: The parser.
-        default: Its value unless given.
-    """
-
-    class Large(argparse.Action):
-        def __call__(self, parser, namespace, values, option=None):
-            try:
-                setattr(
-                    namespace,
-                    self.dest,
-                    check_large(values[0] if len(values) == 1 and ":" not in values[0] else pairs(values)),
-                )
-            except DistriError as error:
-                parser.error(str(error))
-
-    def pairs(values: Sequence[str]) -> list[tuple[float, ...]]:
-        try:
-            return [tuple(float(number) for number in value.split(":")) for value in values]
-        except ValueError:
-            return []
-
-    parser.add_argument(
-        "--large",
-        nargs="+",
-        action=Large,
-        default=default,
-        metavar="LARGE",
-        help="auto, off, or TIMESTEP:FACTOR pairs such as 350:0.25 200:0.5: how images larger than the model was trained for "
-        "are made; at timesteps above each TIMESTEP the UNet's deep part runs at FACTOR times height and width "
-        "(default: %(default)s)",
-    )

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from PIL import Image
 
+from distrijax.config import check_large
 from distrijax.errors import InvalidArgument
 from distrijax.pipelines.prompt import Embeddings, Prompt, Texts
 from distrijax.sampling.begin import Begin, FromNoise
 from distrijax.sampling.denoise import AfterUpdate, NoHook
-from distrijax.sampling.large import check_large
 from distrijax.schedulers import Scheduler
 from distrijax.validate import check_choice, finite_number, host_array, positive, scalar
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from distrijax.config import Parallelism
 from distrijax.errors import InvalidArgument
 from distrijax.parallel.layout import Layout
-from distrijax.validate import finite_number
 
 Size = tuple[int, int]
 """Rows and columns of a map."""
@@ -34,33 +32,6 @@ Shrinking = Sequence[tuple[float, Size]]
 """Timesteps, descending, and the size of the deep part's map at the timesteps above each."""
 
 
-def check_large(value: Any) -> str | tuple[tuple[float, float], ...]:
-    """Checks a call's `large`; returns "off", "auto", or pairs (timestep, factor), timesteps descending.
-
-    Args:
-        value: What the caller gave.
-
-    Raises:
-        InvalidArgument: For anything else.
-    """
-    if value in ("off", "auto"):
-        return value
-    advice = "give 'off', 'auto', or pairs of a timestep and a factor, such as [(350, 0.25), (200, 0.5)]"
-    try:
-        pairs = [] if isinstance(value, str) else [tuple(pair) for pair in value]
-    except TypeError:
-        pairs = []
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise InvalidArgument(f"large is {value!r:.100}; {advice}")
-    numbers = [tuple(finite_number(each, "large") for each in pair) for pair in pairs]
-    for timestep, factor in numbers:
-        if timestep < 0 or not 0 < factor < 1:
-            raise InvalidArgument(
-                f"large has the pair ({timestep:g}, {factor:g}); give timesteps of at least 0 and factors between 0 and 1"
-            )
-    return tuple(sorted(numbers, reverse=True))
-
-
 def is_large(latent: Size, trained: Size) -> bool:
     """Whether an image is larger than a model draws well.
 
@@ -75,7 +46,7 @@ def read_large(large: str | Sequence[tuple[float, float]], layout: Layout, train
     """What a call's `large` means for its size; empty where nothing shrinks.
 
     Args:
-        large: As `check_large` returns it.
+        large: As `distrijax.config.check_large` returns it.
         layout: The layout of the latents.
         trained: Rows and columns of the latents that the model was trained for.
 
