@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.kinds import recognise
 from distrijax.convert.layouts.families import FAMILIES
-from distrijax.convert.tensors import FLOATS, Tensor, Tensors
 from distrijax.models.families import FAMILIES as PIPELINES
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.load import finite
+from distrijax.weights.tensors import FLOATS, Tensor, Tensors
 
 METADATA = (
     "modelspec.title", "modelspec.author", "modelspec.license", "ss_base_model_version", "ss_network_dim", "format"
@@ -24,7 +24,7 @@ METADATA = (
 
 
 def describe_file(path: Path, what: str) -> Iterator[str]:
-    """Lines about a single file of a model or an addition to one. Raises DistriError for one of another kind."""
+    """Lines about a single file of a model or an addition to one. Raises CheckpointError for one of another kind."""
     tensors = open_tensors(path)
     kind = recognise(tensors, what)
     yield f"{what}: {kind}{'' if kind in FAMILIES else ', no whole model'}, {_sizes(tensors)}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -18,20 +18,18 @@ from distrijax.convert.adapters.lora import Lora, with_loras
 from distrijax.convert.adapters.lora_names import is_pefts
 from distrijax.convert.adapters.lora_settings import KEY, PEFT_SETTINGS
 from distrijax.convert.adapters.replace import with_unet, with_vae
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.complete import check_complete
 from distrijax.convert.engine import SAME, Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.layouts.folder import from_folder, read_files, read_model
 from distrijax.convert.layouts.original import convert_original
 from distrijax.convert.layouts.original_parts import unet_from, vae_from
 from distrijax.convert.readers.orbax_files import is_orbax, read_orbax
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError, InvalidArgument
 from distrijax.json_config import read_json
 from distrijax.models.families import PARTS
 from distrijax.weights import hub
-from distrijax.weights.files import STEMS
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.tensors import Tensors
 
 Config = dict[str, Any]
 
@@ -43,15 +41,43 @@ _TAIL = re.compile(r"(.+):([^/\\:]+)")
 """A file and what stands after its last colon; a colon before a slash belongs to hf:// or a drive."""
 
 
+class Additions(TypedDict, total=False):
+    """What a checkpoint is read with, and what goes on top of it.
+
+    Attributes:
+        config: For a single file: a folder in the diffusers layout, or a hub id, whose configurations and tokenizers take the
+            place of the family's. Its weights need not be there.
+        ema: For a single file: whether to take its averaged weights.
+        prediction_type: For a single file: what the UNet predicts ("epsilon", "v_prediction", "sample"), where tensors can't
+            tell (Stable Diffusion 2).
+        unet: A UNet that takes the place of the checkpoint's: a file, a folder or a hub id.
+        vae: A VAE that takes the place of the checkpoint's.
+        loras: Adapters: files or folders, each alone or with its weight, ["a.safetensors", ("b.safetensors", 0.8)].
+        embeddings: Files of textual inversion, each alone or with the word that stands for it in prompts.
+    """
+
+    config: str | Path | None
+    ema: bool
+    prediction_type: str | None
+    unet: str | Path | None
+    vae: str | Path | None
+    loras: Sequence[Any] | Mapping[str, float]
+    embeddings: Sequence[Any] | Mapping[str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a model is made of.
+    """A checkpoint that people name, and what goes on top of it: `Additions`, in these types.
 
-    source: a single file, a folder (diffusers layout or orbax), a hub id, an `hf://` path. variant, revision: of a folder on
-    the hub. ema: take the averaged weights of a single file. config: a folder in the diffusers layout whose configurations
-    take the place of the family's. prediction_type: what the UNet predicts, where tensors can't tell (Stable Diffusion 2).
-    unet, vae: that take the place of the source's. loras: files, or folders of one, and their weights, merged in this order.
-    embeddings: files of textual inversion and the words they stand for, None for the word that a file names.
+    Attributes:
+        source: A single file, a folder (diffusers layout or orbax), a hub id, an `hf://` path.
+        variant: Of the weight files in a folder.
+        revision: Of a repository on the hub.
+        loras: Files and their weights.
+        embeddings: Files and their words; None for the word that a file names.
+
+    Raises:
+        InvalidArgument: For arguments of other types.
     """
 
     source: str
@@ -65,21 +91,33 @@ class Recipe:
     loras: tuple[tuple[str, float], ...] = ()
     embeddings: tuple[tuple[str, str | None], ...] = ()
 
+    def __post_init__(self):
+        for name in ("source", "config", "unet", "vae"):
+            if not isinstance(value := getattr(self, name), str | Path | None) or (name == "source" and not value):
+                raise InvalidArgument(f"{name} of a checkpoint is {value!r:.80}; give a path or a hub id")
+            object.__setattr__(self, name, None if value is None else str(value))
+        object.__setattr__(self, "loras", _pairs("loras", self.loras, 1.0))
+        object.__setattr__(self, "embeddings", _pairs("embeddings", self.embeddings, None))
+
     @classmethod
     def of(cls, source: str, arguments: argparse.Namespace) -> Recipe:
-        """Out of the flags of `add_flags`. Raises DistriError for a LoRA's weight that is no number."""
+        """Out of the flags of `add_flags`. Raises InvalidArgument for a LoRA's weight that is no number."""
         names = ("variant", "revision", "ema", "config", "prediction_type", "unet", "vae")
         return cls(
             source,
             **{name: getattr(arguments, name) for name in names},
             loras=tuple(map(_weighted, arguments.lora)),
-            embeddings=tuple(_tail(text) for text in arguments.textual_inversion),
+            embeddings=tuple(_tail(text) for text in arguments.embedding),
         )
 
     @property
-    def plain(self) -> bool:
-        """Whether the source is taken as it is."""
-        return self == Recipe(self.source, self.variant, self.revision)
+    def additions(self) -> dict[str, Any]:
+        """What is not as it is by default, but the source."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)[1:]
+            if (value := getattr(self, field.name)) not in (None, False, ())
+        }
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,13 +135,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="FILE", help="a VAE to take instead")
     lora = "to merge into the weights; may be given several times"
     add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help=lora)
-    word = "an embedding, and the word for it; may be given several times"
-    add("--textual-inversion", action="append", default=[], metavar="FILE[:WORD]", help=word)
+    word = "a textual inversion, and the word for it; may be given several times"
+    names = ("--embedding", "--textual-inversion")
+    add(*names, action="append", default=[], metavar="FILE[:WORD]", help=word)
+
+
+def open_checkpoint(
+    source: str | Path | Recipe, *, token: str | bool | None = None, offline: bool = False, weights: bool = True
+) -> Checkpoint:
+    """A checkpoint with all that goes on top of it; nothing of its weights is read but names and shapes.
+
+    Args:
+        source: Its name, or a recipe.
+        token: Of the hub.
+        offline: Whether to use only what was fetched from the hub before.
+        weights: Whether its weights are needed, or configurations alone.
+
+    Raises:
+        CheckpointError: For what is not found, is no model, or does not fit together.
+    """
+    recipe = source if isinstance(source, Recipe) else Recipe(source)
+    if not weights and not recipe.additions.keys() - {"variant", "revision"}:
+        options = {"revision": recipe.revision, "token": token, "offline": offline}
+        folder = hub.find(recipe.source, parts=PARTS, weights=False, **options)
+        if (folder / "model_index.json").is_file():
+            return from_folder(folder, weights=False)
+    return assemble(recipe, Found.of(recipe, token=token, offline=offline))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A recipe's files, on this machine."""
+    """A recipe's files, on this machine.
+
+    Attributes:
+        lora_settings: PEFT's, of each LoRA that has a file of them beside it.
+    """
 
     source: Path
     config: Path | None
@@ -112,20 +178,17 @@ class Found:
     loras: tuple[Path, ...]
     embeddings: tuple[Path, ...]
     lora_settings: tuple[Path | None, ...]
-    """PEFT's, of each LoRA that has a file of them beside it."""
 
     @classmethod
     def of(cls, recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Found:
-        """Looks for them here and on the hub. Raises DistriError for one that is not to be had."""
+        """Looks for them here and on the hub. Raises CheckpointError for one that is not to be had."""
         find = partial(hub.find, token=token, offline=offline)
         loras = tuple(_find_lora(file, find) for file, _ in recipe.loras)
         beside = [path.with_name(PEFT_SETTINGS) for path in loras]
-        model = partial(find, parts=("",), index="config.json", formats=tuple(STEMS))
+        model = partial(find, parts=("",), index="config.json")
         return cls(
-            source=find(
-                recipe.source, parts=PARTS, formats=tuple(STEMS), variant=recipe.variant, revision=recipe.revision
-            ),
-            config=None if recipe.config is None else find(recipe.config, parts=PARTS, formats=()),
+            source=find(recipe.source, parts=PARTS, variant=recipe.variant, revision=recipe.revision),
+            config=None if recipe.config is None else find(recipe.config, parts=PARTS, weights=False),
             unet=None if recipe.unet is None else model(recipe.unet),
             vae=None if recipe.vae is None else model(recipe.vae),
             loras=loras,
@@ -133,24 +196,11 @@ class Found:
             lora_settings=tuple(path if path.is_file() else None for path in beside),
         )
 
-    def check_folders(self) -> None:
-        """Raises DistriError for a folder that holds no model, before all that it holds is looked at."""
-        indexes = ((self.source, "model_index.json"), (self.unet, "config.json"), (self.vae, "config.json"))
-        for path, index in indexes:
-            if path is not None and path.is_dir() and not is_orbax(path):
-                read_json(path / index)
-
-    @property
-    def paths(self) -> list[Path | None]:
-        """Those that make the weights; which is which is told by the place."""
-        settings = (None, *self.lora_settings) if any(self.lora_settings) else ()
-        return [self.source, self.unet, self.vae, *self.loras, None, *self.embeddings, *settings]
-
 
 def assemble(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
     """The model, with nothing read but names and shapes, and where the source's tensors went.
 
-    Raises DistriError for what is no model, is not whole, or does not fit together.
+    Raises CheckpointError for what is no model, or does not fit together.
     """
     checkpoint, mapping = _source(recipe, found)
     if found.unet is not None:
@@ -168,8 +218,7 @@ def assemble(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
         for path, (file, word) in zip(found.embeddings, recipe.embeddings, strict=True)
     ]
     checkpoint = with_embeddings(with_loras(checkpoint, loras), embeddings)
-    check_complete(checkpoint, recipe.source)
-    return checkpoint, mapping
+    return dataclasses.replace(checkpoint, what=recipe.source), mapping
 
 
 def _source(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
@@ -185,7 +234,7 @@ def _source(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
             files=files,
         )
     if recipe.ema or recipe.config or recipe.prediction_type:
-        raise DistriError(
+        raise InvalidArgument(
             f"{recipe.source} is a folder, which has its own configurations; leave out --ema, --config and --prediction-type"
         )
     folder = found.source
@@ -210,17 +259,17 @@ def _find_lora(file: str, find: Callable[..., Path]) -> Path:
         path = find(file, parts=())
         held = [path / name for name in LORA_FILES if (path / name).is_file()]
         if path.is_dir() and not held:
-            raise DistriError(f"{file} is a folder without {' or '.join(LORA_FILES)}; name the file of the LoRA")
+            raise CheckpointError(f"{file} is a folder without {' or '.join(LORA_FILES)}; name the file of the LoRA")
         return held[0] if held else path
     try:
         path = find(file, parts=(), file=LORA_FILES[0])
-    except DistriError as error:
+    except CheckpointError as error:
         if remote.file:
             raise
         unreachable = isinstance(error.__context__, LocalEntryNotFoundError)  # no need to wait for the hub again
         path = find(file, parts=(), file=LORA_FILES[1], **({"offline": True} if unreachable else {}))
     if path.name in LORA_FILES[1:] and not path.with_name(PEFT_SETTINGS).exists():
-        with suppress(DistriError):  # a repository may have none
+        with suppress(CheckpointError):  # a repository may have none
             find(f"{file.rpartition('/')[0]}/{PEFT_SETTINGS}" if remote.file else file, parts=(), file=PEFT_SETTINGS)
     return path
 
@@ -245,7 +294,19 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         return file, 1.0 if weight is None else float(weight)
     except ValueError:
-        raise DistriError(f"--lora is {text}; give FILE or FILE:WEIGHT, such as {file}:0.8") from None
+        raise InvalidArgument(f"--lora is {text}; give FILE or FILE:WEIGHT, such as {file}:0.8") from None
+
+
+def _pairs(name: str, given: Any, default: Any) -> tuple[tuple[str, Any], ...]:
+    """Files and what is given with each, out of a sequence of files or pairs, or a dictionary."""
+    listed = given.items() if isinstance(given, Mapping) else [given] if isinstance(given, str | Path) else given
+    try:
+        pairs = [(each, default) if isinstance(each, str | Path) else tuple(each) for each in listed or ()]
+        if not all(isinstance(file, str | Path) for file, _ in pairs):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"{name} is {given!r:.80}; give files, each alone or in a pair with its value") from None
+    return tuple((str(file), value) for file, value in pairs)
 
 
 def _tail(text: str) -> tuple[str, str | None]:

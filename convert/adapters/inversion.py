@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.tensors import FLOATS, Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import current_name, shown
+from distrijax.weights.tensors import FLOATS, Tensor, Tensors
 
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
@@ -50,7 +50,7 @@ def with_embeddings(checkpoint: Checkpoint, embeddings: Sequence[Embedding]) -> 
     """The checkpoint with new words: rows of the token embeddings, vocab_size, and the tokenizers' files.
 
     An encoder for which a file for SDXL has no vectors reads the word as ordinary text, as in diffusers.
-    Raises DistriError for files of another kind, vectors of another width, and words that the vocabulary has.
+    Raises CheckpointError for files of another kind, vectors of another width, and words that the vocabulary has.
     """
     for embedding in embeddings:
         for part, (word, vectors) in _read(embedding, checkpoint).items():
@@ -67,7 +67,7 @@ def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, 
     if any(name in tensors for name in XL):
         found = {part: tensors[name] for name, part in XL.items() if name in tensors and part in encoders}
         if "text_encoder_2" not in encoders or not found or len(tensors) > len(XL):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what} holds {names}, an embedding for Stable Diffusion XL; this model's text encoders are "
                 f"{', '.join(encoders) or 'missing'}; give an embedding that was made for it"
             )
@@ -76,28 +76,28 @@ def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, 
         if name is None:
             if len(tensors) != 1:
                 formats = f"one tensor named by its word, {' or '.join(A1111)}, or {' and '.join(XL)}"
-                raise DistriError(f"{what} holds {names} and is no embedding; give a file with {formats}")
+                raise CheckpointError(f"{what} holds {names} and is no embedding; give a file with {formats}")
             name = next(iter(tensors))
             word = name if word is None else word
         if len(encoders) != 1:
-            raise DistriError(
+            raise CheckpointError(
                 f"{what} holds vectors for one text encoder and the model has {len(encoders)}; give an embedding for "
                 f"Stable Diffusion XL, with {' and '.join(XL)}"
             )
         found = {encoders[0]: tensors[name]}
     if word is None:
-        raise DistriError(f"{what} does not say which word it stands for; give the word")
+        raise CheckpointError(f"{what} does not say which word it stands for; give the word")
     if not isinstance(word, str) or not word.strip() or word != word.strip():
-        raise DistriError(f"the word of {what} is {word!r}; give a text that neither begins nor ends with a blank")
+        raise CheckpointError(f"the word of {what} is {word!r}; give a text that neither begins nor ends with a blank")
     return {part: (word, _vectors(tensor, checkpoint, part, what)) for part, tensor in found.items()}
 
 
 def _vectors(tensor: Tensor, checkpoint: Checkpoint, part: str, what: str) -> Tensor:
-    """As [n, width]; raises DistriError for another width than the text encoder's."""
+    """As [n, width]; raises CheckpointError for another width than the text encoder's."""
     width = checkpoint.tensors[part][_table_name(checkpoint, part)].shape[1]
     shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
     if len(shape) != 2 or shape[1] != width or not shape[0] or tensor.dtype not in FLOATS:
-        raise DistriError(
+        raise CheckpointError(
             f"{what} has vectors of {list(tensor.shape)} ({tensor.dtype}) and the {part} reads floats of [n, {width}]; "
             "give an embedding that was made for this model"
         )
@@ -108,7 +108,7 @@ def _table_name(checkpoint: Checkpoint, part: str) -> str:
     """The name of the token embeddings; text encoders come with and without a prefix."""
     names = (name for name in checkpoint.tensors[part] if current_name(name) == TOKEN_EMBEDDING)
     if (name := next(names, None)) is None:
-        raise DistriError(f"the {part} of the checkpoint lacks {TOKEN_EMBEDDING}; give a whole model")
+        raise CheckpointError(f"the {part} of the checkpoint lacks {TOKEN_EMBEDDING}; give a whole model")
     return name
 
 
@@ -119,7 +119,7 @@ def _with_tokens(checkpoint: Checkpoint, part: str, tokens: list[str], vectors: 
     folder = part.replace("text_encoder", "tokenizer")
     files, first = _add_tokens(checkpoint.files, folder, tokens, what)
     if first > table.shape[0]:
-        raise DistriError(
+        raise CheckpointError(
             f"the {folder} has {first} tokens and the {part} embeddings for {table.shape[0]}; use parts of one model"
         )
     after = first + len(tokens)
@@ -141,7 +141,7 @@ def _add_tokens(
     vocabulary, added = _vocabulary(held, folder), _added(held, folder)
     spelt = {text.lower() for text in added}  # added tokens are matched case-insensitively
     if taken := [token for token in tokens if token in vocabulary or token.lower() in spelt]:
-        raise DistriError(
+        raise CheckpointError(
             f"the word {tokens[0]!r} of {what} needs the tokens {', '.join(taken)}, which the {folder} has already; "
             "give another word"
         )
@@ -165,7 +165,7 @@ def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
     try:
         return dict(json.loads(files[path]))
     except (TypeError, ValueError) as error:
-        raise DistriError(f"{path} does not hold a readable JSON object ({error}); fetch the file again") from None
+        raise CheckpointError(f"{path} does not hold a readable JSON object ({error}); fetch the file again") from None
 
 
 def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
@@ -173,7 +173,7 @@ def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
     model = held.get("tokenizer.json", {}).get("model") or {}
     vocabulary = model.get("vocab") or held.get("vocab.json")
     if not isinstance(vocabulary, dict):
-        raise DistriError(f"{folder} has no vocab.json and no tokenizer.json with a vocabulary; give a whole model")
+        raise CheckpointError(f"{folder} has no vocab.json and no tokenizer.json with a vocabulary; give a whole model")
     return vocabulary
 
 
@@ -186,4 +186,4 @@ def _added(held: Mapping[str, dict], folder: str) -> dict[str, int]:
         found |= {token["content"]: int(token["id"]) for token in listed}
         return found | {token["content"]: int(index) for index, token in decoder.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise DistriError(f"{folder} has an added token without text or number; fetch its files again") from None
+        raise CheckpointError(f"{folder} has an added token without text or number; fetch its files again") from None

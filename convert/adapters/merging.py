@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, Shape]
@@ -208,7 +208,7 @@ def _without_ones(shape: Shape) -> Shape:
 def merged(base: Tensor, changes: Sequence[Change]) -> Tensor:
     """A weight with all changes, each computed from the original weight, in its own dtype; computed when it is read.
 
-    Reading it raises DistriError, which names the adapter, where the result overflows that dtype.
+    Reading it raises CheckpointError, which names the adapter, where the result overflows that dtype.
     """
 
     def add(array: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ def merged(base: Tensor, changes: Sequence[Change]) -> Tensor:
             result = (weight + total).astype(array.dtype)
             if not np.isfinite(result).all() and np.isfinite(weight).all():
                 largest = max(changes, key=lambda change: np.nan_to_num(np.abs(change.of(weight)), nan=np.inf).max())
-                raise DistriError(
+                raise CheckpointError(
                     f"{largest.what} with the weight {largest.weight:g} makes numbers that {array.dtype} does not hold; "
                     "give a smaller weight, or another LoRA"
                 )

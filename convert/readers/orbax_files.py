@@ -22,12 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.readers.safetensors_files import NAMES
 from distrijax.convert.source import reason
-from distrijax.convert.tensors import Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import shown
+from distrijax.weights.tensors import Block, Tensor, Tensors
 
 DESCRIPTION = "pipeline.json"
 
@@ -43,16 +43,16 @@ def is_orbax(folder: Path) -> bool:
 def write_orbax(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes a pipeline to a folder that does not exist or is empty, in batches of 128 MB.
 
-    Raises DistriError for a folder that is not empty, and for a tensor without elements, which orbax cannot hold.
+    Raises CheckpointError for a folder that is not empty, and for a tensor without elements, which orbax cannot hold.
     """
     import orbax.checkpoint as ocp
 
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DistriError(f"{folder} exists and is not an empty folder; choose another one or empty it")
+        raise CheckpointError(f"{folder} exists and is not an empty folder; choose another one or empty it")
     for part, tensors in checkpoint.tensors.items():
         if empty := [name for name, tensor in tensors.items() if tensor.size == 0]:
-            raise DistriError(
+            raise CheckpointError(
                 f"{part}.{shown(empty[0])} has no elements, which orbax cannot hold; leave it out or write another format"
             )
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +72,11 @@ def write_orbax(checkpoint: Checkpoint, folder: Path) -> None:
 def read_orbax(folder: Path) -> Checkpoint:
     """The pipeline that `write_orbax` wrote; each tensor is read when it is asked for.
 
-    Raises DistriError for a folder that is not one or not whole.
+    Raises CheckpointError for a folder that is not one or not whole.
     """
     folder = Path(folder).absolute()
     if not is_orbax(folder):
-        raise DistriError(
+        raise CheckpointError(
             f"{folder} is not a folder with a {DESCRIPTION}, so no pipeline was written to it; write it again"
         )
     with _parsing(folder / DESCRIPTION):
@@ -92,7 +92,7 @@ def open_model(folder: Path) -> Tensors:
     """The tensors of one model that orbax wrote, names of nested dictionaries joined by dots; each is read when asked for.
 
     Orbax lists the arrays, and tensorstore reads them: restoring one array with orbax takes ten times as long.
-    Raises DistriError for a folder without a model, or with more than arrays.
+    Raises CheckpointError for a folder without a model, or with more than arrays.
     """
     import orbax.checkpoint as ocp
 
@@ -106,18 +106,19 @@ def open_model(folder: Path) -> Tensors:
                 continue
             if (dtype := np.dtype(array.dtype)) not in NAMES:
                 raise ValueError(f"it holds {dtype}, which cannot be converted")
-            tensors[name] = Tensor(tuple(array.shape), dtype, partial(_read, folder, name))
+            read = partial(_read, folder, name)
+            tensors[name] = Tensor(tuple(array.shape), dtype, read, read)
         return tensors
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
-    """One array of a model. A missing chunk is an error, where zarr would fill in zeros."""
+def _read(folder: Path, name: str, block: Block = ()) -> np.ndarray:
+    """A block of an array of a model. A missing chunk is an error, where zarr would fill in zeros."""
     import tensorstore
 
     tree = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
     spec = {"driver": "zarr", "kvstore": tree, "fill_missing_data_reads": False}
     with _parsing(folder):
-        return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+        return np.asarray(tensorstore.open(spec, open=True, read=True).result()[block].read().result())
 
 
 def _handler_of_tensors() -> Any:
@@ -159,7 +160,7 @@ def _parsing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise classes of their own
-        raise DistriError(
+        raise CheckpointError(
             f"{path} is not what was written as an orbax checkpoint ({reason(error)}); write it again"
         ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from distrijax import interrupts
 from distrijax.config import DistriConfig
+from distrijax.convert.sources import Additions
 from distrijax.errors import InvalidArgument, warn
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import check_images
@@ -28,7 +29,7 @@ from distrijax.pipelines.call import (
     given_latents,
     image_seeds,
 )
-from distrijax.pipelines.loading import abstract_components, find_folder, read_components, read_configs
+from distrijax.pipelines.loading import abstract_components, opened, read_components, read_configs
 from distrijax.pipelines.prompt import Embeddings, Prompts
 from distrijax.pipelines.run import Runner, initial_state, pad_latents
 from distrijax.sampling import denoise
@@ -36,6 +37,7 @@ from distrijax.sampling.decode import decode
 from distrijax.sampling.denoise import image_layout
 from distrijax.sampling.shapes import PROMPT_TOKENS, latents_of, prompt_of, step_programs
 from distrijax.validate import check_choice, host_array, positive
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import resolve_dtype
 
 
@@ -49,7 +51,7 @@ class Pipeline(Runner):
     @interrupts.not_lost()
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | Checkpoint,
         distri_config: DistriConfig | None = None,
         *,
         dtype: Any = None,
@@ -62,11 +64,13 @@ class Pipeline(Runner):
         compiler_options: Mapping[str, Any] | None = None,
         compile_for: Mapping[str, Any] | None = None,
         max_programs: int = MAX_PROGRAMS,
+        **additions: Unpack[Additions],
     ) -> Self:
-        """Loads a checkpoint onto the devices.
+        """Loads a checkpoint onto the devices, tensor by tensor and without a copy on disk.
 
         Args:
-            pretrained_model_name_or_path: A folder in the diffusers layout, or a model id on the Hugging Face hub.
+            pretrained_model_name_or_path: A folder in the diffusers layout, a model id on the Hugging Face hub, or a single
+                file in the original layout, local or on the hub; or a checkpoint that `open_checkpoint` returned.
             distri_config: How images are spread over devices; None uses all devices with the defaults.
             dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs.
             variant: The variant of the weight files, such as "fp16".
@@ -79,9 +83,11 @@ class Pipeline(Runner):
             compile_for: The arguments of the first call, whose programs are then compiled while the weights are read.
             max_programs: How many compiled programs are kept. A call runs about 7, and another image size needs 5 new ones;
                 the least recently used are evicted.
+            **additions: `config`, `ema`, `prediction_type`, `unet`, `vae`, `loras`, `embeddings`: how a single file is read,
+                and what goes on top of the checkpoint (`distrijax.convert.sources.Additions`).
 
         Raises:
-            CheckpointError: For a checkpoint that is incomplete or of another family.
+            CheckpointError: For a checkpoint that is incomplete or of another family, and what does not fit on top of it.
             InvalidArgument: For other arguments that cannot be used, such as more devices than JAX shows.
         """
         config = DistriConfig() if distri_config is None else distri_config
@@ -91,20 +97,21 @@ class Pipeline(Runner):
             )
         devices = devices_of(config)
         dtype = resolve_dtype(dtype, devices[0].platform)
-        folder = find_folder(
+        checkpoint = opened(
             pretrained_model_name_or_path,
             variant=variant,
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            **additions,
         )
-        configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
+        configs = read_configs(checkpoint, scheduler, scheduler_options, needed=cls.family)
         model = (configs.family.name, configs.unet, configs.vae, configs.text_encoders)
         check_agreement(devices, lambda: {**versions(), "config": config, "model": repr(model), "dtype": dtype.name})
         mesh = plan_mesh(config, len(devices), branches=configs.unet.branches).build(devices)
         warm_up_collectives(mesh)
         components = abstract_components(
-            folder,
+            checkpoint,
             configs,
             dtype=dtype,
             mesh=mesh,
@@ -115,11 +122,18 @@ class Pipeline(Runner):
         try:
             if compile_for is not None:
                 pipe._prepare(compile_for)
-            pipe._set_components(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
+            pipe._set_components(read_components(components, checkpoint, cls.family, mesh))
         except BaseException:
             pipe.programs.cancel_pending()
             raise
         return pipe
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, distri_config: DistriConfig | None = None, **arguments: Any
+    ) -> Self:
+        """`from_pretrained` by the name that it has in diffusers for single files; `config` is a folder as there."""
+        return cls.from_pretrained(pretrained_model_link_or_path, distri_config, **arguments)
 
     def _prepare(self, arguments: Mapping[str, Any]) -> None:
         """Begins to compile the programs of a call with these arguments.

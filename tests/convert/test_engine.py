@@ -6,7 +6,7 @@ import numpy as np
 from facts import refuses
 
 from distrijax.convert.engine import SPLIT, SQUEEZED, TRANSPOSED, Row, Table, to_diffusers, to_source
-from distrijax.convert.tensors import Tensors, of_array
+from distrijax.weights.tensors import Tensors, of_array
 
 INNER = Table(
     Row("in_layers.0.", "norm1."),

@@ -19,8 +19,8 @@ from tensor_files import Arrays, arrays, of_torch, small, torch_bytes, torch_sta
 from distrijax.convert.files import open_tensors
 from distrijax.convert.readers.safetensors_files import read_metadata, write_safetensors
 from distrijax.convert.readers.torch_files import LEGACY
-from distrijax.convert.tensors import Tensor, of_array
 from distrijax.errors import DistriError
+from distrijax.weights.tensors import Tensor, of_array
 
 NAMED = torch_state()
 

@@ -13,7 +13,7 @@ from flax_model import flax_bytes, to_flax
 
 from distrijax.convert.files import open_tensors
 from distrijax.convert.layouts.flax_names import from_flax
-from distrijax.convert.tensors import Shape, Tensors, of_array
+from distrijax.weights.tensors import Shape, Tensors, of_array
 
 FAMILIES = ("xl", 1, 2)
 

@@ -13,7 +13,7 @@ from distrijax import DistriError
 from distrijax.convert.kinds import Kind, recognise
 from distrijax.convert.layouts.families import FAMILIES
 from distrijax.convert.layouts.original import from_original
-from distrijax.convert.tensors import of_array
+from distrijax.weights.tensors import of_array
 
 UNET = "model.diffusion_model."
 SD1 = {

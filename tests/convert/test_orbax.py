@@ -16,12 +16,12 @@ import pytest
 from facts import refuses
 
 import distrijax
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.layouts.folder import from_folder
 from distrijax.convert.readers import orbax_files
 from distrijax.convert.readers.orbax_files import is_orbax, open_model, read_orbax, write_orbax
 from distrijax.convert.readers.safetensors_files import DTYPES
-from distrijax.convert.tensors import Tensor, Tensors, of_array
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.tensors import Tensor, Tensors, of_array
 
 FAMILIES = ("xl", 1, 2)
 

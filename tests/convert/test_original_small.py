@@ -12,8 +12,8 @@ from original_layouts import averages, original, unread
 from small_originals import CONFIG, FAMILIES, FILES, convert, same_bytes, small
 
 from distrijax.convert.layouts.original import convert_original, from_original, to_original
-from distrijax.convert.tensors import Tensors, of_array
 from distrijax.schedulers import load_scheduler
+from distrijax.weights.tensors import Tensors, of_array
 
 LOSSES = ("--config FOLDER",)
 """What a warning of them tells at least."""
