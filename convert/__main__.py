@@ -5,8 +5,8 @@
     python -m distrijax.convert base.ckpt NEW --lora style.safetensors:0.8 --vae vae.safetensors --dtype float16
     python -m distrijax.convert dream.ckpt --inspect              what it is, and what is unusual about it
 
-SOURCE: a single file in the original layout (safetensors or pickle), a folder in the diffusers layout (safetensors, pickles or
-Flax), an orbax folder, a hub id, an hf:// path. No code of a file is executed. DESTINATION appears whole or not at all.
+SOURCE: a single file in the original layout (safetensors or pickle), a folder in the diffusers layout (safetensors, pickles,
+Flax or orbax), a hub id, an hf:// path. No code of a file is executed. DESTINATION appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from distrijax.convert.inspection import describe_checkpoint, describe_file
 from distrijax.convert.layouts.folder import write_folder
 from distrijax.convert.layouts.original import to_original
 from distrijax.convert.progress import with_progress
-from distrijax.convert.readers.orbax_files import write_orbax
 from distrijax.convert.readers.safetensors_files import write_safetensors
-from distrijax.convert.sources import Found, Recipe, add_flags, assemble
+from distrijax.convert.sources import assemble, find_source
 from distrijax.errors import CheckpointError, DistriError, DistriWarning, InvalidArgument
 from distrijax.weights import hub
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
+from distrijax.weights.recipe import Recipe, add_flags
 from distrijax.weights.tensors import FLOATS, Tensor
 
 
@@ -117,11 +117,11 @@ def convert(arguments: argparse.Namespace) -> None:
             )
     if arguments.destination and arguments.destination.exists() and not (arguments.force or arguments.dry_run):
         raise InvalidArgument(f"{arguments.destination} exists; choose another name, or --force to replace it")
-    found = Found.of(recipe, token=arguments.token, offline=arguments.offline)
-    if arguments.inspect and found.source.is_file():
-        print(*describe_file(found.source, recipe.source), sep="\n")
+    access = {"token": arguments.token, "offline": arguments.offline}
+    if arguments.inspect and (source := find_source(recipe, **access)).is_file():
+        print(*describe_file(source, recipe.source), sep="\n")
         return
-    checkpoint, mapping = assemble(recipe, found)
+    checkpoint, mapping = assemble(recipe, **access)
     check_complete(checkpoint)
     if arguments.inspect or arguments.dry_run:
         print(*(describe_checkpoint(checkpoint, mapping) if arguments.inspect else mapping), sep="\n")
@@ -141,10 +141,9 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
     ):
         if kind is Format.SINGLE:
             write_safetensors(to_original(seen), beside)
-        elif kind is Format.ORBAX:
-            write_orbax(seen, beside)
         else:
-            write_folder(seen, beside, max_shard_size=_bytes(arguments.max_shard_size or SHARD))
+            size = _bytes(arguments.max_shard_size or SHARD)
+            write_folder(seen, beside, max_shard_size=size, orbax=kind is Format.ORBAX)
 
 
 def _format(arguments: argparse.Namespace) -> Format:

@@ -22,10 +22,8 @@ import numpy as np
 
 from distrijax.errors import CheckpointError
 from distrijax.weights.files import summary
+from distrijax.weights.load import Problems
 from distrijax.weights.tensors import Shape, Tensor, Tensors
-
-Problems = dict[str, list[str]]
-"""Names of tensors by what is wrong with them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +31,12 @@ class Transform:
     """A lossless change of layout.
 
     split: the tensors in diffusers, of the source's one; raises ValueError for a shape that it does not apply to.
-    join: the inverse, of arrays. parts: how many there are in diffusers.
+    join: the inverse, of arrays.
     """
 
     name: str
     split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
-    parts: int = 1
 
 
 def _squeezed(tensor: Tensor) -> Tensor:
@@ -68,7 +65,7 @@ SQUEEZED = Transform(
     lambda arrays: arrays[0].reshape(*arrays[0].shape, *(1, 1) * (arrays[0].ndim == 2)),
 )
 
-SPLIT = Transform("split in three", _thirds, np.concatenate, parts=3)
+SPLIT = Transform("split in three", _thirds, np.concatenate)
 
 
 class Row:
@@ -204,14 +201,14 @@ LAYER = layer()
 """A layer as it is."""
 
 
-def rows(pairs: str, then: Transform | Table = LAYER, *, prefix: str = "") -> tuple[Row, ...]:
+def rows(pairs: str, then: Transform | Table = LAYER) -> tuple[Row, ...]:
     """Rows of modules.
 
     pairs: their names in the source and in diffusers, "in_layers.0 norm1, out_layers.3 conv2"; one name if both are the same.
-    then: the layout of each. prefix: of all names in diffusers.
+    then: the layout of each.
     """
     names = [pair.split() for pair in pairs.split(",")]
-    return tuple(Row(f"{pair[0]}.", f"{prefix}{pair[-1]}.", then) for pair in names)
+    return tuple(Row(f"{pair[0]}.", f"{pair[-1]}.", then) for pair in names)
 
 
 def _stand_in(shape: Shape) -> np.ndarray:

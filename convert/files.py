@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from distrijax.convert.readers import flax_files, safetensors_files, torch_files
-from distrijax.convert.source import Source
 from distrijax.errors import CheckpointError
+from distrijax.weights.source import Source
 from distrijax.weights.tensors import Tensors
 
 HEAD = 512
@@ -83,6 +83,5 @@ def _foreign(head: bytes) -> str | None:
 def metadata_of(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; nothing for other formats."""
     source = Source(Path(path))
-    if not safetensors_files.is_safetensors(source.head(HEAD), source.size):
-        return {}
-    return safetensors_files.read_metadata(path)
+    is_one = safetensors_files.is_safetensors(source.head(HEAD), source.size)
+    return safetensors_files.read_metadata(source) if is_one else {}

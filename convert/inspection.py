@@ -6,8 +6,6 @@ import collections
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from distrijax.convert.engine import Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.kinds import recognise
@@ -74,7 +72,7 @@ def _problem(tensor: Tensor) -> str | None:
     if tensor.dtype not in FLOATS or not tensor.size:
         return None
     array = tensor.read()
-    if not (np.isfinite(array.astype(np.float32)).all() if tensor.dtype.itemsize == 1 else finite(array)):
+    if not finite(array):
         return "not finite"
     if len(tensor.shape) > 1 and not array.any():
         return "all zeros"

@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from distrijax.errors import CheckpointError
+from distrijax.json_config import parse_json
+from distrijax.models.tokenizer import CLIPTokenizer
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import current_name, shown
 from distrijax.weights.tensors import FLOATS, Tensor, Tensors
@@ -29,8 +30,8 @@ A1111 = ("string_to_param.*", "emb_params")
 XL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """The names of the vectors of each encoder in files for SDXL."""
 
-NAMES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-"""Files of a tokenizer that name tokens by their ids."""
+NAMES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+"""Files of a tokenizer that list added tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,15 +138,17 @@ def _add_tokens(
     files: Mapping[str, bytes], folder: str, tokens: Sequence[str], what: str
 ) -> tuple[dict[str, bytes], int]:
     """The tokenizer's files with tokens added wherever it lists added tokens, and the first one's id."""
-    held = {name: _object(files, f"{folder}/{name}") for name in NAMES if f"{folder}/{name}" in files}
-    vocabulary, added = _vocabulary(held, folder), _added(held, folder)
-    spelt = {text.lower() for text in added}  # added tokens are matched case-insensitively
-    if taken := [token for token in tokens if token in vocabulary or token.lower() in spelt]:
+    inside = {name.removeprefix(f"{folder}/"): data for name, data in files.items() if name.startswith(f"{folder}/")}
+    bpe = CLIPTokenizer.from_files(inside, folder).bpe
+    held = {name: parse_json(inside[name], f"{folder}/{name}") for name in NAMES if name in inside}
+    known = bpe.get_vocab(with_added_tokens=True)
+    spelt = {token.content.lower() for token in bpe.get_added_tokens_decoder().values()}  # matched in either case
+    if taken := [token for token in tokens if token in known or token.lower() in spelt]:
         raise CheckpointError(
             f"the word {tokens[0]!r} of {what} needs the tokens {', '.join(taken)}, which the {folder} has already; "
             "give another word"
         )
-    first = max([len(vocabulary), *(index + 1 for index in added.values())])
+    first = 1 + max(known.values())
     ids = {token: first + n for n, token in enumerate(tokens)}
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
     entries = {index: {"content": token, **flags} for token, index in ids.items()}  # as transformers adds a word
@@ -159,31 +162,3 @@ def _add_tokens(
         changed["tokenizer_config.json"] = {**settings, "added_tokens_decoder": decoder}
     texts = {name: json.dumps(content, ensure_ascii=False, indent=2) for name, content in changed.items()}
     return {**files, **{f"{folder}/{name}": f"{text}\n".encode() for name, text in texts.items()}}, first
-
-
-def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(files[path]))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not hold a readable JSON object ({error}); fetch the file again") from None
-
-
-def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
-    """Of tokenizer.json where there is one, as `distrijax.models.tokenizer` reads it."""
-    model = held.get("tokenizer.json", {}).get("model") or {}
-    vocabulary = model.get("vocab") or held.get("vocab.json")
-    if not isinstance(vocabulary, dict):
-        raise CheckpointError(f"{folder} has no vocab.json and no tokenizer.json with a vocabulary; give a whole model")
-    return vocabulary
-
-
-def _added(held: Mapping[str, dict], folder: str) -> dict[str, int]:
-    """The tokens that the files add to the vocabulary, and their ids."""
-    decoder = held.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
-    listed = held.get("tokenizer.json", {}).get("added_tokens") or []
-    try:
-        found = {token: int(index) for token, index in held.get("added_tokens.json", {}).items()}
-        found |= {token["content"]: int(token["id"]) for token in listed}
-        return found | {token["content"]: int(index) for index, token in decoder.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{folder} has an added token without text or number; fetch its files again") from None

@@ -1,4 +1,4 @@
-"""Folders in the diffusers layout: read from safetensors, pickles or old Flax weights, sharded or not, and written."""
+"""Folders in the diffusers layout: read from safetensors, pickles, old Flax weights or orbax, and written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from distrijax.convert.files import open_tensors
 from distrijax.convert.layouts.flax_names import from_flax
+from distrijax.convert.readers.orbax_files import open_orbax, write_orbax
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.errors import CheckpointError
 from distrijax.json_config import read_json
@@ -20,6 +21,9 @@ from distrijax.weights.tensors import Tensors
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+ORBAX = "orbax"
+"""The folder within a model's folder that holds its weights as orbax has them."""
 
 LARGEST = 64 << 20
 """Bytes of a tokenizer's file; CLIP's vocabulary is 1.6 MB."""
@@ -58,6 +62,8 @@ def read_model(folder: Path, *, variant: str | None = None) -> Tensors:
 
     Raises CheckpointError for a name that is there twice.
     """
+    if (folder / ORBAX).is_dir():
+        return open_orbax(folder / ORBAX)
     files = weight_files(folder, variant)
     found: Tensors = {}
     for file in files:
@@ -86,10 +92,13 @@ def read_files(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, bytes
     return {part: read_json(path) for part, path in configs.items() if path.exists()}, files
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | str = "10GB") -> None:
+def write_folder(
+    checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | str = "10GB", orbax: bool = False
+) -> None:
     """Writes a folder in the diffusers layout: what `from_pretrained` reads, here and in diffusers.
 
-    max_shard_size: bytes of a file of safetensors, or a text such as "5GB". Use `atomic_write` around it.
+    max_shard_size: bytes of a file of safetensors, or a text such as "5GB". orbax: write the weights as orbax has them, which
+    diffusers does not read. Use `atomic_write` around it.
     """
     _write_json(folder / "model_index.json", checkpoint.index)
     for part, config in checkpoint.configs.items():
@@ -99,8 +108,11 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     for part, tensors in checkpoint.tensors.items():
-        stem = STEMS[".safetensors"][part.startswith("text_encoder")]
-        _write_shards(tensors, folder / part, stem, max_shard_size)
+        if orbax:
+            write_orbax(tensors, folder / part / ORBAX)
+        else:
+            stem = STEMS[".safetensors"][part.startswith("text_encoder")]
+            _write_shards(tensors, folder / part, stem, max_shard_size)
 
 
 def _write_shards(tensors: Tensors, folder: Path, stem: str, max_shard_size: int | str) -> None:

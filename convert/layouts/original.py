@@ -33,7 +33,7 @@ ADVICE = {
     Kind.UNET: "give it as the UNet (--unet) of a whole model",
     Kind.VAE: "give it as the VAE (--vae) of a whole model",
     Kind.LORA: "give it as a LoRA (--lora) beside a whole model",
-    Kind.EMBEDDING: "give it as an embedding (--textual-inversion) beside a whole model",
+    Kind.EMBEDDING: "give it as an embedding (--embedding) beside a whole model",
 }
 
 DEFAULTS = {

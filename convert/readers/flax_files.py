@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from distrijax.convert.readers.safetensors_files import DTYPES
-from distrijax.convert.source import Source, add, checked_shape
+from distrijax.weights.source import Source, add, checked_shape
 from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 ARRAY, SCALAR = 1, 3

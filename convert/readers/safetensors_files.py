@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from distrijax.convert.source import Source
 from distrijax.errors import CheckpointError
+from distrijax.weights.source import Source
 from distrijax.weights.tensors import Tensor, Tensors
 
 RANKS = ("U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL").split()
@@ -48,9 +47,9 @@ def open_safetensors(source: Source) -> Tensors:
     return _parsed(source)[0]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(source: Source) -> dict[str, str]:
     """The `__metadata__` of a safetensors file, such as a LoRA's training. Raises as `open_safetensors`."""
-    return _parsed(Source(path))[1]
+    return _parsed(source)[1]
 
 
 def _parsed(source: Source) -> tuple[Tensors, dict[str, str]]:
@@ -72,16 +71,15 @@ def _tensor(source: Source, start: int, entry: dict) -> Tensor:
     return source.tensor(start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
 
 
-def write_safetensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(tensors: Tensors, path: Path) -> None:
     """Writes a file, two tensors in memory at a time; the same tensors give the same bytes, and the library's `save_file` too.
 
-    metadata: by default {"format": "pt"}, which transformers requires. Raises CheckpointError for a type that safetensors does not
-    have. Use `atomic_write` around it for a file that appears whole.
+    Raises CheckpointError for a type that safetensors does not have. Use `atomic_write` around it for a file that appears whole.
     """
     ordered = sorted(tensors.items(), key=lambda item: (RANKS.index(dtype_name(*item)), item[0]))
     if METADATA in tensors:
         raise CheckpointError(f"a tensor is named {METADATA}, which safetensors keeps for itself; rename it")
-    header: dict[str, object] = {METADATA: dict(metadata or {"format": "pt"})}
+    header: dict[str, object] = {METADATA: {"format": "pt"}}  # which transformers requires
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.nbytes

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from distrijax.convert.source import Source, add, checked_shape, cut_rows
 from distrijax.errors import CheckpointError
+from distrijax.weights.source import Source, add, checked_shape, cut_rows
 from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 LEGACY = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")

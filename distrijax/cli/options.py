@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from distrijax import DEFAULT_MODEL
 from distrijax.cli.compile_cache import UNREADABLE, remove_unreadable
-from distrijax.convert.sources import Recipe, add_flags, open_checkpoint
+from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import DistriError, DistriWarning, InvalidArgument
 from distrijax.interrupts import INTERRUPTED
 from distrijax.validate import positive
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import resolve_dtype
+from distrijax.weights.recipe import Recipe, add_flags
 
 
 class Parser(argparse.ArgumentParser):

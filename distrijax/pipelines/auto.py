@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from distrijax.config import DistriConfig
-from distrijax.convert.sources import Additions
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import find_family, opened
 from distrijax.pipelines.sd import DistriSDPipeline
 from distrijax.pipelines.sdxl import DistriSDXLPipeline
 from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.recipe import Additions
 
 OPENING = ("variant", "revision", "token", "local_files_only", *Additions.__annotations__)
 """Arguments of `from_pretrained` that say what the checkpoint is."""

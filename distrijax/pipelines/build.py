@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from distrijax import interrupts
 from distrijax.config import DistriConfig
-from distrijax.convert.sources import Additions
 from distrijax.errors import InvalidArgument, warn
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import check_images
@@ -39,6 +38,7 @@ from distrijax.sampling.shapes import PROMPT_TOKENS, latents_of, prompt_of, step
 from distrijax.validate import check_choice, host_array, positive
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import resolve_dtype
+from distrijax.weights.recipe import Additions
 
 
 class Pipeline(Runner):
@@ -84,7 +84,7 @@ class Pipeline(Runner):
             max_programs: How many compiled programs are kept. A call runs about 7, and another image size needs 5 new ones;
                 the least recently used are evicted.
             **additions: `config`, `ema`, `prediction_type`, `unet`, `vae`, `loras`, `embeddings`: how a single file is read,
-                and what goes on top of the checkpoint (`distrijax.convert.sources.Additions`).
+                and what goes on top of the checkpoint (`distrijax.weights.recipe.Additions`).
 
         Raises:
             CheckpointError: For a checkpoint that is incomplete or of another family, and what does not fit on top of it.

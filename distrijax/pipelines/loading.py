@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distrijax.config import Parallelism
-from distrijax.convert.sources import Additions, Recipe, open_checkpoint
+from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import CheckpointError, InvalidArgument, checkpoint_errors
 from distrijax.json_config import ModelConfig
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
@@ -26,6 +26,7 @@ from distrijax.validate import check_choice
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.load import check_tensors, load_module
 from distrijax.weights.names import current_name
+from distrijax.weights.recipe import Additions, Recipe
 from distrijax.weights.sharding import Model, ModelLayout
 
 
@@ -88,6 +89,8 @@ def opened(
         return open_checkpoint(recipe, token=token, offline=local_files_only)
     if given := [key for key, value in {"variant": variant, "revision": revision, **additions}.items() if value]:
         raise InvalidArgument(f"{', '.join(given)} of an opened checkpoint is fixed; give it to open_checkpoint")
+    if not name.tensors:
+        raise InvalidArgument(f"{name.what} was opened without weights; open it with weights=True")
     return name
 
 

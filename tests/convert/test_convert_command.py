@@ -224,11 +224,7 @@ def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, ca
             "--format diffusers",
             "single",
         ],
-        "nowhere.safetensors OUT --format orbax --max-shard-size 5GB": [
-            "--max-shard-size",
-            "--format diffusers",
-            "orbax",
-        ],
+        "no OUT --format orbax --max-shard-size 5GB": ["--max-shard-size", "--format diffusers", "orbax"],
         "MODEL . --force": ["DESTINATION", re.compile(r" \.[ ,;]")],
         "MODEL .. --force": ["DESTINATION", re.compile(r" \.\.[ ,;]")],
         "MODEL OUT.safetensors --format orbax": ["--format", "orbax", "folder"],

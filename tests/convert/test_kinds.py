@@ -67,7 +67,7 @@ def test_parts_and_additions_are_recognised_and_no_whole_model(case):
         Kind.UNET: ["UNet", "--unet"],
         Kind.VAE: ["VAE", "--vae"],
         Kind.LORA: ["LoRA", "--lora"],
-        Kind.EMBEDDING: ["embedding", "--textual-inversion"],
+        Kind.EMBEDDING: ["embedding", "--embedding"],
     }[kind]
     with refuses("file", *told) as error:
         from_original(unread(shapes), "file")

@@ -16,9 +16,10 @@ from lora_files import CLOSE, Weights
 from peft import LoraConfig, get_peft_model
 from tiny_pipeline import load_torch_pipeline
 
-from distrijax.convert.sources import Found, Recipe, assemble
+from distrijax.convert.sources import assemble
 from distrijax.weights import hub
 from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def peft_adapter(tiny_sd_checkpoints, tmp_path_factory) -> tuple[Path, Weights]:
 
 def assembled(model: Path, *loras: Path | str) -> Checkpoint:
     recipe = Recipe(str(model), loras=tuple((str(lora), 1.0) for lora in loras))
-    return assemble(recipe, Found.of(recipe))[0]
+    return assemble(recipe)[0]
 
 
 @pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
