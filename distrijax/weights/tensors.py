@@ -58,16 +58,6 @@ class Tensor:
         shape = self.shape if shape is None else shape
         return Tensor(shape, self.dtype if dtype is None else np.dtype(dtype), lambda: function(self.read()))
 
-    def each(self, function: Callable[[np.ndarray], np.ndarray], *, dtype=None) -> Tensor:
-        """The result of a function of each element, applied to what is read.
-
-        Args:
-            function: The function.
-            dtype: Of the result, if it differs.
-        """
-        cut = self.cut and (lambda block: function(self.cut(block)))
-        return dataclasses.replace(self.then(function, dtype=dtype), cut=cut)
-
     def rows(self, start: int, stop: int) -> Tensor:
         """The part from `start` to `stop` along the first axis."""
 

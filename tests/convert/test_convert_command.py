@@ -242,16 +242,6 @@ def test_wrong_flags_are_refused_in_a_sentence(model, tmp_path, monkeypatch, fla
     assert not list(tmp_path.iterdir())
 
 
-def test_a_variant_of_some_parts_is_converted_with_the_others_plain(model, tmp_path):
-    folder = shutil.copytree(model, tmp_path / "model")
-    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    unet.rename(unet.with_suffix(".fp16.safetensors"))
-    convert(folder, tmp_path / "out", "--variant", "fp16")
-    assert same(tmp_path / "out", model)
-    told = refused(folder, tmp_path / "no", "--variant", "bf16")
-    says(told, "safetensors", "bin", "msgpack", "variant", "bf16")
-
-
 STYLED = "unet.mid_block.attentions.0.proj_in"
 """A layer with 64 inputs and outputs."""
 
