@@ -62,7 +62,11 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with its content, if it exists."""
+    """Removes a file, or a folder with its content, if it exists.
+
+    Args:
+        path: A link is removed itself, never what it points to.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

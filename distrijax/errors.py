@@ -42,7 +42,11 @@ def checkpoint_errors() -> Iterator[None]:
 
 
 def warn(sentence: str) -> None:
-    """Issues a DistriWarning at the line that called this package. Of several processes, only process 0 warns."""
+    """Issues a DistriWarning at the line that called this package. Of several processes, only process 0 warns.
+
+    Args:
+        sentence: The message.
+    """
     import jax  # commands import errors before they may spend the seconds that JAX takes
 
     if jax.distributed.is_initialized() and jax.process_index() != 0:

@@ -18,7 +18,13 @@ def _one_of(kind: type[enum.Enum], help: str) -> dict[str, Any]:
 FLAGS: dict[str, dict[str, Any]] = {
     "warmup_steps": {"type": int, "help": "synchronous steps after the first (default: %(default)s)"},
     "sync_steps": {"type": int, "nargs": "+", "metavar": "STEP", "help": "further synchronous steps; -1 is the last"},
-    "sync_mode": _one_of(SyncMode, "what devices exchange after the warm-up"),
+    "sync_mode": _one_of(
+        SyncMode,
+        "what a step after the warm-up reads of other patches. full_sync: values of the same step. async_tokens: keys and "
+        "values of the previous step. sync_gn: its halos too. stale_gn, damped_async_gn, corrected_async_gn: its moments too, "
+        "with the own patch's share, half or all of the own change. separate_gn: no moments. no_sync: values of the warm-up "
+        "and no moments",
+    ),
     "extrapolate": {"action": "store_true", "help": "publish predictions of the next step's values"},
     "compress": {
         "choices": tuple(kind.value for kind in Compression),
@@ -67,6 +73,10 @@ def config_of(arguments: argparse.Namespace, **given: Any) -> DistriConfig:
 
 
 def settings_of(config: DistriConfig) -> dict[str, Any]:
-    """The fields of a config that have flags, as JSON values."""
+    """The fields of a config that have flags, as JSON values.
+
+    Args:
+        config: Its fields without a flag are left out.
+    """
     values = {name: getattr(config, name) for name in FLAGS}
     return {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}

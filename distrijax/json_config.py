@@ -32,6 +32,9 @@ class ModelConfig:
 
         Warns once of each unknown key.
 
+        Args:
+            config: Key to JSON value; lists become tuples.
+
         Raises:
             CheckpointError: A key is missing or is nearly the name of a field, or a value is not supported.
         """
@@ -65,7 +68,11 @@ def _warn_of_unknown(what: str, key: str, fields: frozenset[str]) -> None:
 
 
 def freeze(value: Any) -> Any:
-    """Converts lists to tuples, so that a config is hashable."""
+    """Converts lists to tuples, so that a config is hashable.
+
+    Args:
+        value: A JSON value; lists are converted at every depth, objects stay as they are.
+    """
     return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 

@@ -53,7 +53,11 @@ def positive(value: Any, name: str, *, least: int = 1) -> int:
 
 
 def scalar(value: Any) -> Any:
-    """The Python number of a NumPy scalar, or of any library's array without dimensions; any other value as it is."""
+    """The Python number of a NumPy scalar, or of any library's array without dimensions; any other value as it is.
+
+    Args:
+        value: As a caller gave it.
+    """
     try:
         return value.item() if getattr(value, "ndim", None) == 0 else value
     except (AttributeError, NotImplementedError):  # not an array, or an array of random keys
@@ -61,7 +65,11 @@ def scalar(value: Any) -> Any:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether `value` is an integer; a bool is not."""
+    """Whether `value` is an integer; a bool is not.
+
+    Args:
+        value: NumPy's integers count too.
+    """
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

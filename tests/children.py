@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def heeding_interrupts() -> Iterator[None]:
-    """Processes that are started meanwhile heed SIGINT; where these tests run in the background of a script, it is ignored."""
+def receiving_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile receive SIGINT; where these tests run in the background of a script, it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

@@ -79,6 +79,6 @@ def relative_error(got: Any, wanted: Any) -> float:
 
 
 def psnr(got: Any, wanted: Any) -> float:
-    """Peak signal-to-noise ratio of pictures in 0 to 1, in dB."""
+    """Peak signal-to-noise ratio of images in 0 to 1, in dB."""
     error = np.mean(np.square(host(got).astype(np.float64) - host(wanted)))
     return math.inf if error == 0 else -10 * math.log10(error)

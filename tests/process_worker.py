@@ -1,4 +1,4 @@
-"""One of the two processes of test_processes.py: paints in several ways, and saves what this process gets.
+"""One of the two processes of test_processes.py: generates in several ways, and saves what this process gets.
 
 python process_worker.py CHECKPOINT FOLDER COORDINATOR PROCESS_ID
 """
@@ -22,18 +22,18 @@ CALL = {"height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"
 WAYS = {
     "a branch in each process": ({}, {}),
     "rows in both": ({"split_batch": False}, {"height": 72, "chunk_size": None}),
-    "pictures in each, weights divided": (
+    "images in each, sharded weights": (
         {"data": 2, "split_batch": False, "parallelism": "tensor"},
         {"num_images_per_prompt": 2, "output_type": "latent", "num_inference_steps": 2},
     ),
-    "weights shared out": ({"shard_weights": True}, {"num_inference_steps": 2}),
+    "sharded weights": ({"shard_weights": True}, {"num_inference_steps": 2}),
 }
 LEAST = 512
-"""Of the elements of what is shared out, here: the model is small."""
+"""Of the elements of sharded parameters, here: the model is small."""
 
 
-def paint(checkpoint: Path, way: str) -> tuple[dict[str, np.ndarray], int]:
-    """The picture of a way, and what a callback saw, which doubled the latents of a step; how many numbers were read of files."""
+def generate(checkpoint: Path, way: str) -> tuple[dict[str, np.ndarray], int]:
+    """The image of a way, and what a callback saw, which doubled the latents of a step; how many numbers were read of files."""
     settings, call = WAYS[way]
     read = 0
 
@@ -54,8 +54,8 @@ def paint(checkpoint: Path, way: str) -> tuple[dict[str, np.ndarray], int]:
 
     call = {**CALL, **call, "callback_on_step_end": None if "chunk_size" in call else callback}
     pipe.set_progress_bar_config(disable=True)
-    picture = np.asarray(pipe("a red circle", **call).images)
-    return {"picture": picture, **{f"step {step}": latents for step, latents in enumerate(seen)}}, read
+    image = np.asarray(pipe("a red circle", **call).images)
+    return {"image": image, **{f"step {step}": latents for step, latents in enumerate(seen)}}, read
 
 
 if __name__ == "__main__":
@@ -63,5 +63,5 @@ if __name__ == "__main__":
     processes.initialize(coordinator, 2, int(process_id), devices=DEVICES)
     assert (jax.process_count(), jax.local_device_count()) == (2, DEVICES // 2)
     for number, way in enumerate(WAYS):
-        arrays, read = paint(Path(checkpoint), way)
+        arrays, read = generate(Path(checkpoint), way)
         np.savez(Path(folder, f"{number}-{process_id}.npz"), read=read, **arrays)

@@ -40,11 +40,12 @@ from distrijax.cli.options import (
     open_model,
     plain_errors,
 )
+from distrijax.config import StepKind
 from distrijax.models.families import default_size
 from distrijax.pipelines.call import to_pil
 from distrijax.pipelines.loading import Configs, read_configs
 from distrijax.plan.traffic import traffic
-from distrijax.sampling.denoise import image_layout
+from distrijax.sampling.layouts import image_layout
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
 
@@ -90,11 +91,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the flags: one with several values for each axis of the grid, and those that all settings share."""
+    """Parses the flags: one with several values for each axis of the grid, and those that all settings share.
+
+    Args:
+        argv: Flags; those of the process for None.
+
+    Raises:
+        SystemExit: For wrong flags.
+    """
     parser = Parser(__doc__)
     add = parser.add_argument
     for axis in AXES:
-        add_axis(parser, axis)
+        _add_axis(parser, axis)
     add_model_flags(parser)
     add("--dtype", choices=tuple(DTYPES), help="(default: bfloat16 on accelerators, float32 on CPUs)")
     add("--scheduler", choices=tuple(SCHEDULERS), default="ddim", help="(default: %(default)s)")
@@ -121,7 +129,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def add_axis(parser: Parser, axis: Axis) -> None:
+def _add_axis(parser: Parser, axis: Axis) -> None:
     """Adds the flag of an axis: several values, or --name and --no-name."""
     flag, kind = "--" + axis.field.replace("_", "-"), axis.kind
     if kind is bool:
@@ -134,9 +142,16 @@ def add_axis(parser: Parser, axis: Axis) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Generates and measures what the folder lacks; then writes plot and sheet, and prints the table."""
+    """Generates and measures what the folder lacks; then writes plot and sheet, and prints the table.
+
+    Args:
+        arguments: Of `parse`.
+
+    Raises:
+        DistriError: For wrong input, before anything is generated.
+    """
     check_positive(arguments, "num_inference_steps", "batch", "captions")
-    prompts = read_prompts(arguments)
+    prompts = _read_prompts(arguments)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
     job = read_job(arguments, prompts)
@@ -144,12 +159,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     grid = settings({field: value if isinstance(value, tuple | list) else (value,) for field, value in chosen.items()})
     for setting in grid:
         check(setting, job)
-    results = Results(arguments.output, common(job))
-    fill(results, grid, job)
-    show(results, arguments, len(prompts.texts))
+    results = Results(arguments.output, _common(job))
+    _fill(results, grid, job)
+    _show(results, arguments, len(prompts.texts))
 
 
-def fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
+def _fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
     """Generates the images and adds the rows that the results lack."""
     count = len(job.prompts.texts)
     lpips, fid = OptionalMetric(Lpips), OptionalMetric(Fid)
@@ -159,14 +174,14 @@ def fill(results: Results, grid: Sequence[Setting], job: Job) -> None:
         for setting, batches in zip(grid, missing, strict=True):
             progress.set_description(f"{label(setting) or 'one device'} on {setting['devices']}")
             if batches:
-                generate_images(setting, job, batches, results, progress)
+                _generate_images(setting, job, batches, results, progress)
             old = None if batches else results.row(setting)
-            if old is None or lacks(old, {"lpips": lpips, "fid": fid}):
+            if old is None or _lacks(old, {"lpips": lpips, "fid": fid}):
                 known = cost(setting, job) if old is None else old
-                results.add(setting, {**known, **measure(results, setting, lpips, fid, real)})
+                results.add(setting, {**known, **_measure(results, setting, lpips, fid, real)})
 
 
-def read_prompts(arguments: argparse.Namespace) -> Prompts:
+def _read_prompts(arguments: argparse.Namespace) -> Prompts:
     """The prompts that the flags choose."""
     if arguments.coco:
         return coco_prompts(arguments.coco, arguments.captions or 5000)
@@ -176,7 +191,15 @@ def read_prompts(arguments: argparse.Namespace) -> Prompts:
 
 
 def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
-    """What all settings share; reads configurations but no weights."""
+    """What all settings share; reads configurations but no weights.
+
+    Args:
+        arguments: Of `parse`.
+        prompts: The prompts that they choose.
+
+    Raises:
+        DistriError: The checkpoint cannot be found, or its configurations cannot be used.
+    """
     recipe, checkpoint = open_model(arguments)
     path = Path(recipe.source)
     name = str(path.absolute() if path.exists() else path) if arguments.model else "embedded"
@@ -194,7 +217,7 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
     )
 
 
-def common(job: Job) -> dict[str, Any]:
+def _common(job: Job) -> dict[str, Any]:
     """What all rows of a folder of results were made with."""
     return {
         "model": job.name,
@@ -242,7 +265,7 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
     )
     independent = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
     steps = len(job.configs.scheduler.schedule(job.call["num_inference_steps"])[0].timestep)
-    displaced = bool(planned.stale) and not all(config.synchronous(steps))
+    displaced = bool(planned.stale) and StepKind.DISPLACED in config.step_kinds(steps)
     return {
         "exactness": "lossy" if independent or displaced else "lossless",
         "received_bytes": sum(planned.received.values()),
@@ -250,7 +273,7 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
     }
 
 
-def generate_images(setting: Setting, job: Job, batches: Sequence[range], results: Results, progress: tqdm) -> None:
+def _generate_images(setting: Setting, job: Job, batches: Sequence[range], results: Results, progress: tqdm) -> None:
     """Generates batches of images in one setting; the last batch repeats its prompts, so all use one program."""
     pipe = load_pipeline(job.model, DistriConfig(**setting), **job.loading)
     pipe.set_progress_bar_config(disable=True)  # `progress` counts the images of all settings
@@ -266,7 +289,7 @@ def generate_images(setting: Setting, job: Job, batches: Sequence[range], result
     gc.collect()  # frees these weights before the next setting's are loaded
 
 
-def measure(
+def _measure(
     results: Results, setting: Setting, lpips: OptionalMetric, fid: OptionalMetric, real: Path | None
 ) -> dict[str, Any]:
     """The figures of a setting's images."""
@@ -281,12 +304,12 @@ def measure(
     }
 
 
-def lacks(row: Mapping[str, str], metrics: Mapping[str, OptionalMetric]) -> bool:
+def _lacks(row: Mapping[str, str], metrics: Mapping[str, OptionalMetric]) -> bool:
     """Whether a row lacks a metric that is available now."""
     return any(metric.available and row[column] == NOT_AVAILABLE for column, metric in metrics.items())
 
 
-def show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
+def _show(results: Results, arguments: argparse.Namespace, prompts: int) -> None:
     """Writes plot and sheet, and prints the table."""
     with atomic_write(results.folder / "sheet.png") as beside:
         figures.contact_sheet(results, min(SHEET_PROMPTS, prompts)).save(beside, format="PNG")

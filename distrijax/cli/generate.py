@@ -49,7 +49,7 @@ from distrijax.parallel.processes import is_main_process
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import Configs, read_configs
 from distrijax.plan.traffic import traffic
-from distrijax.sampling.denoise import image_layout
+from distrijax.sampling.layouts import image_layout
 from distrijax.validate import check_file
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES

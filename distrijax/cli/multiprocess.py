@@ -31,7 +31,11 @@ REASONS = {
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds `--coordinator`, `--num-processes`, `--process-id` and `--process-timeout`, which `join` reads."""
+    """Adds `--coordinator`, `--num-processes`, `--process-id` and `--process-timeout`, which `join` reads.
+
+    Args:
+        parser: Receives the flags, as a group of their own.
+    """
     add = parser.add_argument_group("several processes, one for each host or device").add_argument
     add(
         "--coordinator", metavar="HOST:PORT", help="where process 0 listens; SLURM, Open MPI and TPU pods need no flags"

@@ -54,7 +54,14 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, tp=TPSpec(TPKind.ROW, self.head_size), rngs=rngs)])
 
     def project_context(self, context: Float[Array, "... c"]) -> KeysValues:
-        """Keys and values of a prompt (or, for self-attention, of the patch), [..., channels] each."""
+        """Keys and values of a prompt or, for self-attention, of the patch.
+
+        Args:
+            context: Embeddings of the prompt, or hidden states of the patch, `[..., positions, features]`.
+
+        Returns:
+            Keys and values, `[..., positions, channels]` each.
+        """
         return self.to_k(context), self.to_v(context)
 
     def __call__(
@@ -76,6 +83,11 @@ def attend(
 
     On NVIDIA GPUs it is cuDNN's where that supports the case (16 bits, a head size that is a multiple of 8 and at most 128,
     Ampere or newer); everywhere else it is computed in chunks.
+
+    Args:
+        query: `[b, queries, heads, head size]`.
+        key: `[b, keys, heads, head size]`.
+        value: `[b, keys, heads, head size]`.
     """
     head_size = query.shape[-1]
     chunks = {"cpu": CPU_ATTENTION_CHUNK, "tpu": TPU_ATTENTION_CHUNK, "default": ATTENTION_CHUNK}

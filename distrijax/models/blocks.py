@@ -65,7 +65,11 @@ class ResnetBlock2D(nnx.Module):
         self.path = ""
 
     def project_time(self, embedding: Float[Array, "b t"]) -> Float[Array, "b C"]:
-        """The `time` of a call; with tensor parallelism this device's channels of it."""
+        """The `time` of a call; with tensor parallelism this device's channels of it.
+
+        Args:
+            embedding: Of the timestep.
+        """
         return self.time_emb_proj(jax.nn.silu(embedding))
 
     def __call__(

@@ -72,7 +72,13 @@ PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in fam
 
 
 def default_size(family: Family, unet: UNetConfig, vae: VAEConfig) -> tuple[int, int]:
-    """Height and width that a model was trained for, in pixels."""
+    """Height and width that a model was trained for, in pixels.
+
+    Args:
+        family: Gives the size where the UNet's configuration has none.
+        unet: Its `sample_size` is in pixels of the latent.
+        vae: Gives the pixels of the image for each of the latent.
+    """
     size = unet.sample_size or family.sample_size
     height, width = size if isinstance(size, tuple) else (size, size)
     return height * vae.scale, width * vae.scale

@@ -83,7 +83,7 @@ def abstract(build: Callable[..., nnx.Module]) -> nnx.Module:
     return nnx.eval_shape(lambda: build(rngs=_NoKeys()))
 
 
-def as_dtype(param: nnx.Param, x: Array) -> Array:
+def _as_dtype(param: nnx.Param, x: Array) -> Array:
     """A parameter's value in the dtype of the activations; it is cast only where a caller mixes dtypes on purpose."""
     return param.get_value().astype(x.dtype)
 
@@ -99,10 +99,10 @@ class Linear(nnx.Module):
         self.tp = tp
 
     def __call__(self, x: Float[Array, "... i"], exchange: Exchange | None = None) -> Float[Array, "... o"]:
-        y = x @ as_dtype(self.kernel, x)
+        y = x @ _as_dtype(self.kernel, x)
         if exchange is not None:
             y = exchange.whole_sum(y)
-        return y if self.bias is None else add_bias(y, as_dtype(self.bias, x))
+        return y if self.bias is None else _add_bias(y, _as_dtype(self.bias, x))
 
 
 class Conv(nnx.Module):
@@ -135,7 +135,7 @@ class Conv(nnx.Module):
         self.stride, self.trailing, self.tp, self.path = stride, trailing, tp, ""
 
     def __call__(self, x: Float[Array, "b h w c"], exchange: Exchange | None = None) -> Float[Array, "b H W C"]:
-        kernel = as_dtype(self.kernel, x)
+        kernel = _as_dtype(self.kernel, x)
         row_parallel = self.tp is not None and self.tp.kind is TPKind.ROW
         if row_parallel:
             x = exchange.channels(x, kernel.shape[2])
@@ -147,7 +147,7 @@ class Conv(nnx.Module):
         y = convolve(x, kernel, self.stride, (before, after))
         if row_parallel:
             y = exchange.whole_sum(y)
-        return add_bias(y, as_dtype(self.bias, x))
+        return _add_bias(y, _as_dtype(self.bias, x))
 
 
 class GroupNorm(nnx.Module):
@@ -163,8 +163,8 @@ class GroupNorm(nnx.Module):
 
         x32 = x.astype(jnp.float32)
         mean, variance = jnp.moveaxis(exchange.moments(self.path, x32, self.size), -1, 0)
-        factor = multiply(spread(lax.rsqrt(variance + self.eps)), as_dtype(self.scale, x32))
-        shift = add_bias(-spread(mean) * factor, as_dtype(self.bias, x32))
+        factor = _multiply(spread(lax.rsqrt(variance + self.eps)), _as_dtype(self.scale, x32))
+        shift = _add_bias(-spread(mean) * factor, _as_dtype(self.bias, x32))
         return (x32 * factor[:, None, None] + shift[:, None, None]).astype(x.dtype)
 
 
@@ -185,7 +185,7 @@ def _layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     mean = jnp.mean(x32, -1, keepdims=True)
     variance = jnp.mean(jnp.square(x32 - mean), -1, keepdims=True)
     y = (x32 - mean) * lax.rsqrt(variance + eps)
-    return add_bias(multiply(y, scale.astype(y.dtype)), bias.astype(y.dtype)).astype(x.dtype)
+    return _add_bias(_multiply(y, scale.astype(y.dtype)), bias.astype(y.dtype)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -217,35 +217,44 @@ def sinusoidal(
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """Each pixel becomes 2 x 2."""
+    """Doubles height and width by repetition of each pixel.
+
+    Args:
+        x: Hidden states.
+    """
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 @jax.jit
 def gelu(x: Array) -> Array:
-    """The exact GELU, computed in float32, as torch's default. XLA has one operation for erf, and about 80 for erfc."""
+    """The exact GELU, computed in float32, as torch's default. XLA has one operation for erf, and about 80 for erfc.
+
+    Args:
+        x: Of any shape and floating dtype, which the result keeps.
+    """
     x32 = x.astype(jnp.float32)
     return (0.5 * x32 * (1 + lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def quick_gelu(x: Array) -> Array:
+def _quick_gelu(x: Array) -> Array:
     """x sigmoid(1.702 x), as in OpenAI's CLIP."""
     return x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu, "silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": _quick_gelu, "silu": jax.nn.silu}
 
 
-def name_layers(module: nnx.Module) -> None:
+def name_layers(module: nnx.Module, prefix: str = "") -> None:
     """Sets `path` of every layer that has one to its path in the module, e.g. `down_blocks.0.resnets.1.conv1`.
 
     Args:
         module: The outermost module.
+        prefix: What stands before each path; models that ask the same exchange need different ones.
     """
     for path, part in walk(module):
         if hasattr(part, "path"):
-            part.path = ".".join(map(str, path))
+            part.path = prefix + ".".join(map(str, path))
 
 
 def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], nnx.Module]]:
@@ -262,11 +271,11 @@ def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple
             yield from walk(child, (*path, key))
 
 
-def add_bias(x: Float[Array, "... c"], bias: Float[Array, "c"]) -> Float[Array, "... c"]:
+def _add_bias(x: Float[Array, "... c"], bias: Float[Array, "c"]) -> Float[Array, "... c"]:
     """x + bias, without implicit rank promotion."""
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
-def multiply(x: Float[Array, "... c"], scale: Float[Array, "c"]) -> Float[Array, "... c"]:
+def _multiply(x: Float[Array, "... c"], scale: Float[Array, "c"]) -> Float[Array, "... c"]:
     """x * scale, without implicit rank promotion."""
     return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)

@@ -68,6 +68,9 @@ class CLIPTokenizer:
     def from_folder(cls, folder: str | Path) -> Self:
         """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the special tokens that the folder names.
 
+        Args:
+            folder: A tokenizer of transformers, as in the diffusers layout.
+
         Raises:
             CheckpointError: For missing and corrupt files, and for a vocabulary that lacks the special tokens.
         """
@@ -158,7 +161,16 @@ class CLIPTokenizer:
 def byte_pair_encoder(
     vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], unknown: str = EOS
 ) -> Tokenizer:
-    """CLIP's pipeline for a vocabulary; raises what `tokenizers` raises for merges outside the vocabulary."""
+    """CLIP's pipeline (normalisation, splitting, byte-pair encoding) for a vocabulary.
+
+    Args:
+        vocabulary: Token to id.
+        merges: Pairs of tokens, the first to be merged first.
+        unknown: Token for what the vocabulary lacks.
+
+    Raises:
+        Exception: Of `tokenizers`, which has no narrower class, for merges outside the vocabulary.
+    """
     bpe = Tokenizer(BPE(dict(vocabulary), list(merges), end_of_word_suffix=WORD_END, unk_token=unknown))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -106,16 +106,28 @@ class UNetConfig(ModelConfig):
         return per_block(self.num_attention_heads or self.attention_head_dim, len(self.block_out_channels), "heads")
 
     def depth(self, block: int) -> int:
-        """Resnets of a level on the way down; on the way up there is one more."""
+        """Resnets of a level on the way down; on the way up there is one more.
+
+        Args:
+            block: Number of the level, from the finest one.
+        """
         return per_block(self.layers_per_block, len(self.block_out_channels), "layers_per_block")[block]
 
     def transformer_depth(self, block: int) -> int:
-        """Transformer blocks after each resnet of a level."""
+        """Transformer blocks after each resnet of a level.
+
+        Args:
+            block: Number of the level, from the finest one.
+        """
         layers = per_block(self.transformer_layers_per_block, len(self.block_out_channels), "transformer layers")
         return layers[block]
 
     def context(self, block: int) -> int:
-        """Features of the prompt's embeddings that a level reads."""
+        """Features of the prompt's embeddings that a level reads.
+
+        Args:
+            block: Number of the level, from the finest one.
+        """
         return per_block(self.cross_attention_dim, len(self.block_out_channels), "cross_attention_dim")[block]
 
 

@@ -220,7 +220,12 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
 
     def decode(self, latents: Float[Array, "b h w c"], exchange: Exchange) -> Float[Array, "b H W 3"]:
-        """Pixels, from about -1 to 1, of latents that are not scaled."""
+        """Pixels, from about -1 to 1, of latents that are not scaled.
+
+        Args:
+            latents: Already divided by `scaling_factor`.
+            exchange: How the rows of the other bands are reached.
+        """
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents, exchange)

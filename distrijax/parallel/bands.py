@@ -33,5 +33,9 @@ class Bands:
         return cls(rows, rows if patches == 1 else -(-rows // (patches * unit)) * unit)
 
     def image_rows(self, band: int) -> int:
-        """How many rows the whole image has at the level where each band has `band` rows."""
+        """How many rows the whole image has at the level where each band has `band` rows.
+
+        Args:
+            band: Rows of a band at that level, padding included.
+        """
         return -(-self.rows * band // self.rows_per_device)

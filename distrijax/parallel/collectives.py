@@ -74,17 +74,30 @@ def gather_channels(part: Float[Array, "... c"]) -> Float[Array, "... C"]:
 
 
 def device_sum(x: Array, axis: Axis) -> Array:
-    """Sums over the devices along an axis."""
+    """Sums over the devices along an axis.
+
+    Args:
+        x: Summed elementwise.
+        axis: A mesh axis, or several.
+    """
     return lax.psum(x, axis)
 
 
 def branch_sum(x: Array) -> Array:
-    """Sums over the guidance branches, which are on two halves of the mesh."""
+    """Sums over the guidance branches, which are on two halves of the mesh.
+
+    Args:
+        x: Of this device's branch; the result is the same on both halves.
+    """
     return lax.psum(x, CFG)
 
 
 def vary_over_cfg(x: Array) -> Array:
-    """Marks `x`, which is the same for all guidance branches, as the input of a computation in which they differ."""
+    """Marks `x`, which is the same for all guidance branches, as the input of a computation in which they differ.
+
+    Args:
+        x: Its values stay as they are, and nothing is transferred.
+    """
     return lax.pcast(x, CFG, to="varying")
 
 

@@ -111,7 +111,14 @@ class Displaced(Synchronous):
         return _SeparatePermutes(self.axis, self.bands)
 
     def correction(self, x: Float[Array, "b h w c"]) -> Array | float:
-        """The factor with which the own patch's change enters the whole image's moments."""
+        """The factor with which the own patch's change enters the whole image's moments.
+
+        Args:
+            x: The patch.
+
+        Returns:
+            A scalar.
+        """
         return 1.0
 
     def _extrapolate(self, kind, name, value):

@@ -94,7 +94,11 @@ published value is a prediction, and the exponential moving average that it was 
 
 
 def ema(kind: str) -> str:
-    """The kind of the exponential moving averages of values of a kind."""
+    """The kind of the exponential moving averages of values of a kind.
+
+    Args:
+        kind: A kind of stale values.
+    """
     return f"{kind}.ema"
 
 

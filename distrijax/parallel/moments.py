@@ -8,7 +8,14 @@ from jaxtyping import Array, Bool, Float
 
 
 def split_moments(moments: Array) -> tuple[Array, Array]:
-    """Mean and variance, of `[..., 2]`."""
+    """Mean and variance.
+
+    Args:
+        moments: `[..., 2]`.
+
+    Returns:
+        `[...]` each.
+    """
     return moments[..., 0], moments[..., 1]
 
 

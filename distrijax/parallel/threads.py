@@ -35,7 +35,15 @@ class Tasks:
         self._waiting: collections.deque[tuple[Future, Callable, tuple]] = collections.deque()
 
     def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Returns the future of `function(*arguments)`."""
+        """Starts a function as soon as a thread is free.
+
+        Args:
+            function: Called once, in a thread of its own.
+            arguments: Of the function.
+
+        Returns:
+            The future of its result.
+        """
         future: Future[Result] = Future()
         self._waiting.append((future, function, arguments))
         _start(self._work)
@@ -50,7 +58,11 @@ class Tasks:
 
 @functools.cache
 def compilers(limit: int) -> Tasks:
-    """The threads that compile for all pipelines of this process, at most `limit` at a time."""
+    """The threads that compile for all pipelines of this process, at most `limit` at a time.
+
+    Args:
+        limit: Programs that compile at the same time; each limit has threads of its own.
+    """
     return Tasks(limit)
 
 

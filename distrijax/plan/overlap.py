@@ -135,7 +135,11 @@ class HloProgram:
         return sorted(result, key=lambda transfer: transfer.done)
 
     def flops(self, instruction: Instruction) -> int:
-        """Floating-point operations of the matmuls in an instruction; 0 where it has none."""
+        """Floating-point operations of the matmuls in an instruction; 0 where it has none.
+
+        Args:
+            instruction: Of this program; those that call others count with what they call, for each turn of a loop.
+        """
         if instruction.opcode in ("fusion", "call", "while", "conditional"):
             inner = (each for name in instruction.called for each in self.computations.get(name, ()))
             return sum(map(self.flops, inner)) * self._turns(instruction)
@@ -153,7 +157,11 @@ class HloProgram:
         return 0
 
     def cycles(self, computation: str | None = None) -> int:
-        """Cycles of a computation's kernels (default: those of `step`), by the estimates that libtpu writes beside them."""
+        """Cycles of a computation's kernels, by the estimates that libtpu writes beside them.
+
+        Args:
+            computation: Its name; None stands for `step`.
+        """
         total = 0
         for instruction in self.step if computation is None else self.computations[computation]:
             if instruction.opcode == "while":
@@ -170,7 +178,11 @@ class HloProgram:
         return max((int(each.rest.split(")")[0]) for each in condition if each.opcode == "constant"), default=1)
 
     def moved(self, instruction: Instruction) -> int:
-        """Bytes that an instruction's kernel reads and writes; 0 where the instruction has no kernel."""
+        """Bytes that an instruction's kernel reads and writes; 0 where the instruction has no kernel.
+
+        Args:
+            instruction: Of this program.
+        """
         if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done")):
             return 0
         read = [array for name in instruction.operands for array in self._by_name[name].arrays]
@@ -240,7 +252,11 @@ def _convolution_flops(
 
 
 def array_bytes(array: str) -> int:
-    """Bytes of an array as HLO writes it, for example `bf16[2,128,1280]`."""
+    """Bytes of an array.
+
+    Args:
+        array: As HLO writes it, for example `bf16[2,128,1280]`.
+    """
     kind, _ = _ARRAY.fullmatch(array).groups()
     bits = 8 if kind == "pred" else int(re.search(r"\d+", kind).group())
     return math.prod(_sizes(array)) * bits // 8

@@ -111,6 +111,9 @@ class Scheduler(ModelConfig, abc.ABC):
 
         Keys with a leading underscore are ignored, and so are `OTHER_CLASSES_OPTIONS` that this class does not have.
 
+        Args:
+            config: Key to JSON value.
+
         Raises:
             CheckpointError: A value would change the result and is not supported.
         """
@@ -343,5 +346,9 @@ def check_start(start: int, calls: int) -> int:
 
 
 def to_float32(steps: Steps) -> Steps:
-    """The constants of all steps in the dtype that goes to the device."""
+    """The constants of all steps as contiguous float32 arrays, as the device receives them.
+
+    Args:
+        steps: Computed in float64.
+    """
     return jax.tree.map(lambda column: np.ascontiguousarray(column, np.float32), steps)

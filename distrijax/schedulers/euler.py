@@ -36,22 +36,46 @@ class SigmaScheduler(ZeroSNRScheduler):
     """A scheduler whose latents are image + sigma * noise, at descending sigmas."""
 
     def scale_input(self, latents: Float[Array, "b h w c"], step) -> Float[Array, "b h w c"]:
-        """The latents scaled to a variance of about 1 at every noise level."""
+        """Scales latents to a variance of about 1 at every noise level.
+
+        Args:
+            latents: image + sigma * noise.
+            step: Constants of the step.
+        """
         return latents * step.input_scale
 
     def levels(self, num_inference_steps: int) -> tuple[common.PerStep, common.PerStep, common.TrainTable]:
-        """The timesteps, their sigmas, and the sigmas of all training timesteps."""
+        """Noise levels before each step.
+
+        Args:
+            num_inference_steps: Number of steps n.
+
+        Returns:
+            The timesteps and their sigmas, `[n]` each, and the sigmas of all training timesteps.
+        """
         table = common.sigma_table(self.cumulative_alphas())
         timesteps = self.spaced_timesteps(num_inference_steps)
         return timesteps, np.interp(timesteps, np.arange(len(table)), table), table
 
     def init_noise_sigma(self, sigmas: common.Boundaries) -> float:
-        """The standard deviation of the starting noise. As in diffusers, only `leading` includes the variance of the image."""
+        """The standard deviation of the starting noise. As in diffusers, only `leading` includes the variance of the image.
+
+        Args:
+            sigmas: Noise levels of the run.
+        """
         leading = self.timestep_spacing == common.Spacing.LEADING
         return float(np.sqrt(sigmas.max() ** 2 + leading))
 
     def weights(self, sigma: common.PerStep, ratio: common.PerStep) -> dict[str, common.PerStep]:
-        """The constants of steps from `sigma` to `ratio * sigma`."""
+        """The constants of steps from noise level `sigma` to `ratio * sigma`.
+
+        Args:
+            sigma: Noise level before each step, `[n]`.
+            ratio: Noise level after each step, relative to the one before it, `[n]`.
+
+        Returns:
+            Name of a constant to its values, `[n]`.
+        """
         alpha = 1 / np.sqrt(sigma**2 + 1)
         on_latents, on_output = common.image_weights(self.prediction_type, alpha, sigma * alpha)
         return {

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 
-def coco(folder: Path, *, karpathy: bool, pictures: int = 3) -> Path:
-    """A made-up COCO folder: pictures 70, 60, 50 with two captions each; Karpathy's file has one more, for training."""
+def coco(folder: Path, *, karpathy: bool, images: int = 3) -> Path:
+    """A made-up COCO folder: images 70, 60, 50 with two captions each; Karpathy's file has one more, for training."""
     ids = [70 - 10 * index for index in range(3)]
     files = {ids[index]: f"COCO_val2014_{ids[index]:012}.jpg" for index in range(3)}
     captions = [{"id": 9 - 2 * n + k, "image_id": i, "caption": f"{i} {k}"} for n, i in enumerate(ids) for k in (1, 0)]
@@ -24,6 +24,6 @@ def coco(folder: Path, *, karpathy: bool, pictures: int = 3) -> Path:
     if karpathy:
         (folder / "annotations" / "dataset_coco.json").write_text(json.dumps({"images": split}))
     (folder / "val2014").mkdir()
-    for file in list(files.values())[:pictures]:
+    for file in list(files.values())[:images]:
         Image.new("RGB", (40, 30), "red").save(folder / "val2014" / file)
     return folder

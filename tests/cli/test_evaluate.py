@@ -1,4 +1,4 @@
-"""The fidelity table: what is painted, measured, kept and shown, with a small random checkpoint on virtual devices."""
+"""The fidelity table: what is generated, measured, kept and shown, with a small random checkpoint on virtual devices."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def pictures(folder: Path, setting: str) -> np.ndarray:
+def images(folder: Path, setting: str) -> np.ndarray:
     files = sorted((folder / "pictures" / setting).iterdir())
     assert [file.name for file in files] == [f"{index:05}.png" for index in range(CAPTIONS)]
     return np.stack([np.asarray(Image.open(file)) for file in files])
@@ -54,7 +54,7 @@ def pictures(folder: Path, setting: str) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def no_networks(monkeypatch):
-    """The networks of LPIPS and FID are not to be had, whatever is installed; compiled programs stay in pytest's cache."""
+    """The networks of LPIPS and FID cannot be imported, whatever is installed; compiled programs stay in pytest's cache."""
     assert len(jax.devices()) == 8  # else the script would have as many as it asks for
     monkeypatch.setattr(evaluate, "keep_compiled_programs", lambda: None)
     monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
@@ -71,7 +71,7 @@ def done(shallow_checkpoint, tmp_path_factory) -> Path:
     return folder
 
 
-# What is painted and measured ------------------------------------------------------------------------------------------
+# What is generated and measured ------------------------------------------------------------------------------------------
 
 
 @slow
@@ -103,25 +103,25 @@ def test_a_setting_is_lossless_where_nothing_it_uses_is_stale_or_cut_off(setting
     assert evaluate.cost(setting, job)["exactness"] == exactness
 
 
-def test_pictures_are_as_large_as_the_model_was_trained_for():
+def test_images_are_as_large_as_the_model_was_trained_for():
     job = evaluate.read_job(evaluate.parse([]), prompts.scene_prompts(1))
     assert (job.call["height"], job.call["width"]) == (256, 256)
 
 
 @slow
-def test_pictures_are_the_pipelines(done, shallow_checkpoint):
+def test_images_are_the_pipelines(done, shallow_checkpoint):
     pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=1), scheduler="ddim")
     text = prompts.scene_prompts(CAPTIONS).texts[2]
     call = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": 5.0, "chunk_size": None}
     expected = pipe([text] * 2, **call, seed=[2, 9], output_type="np").images[0]
-    assert np.abs(255 * expected - pictures(done, "devices=1")[2]).max() < 0.51
+    assert np.abs(255 * expected - images(done, "devices=1")[2]).max() < 0.51
 
 
 @slow
 @pytest.mark.parametrize("row", range(1, len(SETTINGS)))
 def test_psnr_and_ssim_of_a_row_are_torchmetrics(done, row):
     ours, theirs = (
-        torch.from_numpy(pictures(done, setting)).permute(0, 3, 1, 2).double()
+        torch.from_numpy(images(done, setting)).permute(0, 3, 1, 2).double()
         for setting in (list(SETTINGS)[row], "devices=1")
     )
     found = read(done)[row]
@@ -130,7 +130,7 @@ def test_psnr_and_ssim_of_a_row_are_torchmetrics(done, row):
     assert float(found["ssim"]) == pytest.approx(similarity, abs=1e-4)
 
 
-def test_psnr_is_the_mean_over_groups_of_64_pictures_as_in_the_papers_script():
+def test_psnr_is_the_mean_over_groups_of_64_images_as_in_the_papers_script():
     errors = np.random.default_rng(0).uniform(1, 1000, 150)
     groups = [10 * np.log10(255**2 / errors[start : start + 64].mean()) for start in (0, 64, 128)]
     assert metrics.psnr(errors) == pytest.approx((64 * groups[0] + 64 * groups[1] + 22 * groups[2]) / 150)
@@ -151,11 +151,11 @@ def test_ssim_is_torchmetrics(shape):
 
 
 def refuse(*_, **__):
-    raise AssertionError("this was painted before")
+    raise AssertionError("this was generated before")
 
 
 class StandInPipeline:
-    """In place of the pipeline where the painting itself is not in question: noise, other for each prompt, seed and setting."""
+    """In place of the pipeline where generation itself is not in question: noise, other for each prompt, seed and setting."""
 
     calls: list[tuple[str, list[str], list[int]]]
     stop_at: int | None = None  # the call that is interrupted
@@ -169,7 +169,7 @@ class StandInPipeline:
         return cls(config)
 
     def set_progress_bar_config(self, *, disable):
-        assert disable  # or its bar would be drawn over that of the pictures
+        assert disable  # or its bar would be drawn over that of the images
 
     def __call__(self, texts, *, height, width, num_inference_steps, guidance_scale, seed, output_type, chunk_size):
         assert (num_inference_steps, guidance_scale, output_type, chunk_size) == (STEPS, 5.0, "np", None)
@@ -203,7 +203,7 @@ def test_prompts_come_in_full_batches_each_with_the_seed_of_its_index(stand_in, 
 
 
 @slow
-def test_nothing_is_painted_or_measured_twice(done, shallow_checkpoint, monkeypatch):
+def test_nothing_is_generated_or_measured_twice(done, shallow_checkpoint, monkeypatch):
     before = (done / "fidelity.csv").read_bytes()
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
     monkeypatch.setattr(evaluate, "measure", refuse)
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(stand_in, shallow_c
     assert len(whole) == len(SETTINGS) * CAPTIONS + 4 and stopped == whole
 
 
-def test_a_setting_is_added_to_a_folder_without_painting_the_others_again(stand_in, shallow_checkpoint, tmp_path):
+def test_a_setting_is_added_to_a_folder_without_generating_the_others_again(stand_in, shallow_checkpoint, tmp_path):
     run(shallow_checkpoint, tmp_path)
     old, stand_in.calls = read(tmp_path), []
     run(shallow_checkpoint, tmp_path, "--warmup-steps", "0", "1")
@@ -315,8 +315,8 @@ def networks(monkeypatch) -> StandInCleanFid:
 
 
 @pytest.fixture
-def painted(done, tmp_path) -> Path:
-    """A folder that has the pictures and rows of `done`, to go on with."""
+def generated(done, tmp_path) -> Path:
+    """A folder that has the images and rows of `done`, to go on with."""
     for path in (path for path in done.rglob("*") if path.is_file()):
         copy = tmp_path / "fidelity" / path.relative_to(done)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -325,14 +325,14 @@ def painted(done, tmp_path) -> Path:
 
 
 @slow
-def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, shallow_checkpoint, networks, monkeypatch):
+def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(generated, shallow_checkpoint, networks, monkeypatch):
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
-    old = read(painted)
-    run(shallow_checkpoint, painted)
-    rows = read(painted)
+    old = read(generated)
+    run(shallow_checkpoint, generated)
+    rows = read(generated)
     assert networks.read == ["devices=1", *SETTINGS]
     for before, row, setting in zip(old, rows, SETTINGS, strict=True):
-        ours, theirs = (pictures(painted, name).astype(np.float64) for name in (setting, "devices=1"))
+        ours, theirs = (images(generated, name).astype(np.float64) for name in (setting, "devices=1"))
         assert float(row["lpips"]) == pytest.approx(np.abs(ours - theirs).mean() / 255, rel=1e-4)
         expected = np.square((ours - theirs).mean((0, 1, 2))).sum()
         assert float(row["fid"]) == pytest.approx(expected, rel=1e-4)
@@ -340,16 +340,16 @@ def test_rows_without_lpips_and_fid_get_them_once_they_can_be_had(painted, shall
 
 
 @slow
-def test_a_missing_network_is_told_once_in_one_line(painted, shallow_checkpoint, networks, monkeypatch, capsys):
+def test_a_missing_network_is_told_once_in_one_line(generated, shallow_checkpoint, networks, monkeypatch, capsys):
     def download(*_, **__):
         raise OSError("<urlopen error [Errno -2] Name or service not known>\nand more")
 
     monkeypatch.setattr(networks, "build_feature_extractor", download)
-    run(shallow_checkpoint, painted)
+    run(shallow_checkpoint, generated)
     printed = capsys.readouterr()
     assert re.fullmatch(r"FID: not available \(<urlopen error .* known>\)[^\n]*\n", printed.err)
-    assert {row["fid"] for row in read(painted)} == {"not available"}
-    assert all(float(row["lpips"]) >= 0 for row in read(painted))
+    assert {row["fid"] for row in read(generated)} == {"not available"}
+    assert all(float(row["lpips"]) >= 0 for row in read(generated))
     assert printed.out.count("| not available |") == len(SETTINGS) - 1
 
 
@@ -404,7 +404,7 @@ def test_axes_with_several_values_are_told_in_the_table():
 def test_the_sheet_has_every_mode_below_one_device_with_its_errors(done):
     sheet = np.asarray(Image.open(done / "sheet.png"))
     assert sheet.shape == (6 + len(SETTINGS) * (SIZE + 34), 6 + CAPTIONS * 2 * (SIZE + 6), 3)
-    ours, theirs = (pictures(done, setting)[1] for setting in (LOSSY, "devices=1"))
+    ours, theirs = (images(done, setting)[1] for setting in (LOSSY, "devices=1"))
     top, left = 6 + (SIZE + 34) + 28, 6 + 2 * (SIZE + 6)
     assert np.array_equal(sheet[top : top + SIZE, left : left + SIZE], ours)
     left += SIZE + 6
@@ -427,19 +427,17 @@ def test_the_plot_has_a_line_for_each_mode_and_a_point_for_each_number_of_device
 
 
 @slow
-def test_without_matplotlib_the_table_is_still_printed(painted, shallow_checkpoint, monkeypatch, capsys):
-    (painted / "plot.png").unlink()
+def test_without_matplotlib_the_table_is_still_printed(generated, shallow_checkpoint, monkeypatch, capsys):
+    (generated / "plot.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run(shallow_checkpoint, painted)
+    run(shallow_checkpoint, generated)
     printed = capsys.readouterr()
     says(printed.err, "plot.png: not available")
     says(printed.out, "| `full_sync` |", "sheet.png")
-    assert not (painted / "plot.png").exists()
+    assert not (generated / "plot.png").exists()
 
 
-def test_a_coco_folder_with_pictures_gives_the_fid_against_them(
-    tmp_path, shallow_checkpoint, networks, stand_in, capsys
-):
+def test_a_coco_folder_with_images_gives_the_fid_against_them(tmp_path, shallow_checkpoint, networks, stand_in, capsys):
     folder = coco(tmp_path / "coco", karpathy=False)
     run(shallow_checkpoint, tmp_path / "out", "--coco", str(folder), "--parallelism", "naive_patch")
     assert [texts for _, texts, _ in stand_in.calls[:2]] == [["70 0", "60 1"], ["50 0"] * 2]
@@ -447,6 +445,6 @@ def test_a_coco_folder_with_pictures_gives_the_fid_against_them(
     assert sorted(path.name for path in real.iterdir()) == ["00000.jpg", "00001.jpg", "00002.jpg"]
     assert real.joinpath("00001.jpg").resolve().name == "COCO_val2014_000000000060.jpg"
     for row in read(tmp_path / "out"):
-        ours = pictures(tmp_path / "out", grid.folder_name(row)).mean((0, 1, 2))
+        ours = images(tmp_path / "out", grid.folder_name(row)).mean((0, 1, 2))
         assert float(row["fid_real"]) == pytest.approx(np.square(ours - (254, 0, 0)).sum(), rel=1e-4)
     says(capsys.readouterr().out, re.compile(r"\| FID, [^|]+ \|"), re.compile(r"\| (one|1) device \|"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import jax
 import pytest
 from coco_folder import coco
 from facts import refuses, says
@@ -46,7 +47,7 @@ def test_coco_captions_are_those_of_the_papers_script(tmp_path):
 BAD_COCO = {
     "nothing": (lambda folder: folder.mkdir(), ["annotations/captions_val2014.json"]),
     "too few": (lambda folder: coco(folder, karpathy=False), [3, "--captions"]),
-    "no picture": (lambda folder: coco(folder, karpathy=True, pictures=1), [2, re.compile(r"COCO_val2014_\d+\.jpg")]),
+    "no image": (lambda folder: coco(folder, karpathy=True, images=1), [2, re.compile(r"COCO_val2014_\d+\.jpg")]),
     "other file": (
         lambda folder: (coco(folder, karpathy=False) / "annotations/captions_val2014.json").write_text("[]"),
         ["captions_val2014.json", "COCO"],
@@ -79,10 +80,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_flag_ends_in_one_line_before_anything_is_painted(
+def test_a_wrong_flag_ends_in_one_line_before_anything_is_generated(
     kind, shallow_checkpoint, tmp_path, monkeypatch, capsys
 ):
     flags, told = WRONG[kind]
+    assert len(jax.devices()) == 8  # else the script would have as many as it asks for
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "keep_compiled_programs", lambda: None)
     monkeypatch.setattr(evaluate, "load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))

@@ -1,4 +1,4 @@
-"""The command that makes a picture, run as users run it."""
+"""The command that makes an image, run as users run it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_plan_and_the_times_are_printed(run):
     says(lines["wrote"], "star.png")
 
 
-def test_the_picture_carries_its_settings(run):
+def test_the_image_carries_its_settings(run):
     folder, _ = run
     assert [path.name for path in folder.iterdir()] == ["star.png"]
     text = Image.open(folder / "star.png").text
@@ -68,7 +68,7 @@ def test_the_picture_carries_its_settings(run):
     assert {name: text[name] for name in expected} == expected
 
 
-def test_the_picture_is_the_pipelines(run, shallow_checkpoint):
+def test_the_image_is_the_pipelines(run, shallow_checkpoint):
     pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, DistriConfig(devices=4, warmup_steps=1))
     pipe.set_progress_bar_config(disable=True)
     needed = pipe(
@@ -80,7 +80,7 @@ def test_the_picture_is_the_pipelines(run, shallow_checkpoint):
     assert np.abs(difference).max() <= 1
 
 
-def test_another_run_overwrites_the_picture(run, shallow_checkpoint, tmp_path, monkeypatch, capsys):
+def test_another_run_overwrites_the_image(run, shallow_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate_script, "keep_compiled_programs", lambda: None)
     monkeypatch.chdir(tmp_path)
     before = Path(shutil.copy(run[0] / "star.png", tmp_path)).read_bytes()

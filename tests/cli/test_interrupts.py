@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from children import heeding_interrupts
+from children import receiving_interrupts
 
 from distrijax import DEFAULT_MODEL, interrupts
 
@@ -51,7 +51,7 @@ COMMANDS = {
 
 
 def start(folder: Path, *arguments: str | Path, before: str = "") -> subprocess.Popen:
-    """A Python that runs `before` before all else, heeds SIGINT, and has been waited for until it says that it is there."""
+    """A Python that runs `before` before all else, receives SIGINT, and has been waited for until it says that it is there."""
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(STAY + before)
     folder = folder / "work"
@@ -59,7 +59,7 @@ def start(folder: Path, *arguments: str | Path, before: str = "") -> subprocess.
     path = os.pathsep.join(map(str, (folder.parent / "site", ROOT)))
     environment = {**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with heeding_interrupts():
+    with receiving_interrupts():
         process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **pipes)
     wait_for(folder / "reached", process)
     return process
@@ -211,7 +211,7 @@ def join(*rest, **options):
 jax.distributed.initialize = join
 processes.initialize("127.0.0.1:1", 2, 1, timeout=300)
 """,
-    "compiling": "programs.compiled = stay\nprograms.Programs('cpu')(lambda static, params, x: x + 1, None, (), array())",
+    "compiling": "programs.compiled = stay\nprograms.Programs('cpu')(programs.Stage(lambda *each: each[-1]), None, (), array())",
     "running": """
 def endless(static, params, x):
     return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: (x @ x).clip(1, 1), x)
@@ -221,7 +221,7 @@ def told(*arguments, **options):
     pathlib.Path("reached").touch()
     return launch(*arguments, **options)
 programs._launches.__class__.__call__ = told
-programs.Programs("cpu")(endless, None, (), array())
+programs.Programs("cpu")(programs.Stage(endless), None, (), array())
 """,
 }
 

@@ -377,11 +377,11 @@ COMMANDS = {
     "unknown scheduler": ("--scheduler heun", ["--scheduler", "heun", "ddim"]),
     "steps of text": ("--num-inference-steps many", ["--num-inference-steps", "int", "many"]),
     "three sizes": ("--image-size 64 64 64", ["--image-size", "H W", 3]),
-    "no pictures": ("--batch 0", ["--batch", 0, 1]),
-    "wrong suffix": ("--output picture.jpeg", ["--output", "picture.jpeg", ".png"]),
-    "missing folder": ("--output nowhere/picture.png", ["--output", "nowhere/picture.png", "No such file"]),
+    "no images": ("--batch 0", ["--batch", 0, 1]),
+    "wrong suffix": ("--output image.jpeg", ["--output", "image.jpeg", ".png"]),
+    "missing folder": ("--output nowhere/image.png", ["--output", "nowhere/image.png", "No such file"]),
     "folder in the way": ("--output folder.png", ["--output", "folder.png", "folder"]),
-    "file for a folder": ("--output file/picture.png", ["file/picture.png", "Not a directory"]),
+    "file for a folder": ("--output file/image.png", ["file/image.png", "Not a directory"]),
     "too many devices": ("--devices 9", ["--devices", 9, 8, "virtual CPU", "--devices 8"]),
     "no devices": ("--devices 0", ["devices", 0, 1]),
     "negative warm-up": ("--warmup-steps -1", ["warmup_steps", -1, 0]),
@@ -438,16 +438,16 @@ def test_a_folder_without_permission_is_found_out_before_loading(tmp_path, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with refuses("picture.png", "Permission denied"):
-        generate.output_files(tmp_path / "picture.png", 1)
+    with refuses("image.png", "Permission denied"):
+        generate.output_files(tmp_path / "image.png", 1)
 
 
-def test_a_picture_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
-    class Picture:
+def test_an_image_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    class StubImage:
         def save(self, file, **_):
             Path(file).write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with refuses("picture.png", "No space left on device"):
-        generate.write(Picture(), tmp_path / "picture.png", {"seed": 0})
+    with refuses("image.png", "No space left on device"):
+        generate.write(StubImage(), tmp_path / "image.png", {"seed": 0})
     assert list(tmp_path.iterdir()) == []

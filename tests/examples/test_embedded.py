@@ -38,11 +38,11 @@ CODES = {name: f"1F{i:03X}" for i, name in enumerate(OBJECTS)}
 def art(tmp_path_factory) -> Artwork:
     """Stand-ins for the two packages: ellipses in the place of artwork."""
     folder = tmp_path_factory.mktemp("packages")
-    pictures = {f"package/assets/{code.lower()}.webp": _ellipse(i) for i, code in enumerate(CODES.values())}
+    images = {f"package/assets/{code.lower()}.webp": _ellipse(i) for i, code in enumerate(CODES.values())}
     labels = {name: names.split("/")[0] for name, names in OBJECTS.items()}
     emoji = [{"label": labels[name], "hexcode": code, "tags": ["animal", "wizard"]} for name, code in CODES.items()]
     emoji[0]["tags"].append("puppies")
-    _pack(folder / ART, pictures)
+    _pack(folder / ART, images)
     _pack(folder / DATA, {"package/en/data.json": json.dumps(emoji).encode()})
     return Artwork(artwork.fetch(folder))
 
@@ -228,7 +228,7 @@ def test_lpips_reads_arrays_and_nothing_else(tmp_path):
         perceptual.read_weights(tmp_path / "weights.tar.gz")
 
 
-def test_lpips_is_nothing_for_equal_pictures_and_grows_with_their_difference():
+def test_lpips_is_nothing_for_equal_images_and_grows_with_their_difference():
     rng = np.random.default_rng(0)
     weights, channels = {}, 3
     for i, (side, features) in enumerate(((11, 64), (5, 8), (3, 8), (3, 8), (3, 8))):

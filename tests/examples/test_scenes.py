@@ -1,4 +1,4 @@
-"""The training pictures of the default model, and the check that looks for a caption's shapes in pixels."""
+"""The training images of the default model, and the check that looks for a caption's shapes in pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def held_out():
 
 
 def share_found(pairs) -> float:
-    return float(np.mean([one for picture, scene in pairs for one in scenes.found(picture, scene)]))
+    return float(np.mean([one for image, scene in pairs for one in scenes.found(image, scene)]))
 
 
 def disc_scene(colour="red", place="on the left", background="gray"):
@@ -29,14 +29,14 @@ def disc_scene(colour="red", place="on the left", background="gray"):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (256, 256), (128, 256), (192, 104)])
-def test_drawn_pictures_pass_their_own_check(size):
-    pairs = [(picture, scene) for picture, _, scene in (scenes.held_out_example(1, i, *size) for i in range(60))]
+def test_drawn_images_pass_their_own_check(size):
+    pairs = [(image, scene) for image, _, scene in (scenes.held_out_example(1, i, *size) for i in range(60))]
     assert share_found(pairs) >= 0.98
 
 
-def test_float_pictures_are_judged_like_bytes(held_out):
-    for picture, _, scene in held_out[:20]:
-        assert scenes.found(picture / np.float32(255), scene) == scenes.found(picture, scene)
+def test_float_images_are_judged_like_bytes(held_out):
+    for image, _, scene in held_out[:20]:
+        assert scenes.found(image / np.float32(255), scene) == scenes.found(image, scene)
 
 
 def test_noise_and_moderate_shifts_do_not_hide_shapes(held_out):
@@ -58,22 +58,22 @@ def test_moved_shapes_are_not_found(held_out):
 
 
 @pytest.mark.parametrize("colour", [*scenes.COLOURS.values(), *(t for two in scenes.BACKGROUNDS.values() for t in two)])
-def test_constant_pictures_show_nothing(held_out, colour):
+def test_constant_images_show_nothing(held_out, colour):
     constant = np.broadcast_to(np.uint8(colour), (*SIZE, 3))
     assert not any(one for _, _, scene in held_out for one in scenes.found(constant, scene))
 
 
-def test_broken_pictures_show_nothing(held_out):
+def test_broken_images_show_nothing(held_out):
     rng = np.random.default_rng(0)
-    for picture in (rng.random((*SIZE, 3)), np.full((*SIZE, 3), np.nan)):
-        assert not any(one for _, _, scene in held_out[:50] for one in scenes.found(picture, scene))
+    for image in (rng.random((*SIZE, 3)), np.full((*SIZE, 3), np.nan)):
+        assert not any(one for _, _, scene in held_out[:50] for one in scenes.found(image, scene))
 
 
 def test_the_colour_must_be_in_its_place():
     rng = np.random.default_rng(0)
     for there in scenes.PLACES:
-        picture = scenes.draw(disc_scene(place=there), *SIZE, rng)
-        seen = [here for here in scenes.PLACES if scenes.found(picture, disc_scene(place=here)) == [True]]
+        image = scenes.draw(disc_scene(place=there), *SIZE, rng)
+        seen = [here for here in scenes.PLACES if scenes.found(image, disc_scene(place=here)) == [True]]
         assert seen == [there]
 
 
@@ -81,18 +81,18 @@ def test_each_colour_is_told_from_all_others_on_every_background():
     rng = np.random.default_rng(0)
     for background in scenes.BACKGROUNDS:
         for colour in set(scenes.COLOURS) - {background}:
-            picture = scenes.draw(disc_scene(colour, background=background), *SIZE, rng)
+            image = scenes.draw(disc_scene(colour, background=background), *SIZE, rng)
             # The background asked for is another one: it is not what the check judges.
-            seen = [c for c in scenes.COLOURS if scenes.found(picture, disc_scene(c, background="pink")) == [True]]
+            seen = [c for c in scenes.COLOURS if scenes.found(image, disc_scene(c, background="pink")) == [True]]
             assert seen == [colour]
 
 
 def test_a_speck_of_the_colour_is_not_enough():
-    picture = scenes.draw(disc_scene(), *SIZE, np.random.default_rng(0))
+    image = scenes.draw(disc_scene(), *SIZE, np.random.default_rng(0))
     blank = scenes.draw(scenes.Scene((), "gray", "plain"), *SIZE, np.random.default_rng(0))
     speck = blank.copy()
-    speck[46:50] = picture[46:50]
-    assert scenes.found(picture, disc_scene()) == [True]
+    speck[46:50] = image[46:50]
+    assert scenes.found(image, disc_scene()) == [True]
     assert scenes.found(speck, disc_scene()) == [False]
 
 
@@ -123,10 +123,10 @@ def test_the_same_index_gives_the_same_example():
 
 
 def test_examples_do_not_change_between_releases():
-    """A resumed or repeated training would otherwise see other pictures than the published model did."""
-    picture, caption, scene = scenes.example(0, 0, 64, 64)
+    """A resumed or repeated training would otherwise see other images than the published model did."""
+    image, caption, scene = scenes.example(0, 0, 64, 64)
     assert (caption, scene.held_out) == (CAPTION_0, False)
-    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
 
 
 def test_captions_name_every_shape_and_use_only_the_vocabulary():
@@ -166,15 +166,15 @@ def test_sizes_that_cannot_be_drawn_are_refused():
         scenes.found(np.zeros((64, 64)), disc_scene())
 
 
-class PaintingPipeline:
+class StandInPipeline:
     """Draws the scenes that belong to the prompts, except those whose position in the whole run is in `blank`."""
 
     def __init__(self, size, blank=()):
         self.examples = {}
         self.calls = []
         for index in range(64):
-            picture, caption, _ = scenes.held_out_example(0, index, *size)
-            self.examples[caption] = np.zeros_like(picture) if index in blank else picture
+            image, caption, _ = scenes.held_out_example(0, index, *size)
+            self.examples[caption] = np.zeros_like(image) if index in blank else image
 
     def __call__(self, prompts, seed):
         self.calls.append((len(prompts), seed))
@@ -182,7 +182,7 @@ class PaintingPipeline:
 
 
 def test_the_check_counts_shapes_and_captions():
-    generate = PaintingPipeline(SIZE, blank={3})
+    generate = StandInPipeline(SIZE, blank={3})
     results = check_scenes.check(generate, 10, 4, *SIZE, seed=0)
     shapes, captions = check_scenes.rates(results)
     total, lost = sum(len(r.found) for r in results), len(results[3].found)
@@ -194,12 +194,12 @@ def test_the_check_counts_shapes_and_captions():
 def test_the_script_writes_its_sheet_and_fails_below_the_asked_share(tmp_path, monkeypatch, capsys):
     arguments = ["--captions", "5", "--batch", "2", "--image-size", "64", "--at-least", "0.8"]
     arguments += ["--contact-sheet", str(tmp_path / "sheet.png")]
-    monkeypatch.setattr(check_scenes, "pipeline_generator", lambda args: PaintingPipeline(args.image_size))
+    monkeypatch.setattr(check_scenes, "pipeline_generator", lambda args: StandInPipeline(args.image_size))
     assert check_scenes.main(arguments) == 0
     says(capsys.readouterr().out, "100.0%")
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     monkeypatch.setattr(
-        check_scenes, "pipeline_generator", lambda args: PaintingPipeline(args.image_size, blank=range(5))
+        check_scenes, "pipeline_generator", lambda args: StandInPipeline(args.image_size, blank=range(5))
     )
     assert check_scenes.main(arguments) == 1
 
@@ -217,7 +217,7 @@ def test_the_script_writes_its_sheet_and_fails_below_the_asked_share(tmp_path, m
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(check_scenes, "pipeline_generator", lambda args: pytest.fail("a picture was painted"))
+    monkeypatch.setattr(check_scenes, "pipeline_generator", lambda args: pytest.fail("an image was generated"))
     with pytest.raises(SystemExit) as error:
         check_scenes.main(arguments)
     assert error.value.code == 2

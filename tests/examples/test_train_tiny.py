@@ -1,4 +1,4 @@
-"""The training script, a step of each stage on few pictures: what it writes is a pipeline, and it goes on where it was."""
+"""The training script, a step of each stage on few images: what it writes is a pipeline, and it goes on where it was."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_the_scripts_own_models_fit_together():
 def test_the_result_is_a_pipeline(trained):
     pipe = DistriSDXLPipeline.from_pretrained(trained, DistriConfig(devices=1))
     pipe.set_progress_bar_config(disable=True)
-    (picture,) = pipe("a red circle on the left", height=64, width=64, num_inference_steps=1).images
-    assert picture.size == (64, 64)
+    (image,) = pipe("a red circle on the left", height=64, width=64, num_inference_steps=1).images
+    assert image.size == (64, 64)
 
 
 @slow

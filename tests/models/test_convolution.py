@@ -122,7 +122,7 @@ def test_on_tpus_a_product_for_each_place_of_the_kernel_equals_torch(kernel, str
         assert relative_error(jitted()(ours, nhwc(x)), nhwc(source(padded))) < EXACT
 
 
-def test_on_tpus_large_pictures_are_convolved_by_xla():
+def test_on_tpus_large_images_are_convolved_by_xla():
     module = Conv(320, 320, rngs=nnx.Rngs(0))
     shapes = [jax.ShapeDtypeStruct((2, rows, 480, 320), np.float32) for rows in (30, 60)]
     assert [_products_on_tpus(module, shape) for shape in shapes] == [9, 0]

@@ -91,7 +91,7 @@ def test_cudnn_available_where_no_gpu_is_older_than_ampere(here, expected, monke
 @pytest.mark.parametrize(
     ("chunk", "rows", "held"),
     [
-        (6 * 64 * 50, 16, "6x64x50"),  # all heads of both pictures together
+        (6 * 64 * 50, 16, "6x64x50"),  # all heads of both images together
         (5 * 64 * 50, 16, "3x64x50"),  # five would fit, and do not divide six
         (16 * 50, 8, "1x16x50"),  # a quarter of a head's queries
         (13 * 50, 8, "1x13x50"),  # a fifth, with one row of padding

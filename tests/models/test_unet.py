@@ -45,13 +45,13 @@ class Pair:
             count = (kind["projection_class_embeddings_input_dim"] - 20) // kind["addition_time_embed_dim"]
             self.ids = torch.randint(0, 1024, (2, count)).float()
         added = {"text_embeds": self.pooled, "time_ids": self.ids} if self.pooled is not None else None
-        self.scales = told = None
+        self.scales = embedded = None
         if "time_cond_proj_dim" in kind:
             self.scales = torch.tensor([8.0, 1.5])
             embed = functools.partial(StableDiffusionXLPipeline.get_guidance_scale_embedding, None)
-            told = embed(self.scales - 1, embedding_dim=kind["time_cond_proj_dim"])
+            embedded = embed(self.scales - 1, embedding_dim=kind["time_cond_proj_dim"])
         arguments = (self.sample, self.timestep, self.prompt)
-        self.seen = record(source, *arguments, timestep_cond=told, added_cond_kwargs=added)
+        self.seen = record(source, *arguments, timestep_cond=embedded, added_cond_kwargs=added)
 
     @functools.cached_property
     def conditioning(self):
@@ -251,20 +251,20 @@ def on_bands(pairs):
     return mapped(synchronous), mapped(displaced, rows)
 
 
-def picture(seed: int) -> np.ndarray:
+def latents(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((2, 16, 8, 4), np.float32)
 
 
 def test_bands_that_wait_for_each_other_equal_the_whole_image(pairs, on_bands):
     pair = pairs("base")
     run = jax.jit(lambda unet, x, c: unet(x, jnp.float32(500), c, WholeImage()))
-    assert relative_error(on_bands[0](picture(0))[0], run(pair.ours, picture(0), pair.conditioning)) < EXACT
+    assert relative_error(on_bands[0](latents(0))[0], run(pair.ours, latents(0), pair.conditioning)) < EXACT
 
 
 def test_displaced_step_with_the_same_input_is_the_synchronous_one(on_bands):
     synchronous, displaced = on_bands
-    wanted, stale = synchronous(picture(0))
-    got, fresh = displaced(picture(0), stale)
+    wanted, stale = synchronous(latents(0))
+    got, fresh = displaced(latents(0), stale)
     assert relative_error(got, wanted) < EXACT
     assert fresh.keys() == stale.keys()
     assert max(relative_error(fresh[name], stale[name]) for name in stale) < 1e-4
@@ -272,19 +272,19 @@ def test_displaced_step_with_the_same_input_is_the_synchronous_one(on_bands):
 
 def test_displaced_step_from_another_input_is_not(on_bands):
     synchronous, displaced = on_bands
-    wanted, _ = synchronous(picture(0))
-    assert relative_error(displaced(picture(0), synchronous(picture(1))[1])[0], wanted) > 0.01
+    wanted, _ = synchronous(latents(0))
+    assert relative_error(displaced(latents(0), synchronous(latents(1))[1])[0], wanted) > 0.01
 
 
 def test_displaced_step_does_not_wait_for_the_other_bands(on_bands):
     """Of what one band computes in this step nothing reaches the others; of its input, the boundary rows do."""
     synchronous, displaced = on_bands
-    _, stale = synchronous(picture(0))
+    _, stale = synchronous(latents(0))
 
     def changed_rows(*rows: int) -> set[int]:
-        changed = picture(0)
-        changed[:, rows] = picture(1)[:, rows]
-        before, after = (np.asarray(displaced(x, stale)[0]) for x in (picture(0), changed))
+        changed = latents(0)
+        changed[:, rows] = latents(1)[:, rows]
+        before, after = (np.asarray(displaced(x, stale)[0]) for x in (latents(0), changed))
         return set(np.flatnonzero(np.any(after != before, axis=(0, 2, 3))))
 
     assert changed_rows(5, 6) == set(range(4, 8))
@@ -292,11 +292,15 @@ def test_displaced_step_does_not_wait_for_the_other_bands(on_bands):
 
 
 def test_stale_state_has_what_each_exchanging_layer_published(on_bands):
-    _, stale = jax.eval_shape(on_bands[0], picture(0))
-    norms, tokens, convolutions = ([name for kind, name in stale if kind == wanted] for wanted in (MOMENTS, KV, HALO))
-    assert len(norms) + len(tokens) + len(convolutions) == len(stale)
-    assert all(name.endswith("attn1") for name in tokens)
-    assert len(tokens) == (1 + 2) * 2 + (2 + 3) * 1 + 1  # both levels with transformers, down and up, and the middle
+    _, stale = jax.eval_shape(on_bands[0], latents(0))
+    norms, attentions, convolutions = (
+        [name for kind, name in stale if kind == wanted] for wanted in (MOMENTS, KV, HALO)
+    )
+    assert len(norms) + len(attentions) + len(convolutions) == len(stale)
+    assert all(name.endswith("attn1") for name in attentions)
+    assert (
+        len(attentions) == (1 + 2) * 2 + (2 + 3) * 1 + 1
+    )  # both levels with transformers, down and up, and the middle
     assert all(re.search(r"conv|sampler", name) for name in convolutions)
     assert all(re.search(r"norm", name) for name in norms)
 
@@ -312,14 +316,14 @@ def test_bfloat16_stays_bfloat16(pairs):
     mesh = MeshPlan(1, 1, 2).build(jax.devices()[:2])
     rows = P(None, PATCH)
     mapped = jax.shard_map(published, mesh=mesh, in_specs=(P(), P(), rows), out_specs=(rows, rows))
-    output, stale = jax.eval_shape(mapped, *short, picture(0).astype(jnp.bfloat16))
+    output, stale = jax.eval_shape(mapped, *short, latents(0).astype(jnp.bfloat16))
     assert output.dtype == jnp.bfloat16
     for (kind, name), leaf in stale.items():
         assert leaf.dtype == (jnp.float32 if kind == MOMENTS else jnp.bfloat16), name
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "embedded"),
     [
         ({"act_fn": "gelu"}, "act_fn 'gelu' 'silu'"),
         ({"block_out_chanels": (1,)}, "key 'block_out_chanels'"),
@@ -332,8 +336,8 @@ def test_bfloat16_stays_bfloat16(pairs):
         ({"norm_num_groups": 7}, "7 groups"),
     ],
 )
-def test_unknown_config_raises(changes, told):
-    with refuses(*told.split()):
+def test_unknown_config_raises(changes, embedded):
+    with refuses(*embedded.split()):
         UNetConfig.from_dict(BASE | changes)
 
 

@@ -60,11 +60,11 @@ def test_both_ways_equal_diffusers(tiny, kind):
     ours, source = tiny if kind is TINY else pair(kind)
     pixels, latents = torch.randn(2, 3, 32, 16), torch.randn(2, 4, 8, 4)
     with torch.no_grad():
-        wanted, picture = source.encode(pixels).latent_dist, source.decode(latents).sample
+        wanted, image = source.encode(pixels).latent_dist, source.decode(latents).sample
     mean, deviation = jax.jit(encode)(ours, nhwc(pixels))
     assert relative_error(mean, nhwc(wanted.mean)) < EXACT
     assert relative_error(deviation, nhwc(wanted.std)) < EXACT
-    assert relative_error(jax.jit(decode)(ours, nhwc(latents)), nhwc(picture)) < EXACT
+    assert relative_error(jax.jit(decode)(ours, nhwc(latents)), nhwc(image)) < EXACT
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_halo_is_the_rows_of_the_whole_image(plan, axis, above, below):
 
 
 @AXES
-def test_tokens_are_those_of_the_whole_image_in_order(plan, axis):
+def test_keys_and_values_are_those_of_the_whole_image_in_order(plan, axis):
     n, kv = plan.devices, normal(2, ROWS, 3, 6)
     (got,) = on_bands(plan, axis, lambda kv: (side_by_side(Synchronous(axis).kv("a", kv)),), kv)
     for band in bands(got, n):
@@ -124,14 +124,14 @@ def on_uneven_bands(rows: int, n: int, levels: int, function, width: int = 3, ch
 
 
 @UNEVEN
-def test_padding_is_zeros_to_a_convolution_no_tokens_and_no_part_of_the_moments(rows, n, levels):
+def test_padding_is_zeros_to_a_convolution_and_no_part_of_keys_values_and_moments(rows, n, levels):
     x, cut, results = on_uneven_bands(rows, n, levels, lambda exchange, x: ask_everything(exchange, x)[:3])
-    halo, tokens, moments = (bands(result, n) for result in results)
+    halo, pairs, moments = (bands(result, n) for result in results)
     below = n * cut.rows_per_device - rows + 1
     padded = np.pad(x, ((0, 0), (1, below), (0, 0), (0, 0)))
     for i in range(n):
         np.testing.assert_array_equal(halo[i], padded[:, i * cut.rows_per_device : (i + 1) * cut.rows_per_device + 2])
-        np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
+        np.testing.assert_array_equal(pairs[i], x.reshape(2, -1, 4))
         np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
 
 
@@ -145,11 +145,11 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
         return ask_everything(kind(stale, PATCH, exchange.bands), x)[:3]
 
     x, cut, results = on_uneven_bands(rows, n, levels, again)
-    halo, tokens, moments = (bands(result, n) for result in results)
+    halo, pairs, moments = (bands(result, n) for result in results)
     padded = np.pad(x, ((0, 0), (1, n * cut.rows_per_device - rows + 1), (0, 0), (0, 0)))
     for i in range(n):
         np.testing.assert_array_equal(halo[i], padded[:, i * cut.rows_per_device : (i + 1) * cut.rows_per_device + 2])
-        np.testing.assert_array_equal(tokens[i], x.reshape(2, -1, 4))
+        np.testing.assert_array_equal(pairs[i], x.reshape(2, -1, 4))
         own = x[:, i * cut.rows_per_device : (i + 1) * cut.rows_per_device]
         if not issubclass(kind, SeparateGN):
             np.testing.assert_allclose(moments[i][:, 0], moments_of(x), rtol=1e-5, atol=1e-6)
@@ -158,15 +158,15 @@ def test_displaced_bands_of_uneven_height_with_what_was_just_published_equal_syn
 
 
 @UNEVEN
-def test_padding_is_no_part_of_the_range_of_compressed_tokens(rows, n, levels):
+def test_padding_is_no_part_of_the_range_of_compressed_keys_and_values(rows, n, levels):
     strategy = Strategy(Displaced, compress=Compression.INT8)
 
     def again(exchange, x):
         *_, stale = ask_everything(Synchronous(exchange.axis, exchange.bands, strategy.publishing), x)
         return ask_everything(strategy(stale, PATCH, exchange.bands), x)[:3]
 
-    x, _, (_, tokens, _) = on_uneven_bands(rows, n, levels, again)
-    for each in bands(tokens, n):
+    x, _, (_, pairs, _) = on_uneven_bands(rows, n, levels, again)
+    for each in bands(pairs, n):
         assert np.abs(each - x.reshape(2, -1, 4)).max() < np.ptp(x) / 255
 
 
@@ -184,7 +184,7 @@ def test_bands_of_uneven_height_are_alike_on_tpus(as_on_tpus, rows, n, levels):
 
 
 @AXES
-def test_on_tpus_tokens_begin_with_the_own_ones(as_on_tpus, plan, axis):
+def test_on_tpus_keys_and_values_begin_with_the_own_ones(as_on_tpus, plan, axis):
     """Those of several layers, of which each but the first waits for the layer before."""
     names, n = ("first", "second", "third"), plan.devices
 
@@ -234,9 +234,9 @@ def side_by_side(keys_values):
 def ask_everything(exchange, x):
     """All three questions, as a layer's results that have rows, and what was published."""
     halo = exchange.halo("halo", x, 1, 1)
-    tokens = side_by_side(exchange.kv("tokens", x))
+    pairs = side_by_side(exchange.kv("attention", x))
     moments = exchange.moments("moments", x, SIZE)[:, None]
-    return halo, tokens, moments, exchange.finish()
+    return halo, pairs, moments, exchange.finish()
 
 
 EVERY_KIND = pytest.mark.parametrize("kind", STRATEGIES.values(), ids=[str(mode) for mode in STRATEGIES])
@@ -283,7 +283,7 @@ def test_displaced_halo_is_the_neighbours_previous_rows_around_fresh_ones(kind):
 
 
 @EVERY_KIND
-def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(kind):
+def test_displaced_keys_and_values_are_previous_ones_with_the_own_part_fresh(kind):
     for i, got in enumerate(bands(displaced(kind)[1], 4)):
         wanted = PREVIOUS.copy()
         wanted[:, 4 * i : 4 * i + 4] = PRESENT[:, 4 * i : 4 * i + 4]
@@ -292,10 +292,10 @@ def test_displaced_tokens_are_previous_ones_with_the_own_part_fresh(kind):
 
 ROWS_SENT = {(HALO, "halo" + LAST), (HALO, "halo" + FIRST)}
 KEPT = {
-    SyncGN: {*ROWS_SENT, (KV, "tokens")},
-    AsyncTokens: {(KV, "tokens")},
-    SeparateGN: {*ROWS_SENT, (KV, "tokens")},
-    NoSync: {*ROWS_SENT, (KV, "tokens")},
+    SyncGN: {*ROWS_SENT, (KV, "attention")},
+    AsyncTokens: {(KV, "attention")},
+    SeparateGN: {*ROWS_SENT, (KV, "attention")},
+    NoSync: {*ROWS_SENT, (KV, "attention")},
 }
 
 
@@ -305,7 +305,7 @@ def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again
         *_, stale = ask_everything(Synchronous(publishing=Strategy(kind).publishing), previous)
         *_, kept = ask_everything(kind(stale), present)
         *_, fresh = ask_everything(Synchronous(publishing=Strategy(kind).publishing), present)
-        assert kept.keys() == stale.keys() == KEPT.get(kind, {*ROWS_SENT, (KV, "tokens"), (MOMENTS, "moments")})
+        assert kept.keys() == stale.keys() == KEPT.get(kind, {*ROWS_SENT, (KV, "attention"), (MOMENTS, "moments")})
         wanted = stale if kind is NoSync else fresh
         return (jnp.all(jnp.stack([jnp.all(kept[name] == wanted[name]) for name in kept])).reshape(1, 1),)
 
@@ -315,7 +315,7 @@ def test_what_the_next_step_reads_is_kept_and_only_no_sync_never_publishes_again
 @pytest.mark.parametrize("on_tpus", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("compression", "levels", "packed"), [(Compression.INT8, 256, 4), (Compression.INT4, 16, 2)])
-def test_compressed_tokens_are_the_others_previous_ones_rounded_to_levels(
+def test_compressed_keys_and_values_are_the_others_previous_ones_quantized(
     request, compression, levels, packed, dtype, on_tpus
 ):
     """Channels of very different sizes, and one of zeros: each has levels of its own, in each patch."""
@@ -326,19 +326,19 @@ def test_compressed_tokens_are_the_others_previous_ones_rounded_to_levels(
 
     def local(previous, present):
         *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), previous)
-        assert (stale[KV, "tokens"].shape, stale[KV, "tokens"].dtype) == ((2, 12, packed), jnp.uint8)
-        assert (stale[CHANNEL_RANGE, "tokens"].shape, stale[CHANNEL_RANGE, "tokens"].dtype) == ((2, 2, 4), dtype)
-        _, tokens, _, fresh = ask_everything(strategy(stale), present)
+        assert (stale[KV, "attention"].shape, stale[KV, "attention"].dtype) == ((2, 12, packed), jnp.uint8)
+        assert (stale[CHANNEL_RANGE, "attention"].shape, stale[CHANNEL_RANGE, "attention"].dtype) == ((2, 2, 4), dtype)
+        _, pairs, _, fresh = ask_everything(strategy(stale), present)
         assert fresh.keys() == stale.keys()
-        return (tokens.astype(jnp.float32),)
+        return (pairs.astype(jnp.float32),)
 
     previous, present = (jnp.asarray(x * sizes, dtype) for x in (PREVIOUS, PRESENT))
     (got,) = on_bands(MeshPlan(1, 1, 4), PATCH, local, previous, present)
     parts = [np.float32(band).reshape(2, -1, 4) for band in bands(np.asarray(previous), 4)]
     fresh = [np.float32(band).reshape(2, -1, 4) for band in bands(np.asarray(present), 4)]
-    for i, tokens in enumerate(bands(got, 4)):
-        tokens = np.roll(tokens, 12 * i, axis=1) if on_tpus else tokens
-        for j, part in enumerate(np.split(tokens, 4, axis=1)):
+    for i, pairs in enumerate(bands(got, 4)):
+        pairs = np.roll(pairs, 12 * i, axis=1) if on_tpus else pairs
+        for j, part in enumerate(np.split(pairs, 4, axis=1)):
             if i == j:
                 np.testing.assert_array_equal(part, fresh[i])
                 continue
@@ -363,7 +363,7 @@ def raw_moments(x: np.ndarray) -> np.ndarray:
 
 
 @EVERY_KIND
-def test_displaced_moments_are_the_papers(kind):
+def test_displaced_moments_follow_the_formula_of_their_mode(kind):
     """The table of the modes, in means and means of squares; i is the patch that asks."""
     previous, present = raw_moments(PREVIOUS), raw_moments(PRESENT)
     for i, got in enumerate(bands(displaced(kind)[2], 4)):
@@ -437,24 +437,24 @@ def twice(kv):
     return jax.tree.map(jnp.add, exchange.kv("a", kv), exchange.kv("a", kv))
 
 
-def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_the_steps():
+def test_extrapolation_continues_from_the_exponential_moving_average_in_the_ratio_of_the_steps():
     """Three steps, the first synchronous; what is sent after the second is what the third sees of the others."""
-    strategy, pace = Strategy(Displaced, extrapolate=True), 1.5
+    strategy, step_ratio = Strategy(Displaced, extrapolate=True), 1.5
     third = normal(2, ROWS, 3, 4, seed=2)
 
     def local(first, second, third):
         *_, stale = ask_everything(Synchronous(publishing=strategy.publishing), first)
         assert stale.keys() == {
             (each, name)
-            for kind, name in (*ROWS_SENT, (KV, "tokens"), (MOMENTS, "moments"))
+            for kind, name in (*ROWS_SENT, (KV, "attention"), (MOMENTS, "moments"))
             for each in (kind, ema(kind))
         }
-        *_, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(pace)), second)
-        halo, tokens, _, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(1.0)), third)
-        return halo, tokens, stale[ema(KV), "tokens"], stale[MOMENTS, "moments"][:, None, :, 1]
+        *_, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(step_ratio)), second)
+        halo, pairs, _, stale = ask_everything(strategy(stale, step_ratio=jnp.float32(1.0)), third)
+        return halo, pairs, stale[ema(KV), "attention"], stale[MOMENTS, "moments"][:, None, :, 1]
 
-    halo, tokens, mean, variance = on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, third, out=4)
-    sent = PRESENT + pace / 3 * (PRESENT - PREVIOUS)
+    halo, pairs, mean, variance = on_bands(MeshPlan(1, 1, 4), PATCH, local, PREVIOUS, PRESENT, third, out=4)
+    sent = PRESENT + step_ratio / 3 * (PRESENT - PREVIOUS)
     for i in range(4):
         own = slice(4 * i, 4 * i + 4)
         wanted = np.pad(sent, ((0, 0), (1, 1), (0, 0), (0, 0)))[:, 4 * i : 4 * i + 6]
@@ -462,7 +462,7 @@ def test_extrapolation_publishes_the_way_from_the_running_mean_at_the_pace_of_th
         np.testing.assert_allclose(bands(halo, 4)[i], wanted, rtol=1e-5, atol=1e-6)
         wanted = sent.copy()
         wanted[:, own] = third[:, own]
-        np.testing.assert_allclose(bands(tokens, 4)[i], wanted.reshape(2, -1, 4), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(bands(pairs, 4)[i], wanted.reshape(2, -1, 4), rtol=1e-5, atol=1e-6)
     after_two = 2 / 3 * PREVIOUS + 1 / 3 * PRESENT
     np.testing.assert_allclose(mean, (2 / 3 * after_two + 1 / 3 * third).reshape(2, -1, 4), rtol=1e-5, atol=1e-6)
     assert (variance >= 0).all()

@@ -1,4 +1,4 @@
-"""The planner: which sizes the axes get, how devices lie on them, and which picture sizes fit."""
+"""The planner: which sizes the axes get, how devices lie on them, and which image sizes fit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_branches_get_a_half_each_and_bands_lie_side_by_side():
     assert [list(mesh.devices[0, :, branch]) for branch in (0, 1)] == [devices[:4], devices[4:]]
 
 
-def test_pictures_lie_on_blocks_of_devices():
+def test_images_lie_on_blocks_of_devices():
     ids = np.vectorize(lambda device: device.id)(MeshPlan(2, 2, 2).build(jax.devices()).devices)
     assert ids[0].ravel().tolist() == [0, 2, 1, 3]
     assert ids[1].ravel().tolist() == [4, 6, 5, 7]

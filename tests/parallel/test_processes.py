@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): they paint what one does, process 0 speaks for both, and they end together."""
+"""Two processes on one machine (gloo): they generate what one does, process 0 speaks for both, and they end together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from children import heeding_interrupts
+from children import receiving_interrupts
 from facts import refuses, says
 from PIL import Image
-from process_worker import WAYS, paint
+from process_worker import WAYS, generate
 
 from distrijax.parallel import launchers, processes
 from distrijax.parallel.mesh import MeshPlan, pick_devices
@@ -25,8 +25,8 @@ from distrijax.parallel.mesh import MeshPlan, pick_devices
 TESTS = Path(__file__).parents[1]
 MINUTE = 60
 READ = dict.fromkeys(WAYS, (0.8, 0.995)) | {
-    "pictures in each, weights divided": (1, 1),
-    "weights shared out": (0.5, 0.6),
+    "images in each, sharded weights": (1, 1),
+    "sharded weights": (0.5, 0.6),
 }
 """The least and the most of the checkpoint that each of two processes reads; the third way has all devices' parts in both."""
 OTHER_ENDED = r"error: [^\n]*\bprocess [^\n]*"
@@ -64,7 +64,7 @@ def process(*arguments: str | Path, cwd: Path, variables: dict[str, str] | None 
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "examples")))
     environment = {**os.environ, "PYTHONPATH": path, **(variables or {})}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with heeding_interrupts():
+    with receiving_interrupts():
         return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **pipes)
 
 
@@ -95,9 +95,9 @@ def end(started: subprocess.Popen, timeout: float = LONG) -> End:
 
 
 @pytest.fixture(scope="module")
-def painted(shallow_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray]]]:
+def generated(shallow_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndarray]]]:
     """For each of `WAYS`, what each of two processes got."""
-    folder, coordinator = tmp_path_factory.mktemp("painted"), f"127.0.0.1:{free_port()}"
+    folder, coordinator = tmp_path_factory.mktemp("generated"), f"127.0.0.1:{free_port()}"
     arguments = [TESTS / "process_worker.py", shallow_checkpoint, folder, coordinator]
     both = [process(*arguments, str(process_id), cwd=folder) for process_id in (0, 1)]
     for ended in map(end, both):
@@ -106,10 +106,10 @@ def painted(shallow_checkpoint, tmp_path_factory) -> list[list[dict[str, np.ndar
 
 
 @pytest.mark.parametrize("number", range(len(WAYS)), ids=list(WAYS))
-def test_two_processes_paint_what_one_does_and_both_have_all_of_it(painted, shallow_checkpoint, number):
-    """Of the checkpoint each reads what its devices hold: half of what is shared out, of the projections of the prompt too."""
-    first, second = painted[number]
-    needed, numbers = paint(shallow_checkpoint, list(WAYS)[number])
+def test_two_processes_generate_what_one_does_and_both_have_all_of_it(generated, shallow_checkpoint, number):
+    """Of the checkpoint each reads what its devices hold: half of what is sharded, of the projections of the prompt too."""
+    first, second = generated[number]
+    needed, numbers = generate(shallow_checkpoint, list(WAYS)[number])
     least, most = READ[list(WAYS)[number]]
     assert all(least * numbers <= of_process["read"] <= most * numbers for of_process in (first, second))
     first, second = ({name: value for name, value in arrays.items() if name != "read"} for arrays in (first, second))
@@ -183,14 +183,14 @@ def test_a_process_that_ends_in_the_loop_ends_the_other_in_a_sentence(shallow_ch
 
 
 def test_a_process_that_refuses_ends_the_other(shallow_checkpoint, tmp_path):
-    port, shared = free_port(), ["--model", shallow_checkpoint, "--devices", "2", "--output", "picture.gif"]
+    port, shared = free_port(), ["--model", shallow_checkpoint, "--devices", "2", "--output", "image.gif"]
     script = TESTS.parent / "examples" / "generate.py"
     first, second = (
         end(one, MINUTE) for one in [process(script, *flags(port, number, *shared), cwd=tmp_path) for number in (0, 1)]
     )
     assert (first.code, first.out) == (1, "")
     assert re.fullmatch(r"error: .*\n", first.err)
-    says(first.err, "--output", "picture.gif", ".png")
+    says(first.err, "--output", "image.gif", ".png")
     assert second.code == 1
     assert re.fullmatch(OTHER_ENDED, last_line(second.err))
 

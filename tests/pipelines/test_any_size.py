@@ -30,8 +30,8 @@ EVERY_FAMILY = pytest.mark.parametrize("family", ["SDXL", "SD"])
 
 
 @pytest.fixture(scope="module")
-def paint(tiny_checkpoint, shallow_checkpoint, tiny_sd_checkpoints):
-    """Latents or pictures by family, size and configuration; those of one device are computed once."""
+def generate(tiny_checkpoint, shallow_checkpoint, tiny_sd_checkpoints):
+    """Latents or images by family, size and configuration; those of one device are computed once."""
 
     folders = {"SDXL": tiny_checkpoint, "shallow": shallow_checkpoint, "SD": tiny_sd_checkpoints[1]}
 
@@ -50,49 +50,49 @@ def paint(tiny_checkpoint, shallow_checkpoint, tiny_sd_checkpoints):
 
 
 @pytest.mark.parametrize(("family", "height", "width", "devices"), slow_but(GRID[:1], GRID))
-def test_full_sync_equals_one_device(paint, family, height, width, devices):
-    got = paint(family, height, width, devices=devices, split_batch=False, sync_mode="full_sync")
+def test_full_sync_equals_one_device(generate, family, height, width, devices):
+    got = generate(family, height, width, devices=devices, split_batch=False, sync_mode="full_sync")
     assert got.shape[2:] == (height // 8, width // 8)
-    assert relative_error(got, paint(family, height, width, devices=1)) < CLOSE
+    assert relative_error(got, generate(family, height, width, devices=1)) < CLOSE
 
 
 @slow
 @EVERY_FAMILY
-def test_full_sync_equals_one_device_with_the_cfg_split(paint, family):
+def test_full_sync_equals_one_device_with_the_cfg_split(generate, family):
     """Three patches for each branch."""
-    got = paint(family, 136, 72, devices=6, sync_mode="full_sync")
-    assert relative_error(got, paint(family, 136, 72, devices=1)) < CLOSE
+    got = generate(family, 136, 72, devices=6, sync_mode="full_sync")
+    assert relative_error(got, generate(family, 136, 72, devices=1)) < CLOSE
 
 
 @slow
 @pytest.mark.parametrize("devices", [3, 8])
-def test_pictures_of_any_size_are_decoded_by_all_devices(paint, devices):
-    got = paint("shallow", 136, 72, kind="np", devices=devices, sync_mode="full_sync")
+def test_images_of_any_size_are_decoded_by_all_devices(generate, devices):
+    got = generate("shallow", 136, 72, kind="np", devices=devices, sync_mode="full_sync")
     assert got.shape == (1, 136, 72, 3)
-    assert psnr(got, paint("shallow", 136, 72, kind="np", devices=1)) > 80
+    assert psnr(got, generate("shallow", 136, 72, kind="np", devices=1)) > 80
 
 
 @slow
-def test_displaced_steps_of_uneven_bands_start_from_the_synchronous_ones(paint):
+def test_displaced_steps_of_uneven_bands_start_from_the_synchronous_ones(generate):
     """Three steps of which one is displaced: near the exact result, and not it."""
     size = dict(height=136, width=72, steps=3, devices=5)
-    exact = paint("shallow", **size, sync_mode="full_sync")
-    error = relative_error(paint("shallow", **size, warmup_steps=1), exact)
+    exact = generate("shallow", **size, sync_mode="full_sync")
+    error = relative_error(generate("shallow", **size, warmup_steps=1), exact)
     assert 1e-5 < error < 0.3
 
 
 @slow
 @pytest.mark.parametrize("scheme", ["row", "column", "alternate"])
-def test_naive_patches_paint_beyond_the_border_and_are_cut(paint, scheme):
+def test_naive_patches_reach_beyond_the_border_and_are_cut(generate, scheme):
     settings = dict(devices=3, parallelism="naive_patch", split_scheme=scheme)
-    got = paint("shallow", 136, 200, **settings)
+    got = generate("shallow", 136, 200, **settings)
     assert got.shape[2:] == (17, 25)
     assert np.isfinite(got).all()
 
 
 @slow
-def test_the_first_naive_patch_is_a_picture_of_its_own(shallow_checkpoint):
-    """17 rows among 3 devices are bands of 6, and the first is one device's picture of 6 rows."""
+def test_the_first_naive_patch_is_an_image_of_its_own(shallow_checkpoint):
+    """17 rows among 3 devices are bands of 6, and the first is one device's image of 6 rows."""
     noise = np.random.default_rng(1).standard_normal((1, 4, 17, 25), np.float32)
     call = dict(
         width=200, num_inference_steps=2, output_type="latent", original_size=(136, 200), target_size=(136, 200)

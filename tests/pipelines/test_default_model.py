@@ -19,6 +19,7 @@ from tiny_pipeline import load_torch_pipeline
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
 from distrijax.cli.fidelity.scenes import found, held_out_example
 from distrijax.parallel.exchange import WholeImage
+from distrijax.parallel.stages import OnDevices
 
 PROMPTS = (
     "a large red circle at the top left and a small blue square on the right, on a striped yellow background",
@@ -40,8 +41,8 @@ def load(devices: int, **settings) -> DistriSDXLPipeline:
     return pipeline
 
 
-def paint(pipeline: DistriSDXLPipeline, prompts: Sequence[str] = PROMPTS) -> np.ndarray:
-    """Pictures [b, h, w, 3] in 0 to 1, each prompt from its own seed: one by one, for the sake of memory and of compiling."""
+def generate(pipeline: DistriSDXLPipeline, prompts: Sequence[str] = PROMPTS) -> np.ndarray:
+    """Images [b, h, w, 3] in 0 to 1, each prompt from its own seed: one by one, for the sake of memory and of compiling."""
     calls = [pipeline(p, num_inference_steps=STEPS, seed=i, output_type="np") for i, p in enumerate(prompts)]
     return np.concatenate([call.images for call in calls])
 
@@ -53,7 +54,7 @@ def one_device() -> DistriSDXLPipeline:
 
 @pytest.fixture(scope="module")
 def reference(one_device) -> np.ndarray:
-    return paint(one_device)
+    return generate(one_device)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def theirs():
 @torch.inference_mode()
 def test_text_encoders_are_those_of_torch(one_device, theirs):
     tokens, _, pooled, _ = theirs.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    ours = one_device._prompts((PROMPTS, PROMPTS))
+    ours = one_device._prompts(OnDevices(one_device.programs), (PROMPTS, PROMPTS))
     assert relative_error(ours.tokens, tokens.numpy()) < 1e-5
     assert relative_error(ours.pooled, pooled.numpy()) < 1e-5
 
@@ -73,17 +74,17 @@ def test_text_encoders_are_those_of_torch(one_device, theirs):
 @torch.inference_mode()
 def test_autoencoder_is_that_of_torch_both_ways(one_device, theirs):
     """Torch works in float64 here: its float32 is further from that than ours is."""
-    pictures, _, _ = zip(*(held_out_example(0, index, 256, 192) for index in range(4)), strict=True)
-    pixels = np.stack(pictures).astype(np.float32) / 127.5 - 1
+    images, _, _ = zip(*(held_out_example(0, index, 256, 192) for index in range(4)), strict=True)
+    pixels = np.stack(images).astype(np.float32) / 127.5 - 1
     vae, torch_vae = one_device._vae.form.module(one_device._vae.params), copy.deepcopy(theirs.vae).double()
     latents = torch_vae.encode(torch.tensor(pixels).permute(0, 3, 1, 2).double()).latent_dist.mean
     expected = torch_vae.decode(latents).sample
     latents, expected = (np.float32(part.permute(0, 2, 3, 1).numpy()) for part in (latents, expected))
     ours, _ = jax.jit(lambda vae, x: vae.encode(x, WholeImage()))(vae, pixels)
     assert relative_error(ours, latents) < 1e-5
-    painted = np.asarray(jax.jit(lambda vae, x: vae.decode(x, WholeImage()))(vae, latents))
-    assert relative_error(painted, expected) < 1e-5
-    assert psnr(painted / 2, pixels / 2) > 28  # and it is a good one
+    decoded = np.asarray(jax.jit(lambda vae, x: vae.decode(x, WholeImage()))(vae, latents))
+    assert relative_error(decoded, expected) < 1e-5
+    assert psnr(decoded / 2, pixels / 2) > 28  # and it is a good one
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +113,14 @@ def test_unet_is_that_of_torch(unet_call, theirs, timestep):
 
 
 @slow
-def test_the_picture_is_that_of_torch_diffusers(one_device, theirs):
+def test_the_image_is_that_of_torch_diffusers(one_device, theirs):
     latents = torch.randn(1, 4, 32, 32)
     call = dict(prompt=PROMPTS[0], num_inference_steps=8, guidance_scale=5.0, height=256, width=256)
     expected = theirs(**call, latents=latents, output_type="latent").images.numpy()
     ours = np.asarray(one_device(**call, latents=latents.numpy(), output_type="latent").images)
     assert relative_error(ours, expected) < 1e-3
-    picture = one_device(**call, latents=latents.numpy(), output_type="np").images
-    assert psnr(picture, theirs(**call, latents=latents, output_type="np").images) > 50
+    image = one_device(**call, latents=latents.numpy(), output_type="np").images
+    assert psnr(image, theirs(**call, latents=latents, output_type="np").images) > 50
 
 
 @slow
@@ -128,9 +129,9 @@ def test_the_picture_is_that_of_torch_diffusers(one_device, theirs):
     [({}, LEAST_SPLIT), ({"split_batch": False, "sync_mode": "damped_async_gn"}, LEAST_PATCHES)],
 )
 def test_eight_displaced_devices_stay_near_one(reference, settings, least, record_property, capsys):
-    """Not the whole correction with eight patches: there rounding alone makes or breaks the last of these pictures."""
+    """Not the whole correction with eight patches: there rounding alone makes or breaks the last of these images."""
     pipeline = load(8, **settings)
-    value = psnr(paint(pipeline), reference)
+    value = psnr(generate(pipeline), reference)
     record_property("psnr", value)
     with capsys.disabled():
         print(f"\nPSNR of 8 displaced devices {settings} against one: {value:.2f} dB (at least {least})")
@@ -138,10 +139,10 @@ def test_eight_displaced_devices_stay_near_one(reference, settings, least, recor
 
 
 @slow
-def test_pictures_show_what_held_out_captions_name(one_device):
+def test_images_show_what_held_out_captions_name(one_device):
     _, captions, scenes = zip(*(held_out_example(0, index, 256, 256) for index in range(16)), strict=True)
-    pictures = paint(one_device, captions)
-    results = [hit for picture, scene in zip(pictures, scenes, strict=True) for hit in found(picture, scene)]
+    images = generate(one_device, captions)
+    results = [hit for image, scene in zip(images, scenes, strict=True) for hit in found(image, scene)]
     assert np.mean(results) >= LEAST_FOUND
 
 

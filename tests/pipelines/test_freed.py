@@ -11,7 +11,7 @@ import pytest
 from facts import refuses
 
 from distrijax import DistriConfig, DistriSDXLPipeline
-from distrijax.parallel.programs import MAX_PROGRAMS, Programs
+from distrijax.parallel.programs import MAX_PROGRAMS, Programs, Stage
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
 FEW = 100
@@ -38,7 +38,7 @@ def load(checkpoint: Path, *, max_programs: int = MAX_PROGRAMS, compile_for: dic
     return pipe
 
 
-def paint(pipe: DistriSDXLPipeline, size: int = 64) -> None:
+def generate(pipe: DistriSDXLPipeline, size: int = 64) -> None:
     pipe(**CALL, height=64, width=size)
 
 
@@ -49,7 +49,7 @@ def test_a_pipeline_that_is_deleted_frees_all_that_was_compiled_and_loaded(shall
     def live_and_die(mode: str) -> int:
         compile_for = {**CALL, "height": 64, "width": 64} if prepared else None
         pipe = load(shallow_checkpoint, sync_mode=mode, compile_for=compile_for)
-        paint(pipe)
+        generate(pipe)
         held = maps() - before
         gone = weakref.ref(pipe._unet.form), weakref.ref(next(iter(pipe.programs._compiled.values())).result())
         del pipe
@@ -68,10 +68,10 @@ def test_a_pipeline_that_is_deleted_frees_all_that_was_compiled_and_loaded(shall
 
 def test_calls_of_one_size_add_nothing(shallow_checkpoint):
     pipe = load(shallow_checkpoint)
-    paint(pipe)
+    generate(pipe)
     before, bytes_before, count = maps(), arrays(), pipe.programs.count
     for _ in range(5):
-        paint(pipe)
+        generate(pipe)
     assert pipe.programs.count == count
     assert maps() < before + FEW
     assert arrays() == bytes_before
@@ -79,18 +79,18 @@ def test_calls_of_one_size_add_nothing(shallow_checkpoint):
 
 def test_a_pipeline_called_at_many_sizes_keeps_the_programs_it_used_last(shallow_checkpoint):
     pipe, most = load(shallow_checkpoint, max_programs=8), 8
-    paint(pipe)
-    paint(pipe, 72)
+    generate(pipe)
+    generate(pipe, 72)
     before, bytes_before = maps(), arrays()
     for size in (80, 88, 96):
-        paint(pipe, size)
+        generate(pipe, size)
         assert pipe.programs.count == most
     assert maps() < before + 2 * FEW
     assert arrays() == bytes_before
     seconds = pipe.programs.compile_seconds
-    paint(pipe, 96)
+    generate(pipe, 96)
     assert pipe.programs.compile_seconds == seconds
-    paint(pipe)
+    generate(pipe)
     assert pipe.programs.compile_seconds > seconds
 
 
@@ -111,7 +111,7 @@ def kept(programs: Programs) -> list[int]:
 def test_the_program_that_was_not_used_for_longest_gives_way():
     programs, x = Programs("cpu", max_programs=2), one()
     for static in (1, 2, 1, 3):
-        programs(add, static, (), x)
+        programs(Stage(add), static, (), x)
     assert kept(programs) == [1, 3]
 
 
@@ -120,14 +120,14 @@ def test_a_program_in_use_does_not_give_way():
     programs, x, other = Programs("cpu", max_programs=1), one(), one()
 
     def outer(static, params, x):
-        programs(add, 5, (), other)  # while this one compiles
+        programs(Stage(add), 5, (), other)  # while this one compiles
         return x
 
-    programs(outer, 1, (), x)
+    programs(Stage(outer), 1, (), x)
     with programs._in_use(next(iter(programs._compiled))):
-        programs(add, 2, (), x)
+        programs(Stage(add), 2, (), x)
         assert kept(programs) == [1, 2]
-    programs(add, 3, (), x)
+    programs(Stage(add), 3, (), x)
     assert kept(programs) == [3]
 
 

@@ -23,6 +23,9 @@ from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
 from distrijax.pipelines.call import image_seeds
+from distrijax.sampling.begin import BEGIN
+from distrijax.sampling.denoise import STEPS
+from distrijax.sampling.steps import SynchronousSteps
 from distrijax.schedulers import with_class
 
 EMBEDDINGS = {
@@ -135,7 +138,7 @@ def test_what_encode_prompt_returns_takes_the_place_of_prompts(one, torch_pipe):
 
 
 @pytest.mark.parametrize("devices", slow_but([1], [1, 3, 4]))
-def test_latents_are_decoded_to_the_picture_of_the_call(pipe_on, one, stale, devices):
+def test_latents_are_decoded_to_the_image_of_the_call(pipe_on, one, stale, devices):
     pipe = {1: one, 4: stale}.get(devices) or pipe_on(devices=devices)
     call = {"height": 72, "width": 64, "num_inference_steps": 2}
     latents, wanted = (pipe(PROMPT, **call, output_type=kind).images for kind in ("latent", "np"))
@@ -163,7 +166,7 @@ def test_negative_sizes_without_both_change_nothing_and_are_told(one, given):
     np.testing.assert_array_equal(got, generated(one, num_inference_steps=1))
     generated(
         one, num_inference_steps=1, guidance_scale=1.0, **given
-    )  # warnings are errors: no word of what no branch would heed
+    )  # warnings are errors: no word of what no branch would use
 
 
 @slow
@@ -213,7 +216,7 @@ def pair(one):
 
 
 @slow
-def test_pictures_of_a_batch_are_those_of_single_calls(one, pair):
+def test_images_of_a_batch_are_those_of_single_calls(one, pair):
     assert pair.shape == (2, *LATENT)
     for i, (prompt, seed) in enumerate([(PROMPT, 3), (OTHER, 4)]):
         assert relative_error(pair[i : i + 1], generated(one, prompt, seed=seed)) < 1e-4
@@ -287,8 +290,8 @@ def naive(pipe_on, scheme: str, **settings) -> DistriSDXLPipeline:
 
 @slow
 @pytest.mark.parametrize(("scheme", "axis"), [("row", 2), ("column", 3)])
-def test_naive_patches_are_pictures_of_their_own(pipe_on, one, scheme, axis):
-    """Each band equals one device's picture of the band's size, told the whole picture's size."""
+def test_naive_patches_are_images_of_their_own(pipe_on, one, scheme, axis):
+    """Each band equals one device's image of the band's size, conditioned on the whole image's size."""
     noise = np.random.default_rng(1).standard_normal((1, 4, 32, 32), np.float32)
     whole = {"height": 256, "width": 256, "latents": noise, "num_inference_steps": 3}
     got = generated(naive(pipe_on, scheme, split_batch=False), **whole)
@@ -342,8 +345,8 @@ def test_a_call_whose_steps_are_all_exact_keeps_nothing_for_a_next_one(shallow_c
     count = pipe.programs.count
     pipe(**call)
     assert pipe.programs.count == count
-    ran = {function.__name__ for function, *_ in pipe.programs._compiled}
-    assert "synchronous_steps" in ran and not {"warm_up", "displaced"} & ran
+    (rules,) = (static.rules for stage, static, *_ in pipe.programs._compiled if stage is STEPS)
+    assert rules == (SynchronousSteps(),)
 
 
 @slow
@@ -396,10 +399,7 @@ def test_another_scheduler_compiles_the_loop_again_and_nothing_else(one, monkeyp
     before = set(one.programs._compiled)
     monkeypatch.setattr(one, "scheduler", with_class(one.scheduler, "euler-ancestral"))
     generated(one, kind="np")
-    assert {function.__name__ for function, *_ in one.programs._compiled.keys() - before} == {
-        "initial_state",
-        "synchronous_steps",
-    }
+    assert {stage for stage, *_ in one.programs._compiled.keys() - before} == {BEGIN, STEPS}
 
 
 def test_numpys_whole_numbers_are_as_good_as_pythons(stale):
@@ -466,17 +466,17 @@ def test_output_types(one):
     assert values.shape == (1, 256, 64, 3)
     assert values.dtype == np.float32
     assert 0 <= values.min() < values.max() <= 1
-    (picture,) = one(PROMPT, **SIZE, num_inference_steps=4).images
-    assert isinstance(picture, Image.Image)
-    assert picture.size == (64, 256)
-    np.testing.assert_array_equal(np.asarray(picture), np.round(values[0] * 255).astype(np.uint8))
+    (image,) = one(PROMPT, **SIZE, num_inference_steps=4).images
+    assert isinstance(image, Image.Image)
+    assert image.size == (64, 256)
+    np.testing.assert_array_equal(np.asarray(image), np.round(values[0] * 255).astype(np.uint8))
     assert generated(one, kind="latent").shape == (1, *LATENT)
 
 
 @slow
 def test_default_size_is_the_models(one):
-    (picture,) = one(PROMPT, num_inference_steps=1).images
-    assert picture.size == (128, 128)
+    (image,) = one(PROMPT, num_inference_steps=1).images
+    assert image.size == (128, 128)
 
 
 @slow

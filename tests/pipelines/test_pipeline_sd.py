@@ -108,7 +108,7 @@ def test_full_sync_equals_one_device(pipe_on, one, version, settings):
 
 
 @slow
-def test_pictures_of_a_batch_are_those_of_single_calls(one):
+def test_images_of_a_batch_are_those_of_single_calls(one):
     pair = generated(one(1), [PROMPT, OTHER], seed=[3, 4], num_images_per_prompt=1)
     assert pair.shape == (2, *LATENT)
     assert relative_error(pair[1:], generated(one(1), OTHER, seed=4)) < 1e-4

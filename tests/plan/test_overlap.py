@@ -53,9 +53,9 @@ ENTRY %main (x: bf16[8,32], y: bf16[32,16], z: f32[4,4]) -> (bf16[8,16], f32[4,4
   %sum = f32[4,4]{1,0} all-reduce(%z), replica_groups={{0,1},{2,3}}, to_apply=%add
   %async = ((f32[4,4]{1,0}), f32[4,4]{1,0}) async-start(%sum), calls=%wrapped
   %back = f32[4,4]{1,0} async-done(%async)
-  %two = (bf16[2,16,8,6]{3,2,1,0}, u8[0]{0}) custom-call(%picture, %kernel), CONVOLUTION
+  %two = (bf16[2,16,8,6]{3,2,1,0}, u8[0]{0}) custom-call(%image, %kernel), CONVOLUTION
   %all-gather-done = bf16[64,32]{1,0} all-gather-done(%all-gather-start)
-  %picture = bf16[2,16,8,4]{3,2,1,0} bitcast(%x)
+  %image = bf16[2,16,8,4]{3,2,1,0} bitcast(%x)
   %kernel = bf16[6,3,3,4]{3,2,1,0} bitcast(%y)
   %query = bf16[2,10,3,64]{3,2,1,0} bitcast(%x)
   %key = bf16[2,50,3,64]{3,2,1,0} bitcast(%x)
@@ -374,8 +374,8 @@ def test_weights_that_are_shared_out_are_gathered_a_layer_at_a_time():
 
 @compiler
 def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
-    hlo, picture = tmp_path / "step.hlo", tmp_path / "timeline.png"
-    files = ["--hlo", str(hlo), "--timeline", str(picture)]
+    hlo, plot = tmp_path / "step.hlo", tmp_path / "timeline.png"
+    files = ["--hlo", str(hlo), "--timeline", str(plot)]
     plan_command.main(["--model", str(DEFAULT_MODEL), "--devices", "4", "--image-size", "256", "512", *files])
     mesh, compiling, memory, decoding, work, received, *hidden, step_time, baseline = (
         capsys.readouterr().out.splitlines()
@@ -390,7 +390,7 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
     says(step_time, re.compile(r"\d ms\b"))
     says(baseline, re.compile(r"\d ms\b"))
     assert HloProgram(hlo.read_text()).transfers
-    with Image.open(picture) as image:
+    with Image.open(plot) as image:
         assert image.width > 1000
 
 
@@ -412,7 +412,7 @@ def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monke
 
 tpu_compiler = pytest.mark.skipif(not tpu_compiler_is_installed(), reason="needs libtpu, of the extra `tpu`")
 LEAN = dataclasses.replace(SHALLOW, layers_per_block=1)
-"""SDXL's widths, every kind of block and exchange, and least of each: libtpu takes long where pictures are large."""
+"""SDXL's widths, every kind of block and exchange, and least of each: libtpu takes long where images are large."""
 NARROW = dataclasses.replace(
     LEAN, block_out_channels=(128, 256, 512), attention_head_dim=(2, 4, 8), cross_attention_dim=256
 )

@@ -145,14 +145,14 @@ def test_only_projections_of_the_prompt_are_divided_in_every_parallelism(unet):
 
 @slow
 @pytest.mark.parametrize("settings", [{"devices": 6}, {"devices": 3, "parallelism": "tensor"}], ids=str)
-def test_sharing_weights_out_changes_no_picture(settings, shallow_checkpoint):
-    def picture(**shared) -> np.ndarray:
+def test_sharding_weights_changes_no_image(settings, shallow_checkpoint):
+    def image(**shared) -> np.ndarray:
         config = DistriConfig(warmup_steps=0, **settings, **shared)
         pipe = DistriSDXLPipeline.from_pretrained(shallow_checkpoint, config)
         pipe.set_progress_bar_config(disable=True)
         return pipe("a red circle", height=64, width=64, num_inference_steps=3, output_type="np").images
 
-    assert relative_error(picture(shard_weights=True), picture()) < 1e-5
+    assert relative_error(image(shard_weights=True), image()) < 1e-5
 
 
 def test_weights_are_read_whatever_transfers_are_forbidden(shallow_checkpoint):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from marks import slow_but
 from oracle import relative_error
-from test_unet import picture
+from test_unet import latents
 from unet_configs import FULL_BASE, KINDS
 
 from distrijax.config import Parallelism
@@ -108,5 +108,5 @@ def test_devices_with_a_part_of_the_channels_equal_one_device(kind, devices):
     cut = jax.shard_map(
         lambda leaves, x: call(TensorParallel(PATCH), leaves, x), mesh=mesh, in_specs=(form.specs, P()), out_specs=P()
     )
-    wanted = jax.jit(lambda leaves, x: call(WholeImage(), leaves, x))(tuple(jax.tree.leaves(unet)), picture(0))
-    assert relative_error(jax.jit(cut)(tuple(leaves), picture(0)), wanted) < 1e-5
+    wanted = jax.jit(lambda leaves, x: call(WholeImage(), leaves, x))(tuple(jax.tree.leaves(unet)), latents(0))
+    assert relative_error(jax.jit(cut)(tuple(leaves), latents(0)), wanted) < 1e-5

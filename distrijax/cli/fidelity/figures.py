@@ -24,9 +24,16 @@ MARGIN, TEXT = 6, 34  # pixels of the sheet
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Groups of rows that differ only in the number of devices, by their label, which leaves out axes that never differ."""
+    """Groups of rows that differ only in the number of devices, by their label, which leaves out axes that never differ.
+
+    Args:
+        rows: Of the table.
+
+    Returns:
+        Label to rows in order of the number of devices. The row of one device is left out, and so are empty values of rows.
+    """
     filled = [{key: value for key, value in row.items() if value != ""} for row in rows]
-    axes = varying_axes(rows)
+    axes = _varying_axes(rows)
     result: dict[str, list[Row]] = {}
     for row in filled:
         if row["devices"] != "1":
@@ -34,7 +41,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: sorted(group, key=lambda row: int(row["devices"])) for name, group in result.items()}
 
 
-def varying_axes(rows: Sequence[Row]) -> list[Axis]:
+def _varying_axes(rows: Sequence[Row]) -> list[Axis]:
     """The axes that name a mode, and the other axes on which rows have different values."""
     return [
         axis
@@ -44,7 +51,11 @@ def varying_axes(rows: Sequence[Row]) -> list[Axis]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table: a line for each mode; each cell has a figure for each number of devices."""
+    """A Markdown table: a line for each mode; each cell has a figure for each number of devices.
+
+    Args:
+        rows: Of the table of results.
+    """
     devices = sorted({int(row["devices"]) for row in rows} - {1})
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("", lambda row: row["exactness"]),
@@ -79,6 +90,10 @@ def plot(rows: Sequence[Row], title: str) -> Figure:
 
     Lossless modes are off the scale and are drawn on the upper edge.
 
+    Args:
+        rows: Of the table of results.
+        title: Above the plot.
+
     Raises:
         ImportError: Without matplotlib.
     """
@@ -105,7 +120,12 @@ def plot(rows: Sequence[Row], title: str) -> Figure:
 
 
 def contact_sheet(results: Results, count: int) -> Image.Image:
-    """The first images of one device and, below, of each mode on the most devices, each beside its difference."""
+    """The first images of one device and, below, of each mode on the most devices, each beside its difference.
+
+    Args:
+        results: With at least one row.
+        count: Images of each mode.
+    """
     most = str(max(int(row["devices"]) for row in results.rows))
     chosen = [(results.reference, f"one device; below on {most} devices, right of each image {GAIN} x its difference")]
     for name, group in groups(results.rows).items():

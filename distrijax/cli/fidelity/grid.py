@@ -37,11 +37,13 @@ def _renewed(setting: Setting) -> bool:
     return _displaced(setting) and setting["sync_mode"] != SyncMode.NO_SYNC
 
 
-def steps(given: str) -> tuple[int, ...]:
+def _steps(given: str) -> tuple[int, ...]:
+    """Parses a value of --sync-steps: numbers of steps, separated by spaces."""
     return () if given == NONE else tuple(map(int, given.split()))
 
 
-def compression(given: str) -> Compression | None:
+def _compression(given: str) -> Compression | None:
+    """Parses a value of --compress."""
     return None if given == NONE else Compression(given)
 
 
@@ -92,7 +94,7 @@ AXES = (
         "compression of keys and values: none, int8 (the flag by itself) or int4",
         _displaced,
         words=lambda value: "" if value == NONE else value,
-        read=compression,
+        read=_compression,
         bare=(Compression.INT8,),
     ),
     Axis("split_scheme", tuple(SplitScheme), "how naive_patch splits the image", _naive),
@@ -103,7 +105,7 @@ AXES = (
         "further exact steps: none, -1 for the last, '20 -1' for two",
         _displaced,
         words=lambda value: "" if value == NONE else f"exact steps {value}",
-        read=steps,
+        read=_steps,
     ),
     Axis(
         "split_batch",
@@ -117,7 +119,11 @@ AXES = (
 
 
 def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
-    """One device, then every distinct setting of the chosen values; other axes have their default values."""
+    """One device, then every distinct setting of the chosen values; other axes have their default values.
+
+    Args:
+        chosen: Field of DistriConfig to values; an empty sequence stands for the flag without an argument (`Axis.bare`).
+    """
     axes = [chosen.get(axis.field, axis.values) or axis.bare for axis in AXES]
     grid = [ONE_DEVICE]
     for values in itertools.product(*axes):
@@ -129,14 +135,23 @@ def settings(chosen: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 
 def text(value: Any) -> str:
-    """A value or a figure as text in the table."""
+    """A value or a figure as text in the table.
+
+    Args:
+        value: A float is given with six digits; None and the empty tuple as `NONE`; a tuple's items are separated by spaces.
+    """
     if value is None or isinstance(value, tuple):
         return " ".join(map(str, value or ())) or NONE
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def label(setting: Mapping[str, Any], axes: Sequence[Axis] = AXES) -> str:
-    """A setting in words, from the given axes: "naive_patch row, warm-up 4"."""
+    """A setting in words, from the given axes: "naive_patch row, warm-up 4".
+
+    Args:
+        setting: A setting, or its row in the table.
+        axes: Axes to name; `devices` never is.
+    """
     words = [
         axis.words(text(setting[axis.field])) for axis in axes if axis.field != "devices" and axis.field in setting
     ]
@@ -144,6 +159,10 @@ def label(setting: Mapping[str, Any], axes: Sequence[Axis] = AXES) -> str:
 
 
 def folder_name(setting: Mapping[str, Any]) -> str:
-    """Folder name of a setting, or of its row in the table: every field that is not empty, with its value."""
+    """Folder name of a setting: every field that is not empty, with its value.
+
+    Args:
+        setting: A setting, or its row in the table.
+    """
     values = {axis.field: text(setting.get(axis.field, "")) for axis in AXES}
     return ",".join(f"{field}={value}" for field, value in values.items() if value)

@@ -40,14 +40,19 @@ def psnr(squared_errors: Sequence[float], peak: float = 255.0) -> float:
     return float(np.average(values, weights=[len(group) for group in groups]))
 
 
-def squared_errors(images: UInt8[np.ndarray, "b h w c"], reference: UInt8[np.ndarray, "b h w c"]) -> list[float]:
+def _squared_errors(images: UInt8[np.ndarray, "b h w c"], reference: UInt8[np.ndarray, "b h w c"]) -> list[float]:
     """Mean squared error of each image."""
     return np.square(images.astype(np.float64) - reference).mean((1, 2, 3)).tolist()
 
 
 @jax.jit
 def ssim(images: Float[Array, "b h w c"], reference: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Structural similarity of each image, for values in 0 to 1: Wang et al. 2004, with mirrored edges as in torchmetrics."""
+    """Structural similarity of each image: Wang et al. 2004, with mirrored edges as in torchmetrics.
+
+    Args:
+        images: Values from 0 to 1.
+        reference: Images to compare with, in the same range.
+    """
     offsets = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-np.square(offsets / DEVIATION) / 2)
     weights = np.float32(weights / weights.sum())
@@ -85,7 +90,7 @@ class Lpips:
 
         values = []
         with torch.inference_mode():
-            for pair in image_pairs(folder, reference):
+            for pair in _image_pairs(folder, reference):
                 images, others = (torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in pair)
                 values += [float(self._network(images, others))] * len(images)
         self._network.reset()
@@ -145,7 +150,7 @@ class OptionalMetric:
             return NOT_AVAILABLE
 
 
-def image_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _image_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields images `[b, h, w, 3]` of one folder and those of the same names in another, a few at a time."""
     names = sorted(path.name for path in folder.glob("*.png"))
     for start in range(0, len(names), AT_ONCE):
@@ -156,9 +161,14 @@ def image_pairs(folder: Path, reference: Path) -> Iterator[tuple[np.ndarray, np.
 
 
 def compare(folder: Path, reference: Path) -> tuple[float, float]:
-    """PSNR in dB and SSIM of one folder's images against those of the same names in another."""
+    """PSNR in dB and SSIM of one folder's images against those of the same names in another.
+
+    Args:
+        folder: Contains at least one PNG file.
+        reference: Contains images of the same names and sizes.
+    """
     errors, similarities = [], []
-    for images, others in image_pairs(folder, reference):
-        errors += squared_errors(images, others)
+    for images, others in _image_pairs(folder, reference):
+        errors += _squared_errors(images, others)
         similarities += ssim(*(np.float32(part) / np.float32(255) for part in (images, others))).tolist()
     return psnr(errors), float(np.mean(similarities))

@@ -26,12 +26,24 @@ class Prompts(NamedTuple):
 
 
 def scene_prompts(count: int) -> Prompts:
-    """The first `count` captions of the scenes held out of the embedded model's training."""
+    """Captions of scenes held out of the embedded model's training.
+
+    Args:
+        count: How many, from the first one on.
+    """
     return Prompts([held_out_example(0, index, 64, 64)[1] for index in range(count)])
 
 
 def file_prompts(path: Path, count: int | None) -> Prompts:
-    """The first `count` lines of a file, or all of them, without empty ones; raises DistriError for too few."""
+    """The lines of a file, without empty ones.
+
+    Args:
+        path: Text in UTF-8.
+        count: How many lines to take, from the first one on; None takes all.
+
+    Raises:
+        InvalidArgument: For a file that cannot be read or has too few lines.
+    """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -52,6 +64,10 @@ def coco_prompts(folder: Path, count: int) -> Prompts:
     The paper's script chooses so among the 5,000 images that Karpathy's split (dataset_coco.json) calls "val", in its order.
     Without that file, the images are the first of the official captions_val2014.json, which are different ones. Both files
     may be in FOLDER/annotations or in FOLDER; the real images are in FOLDER/val2014.
+
+    Args:
+        folder: The data set, or its annotations.
+        count: Number of images.
 
     Raises:
         InvalidArgument: For a folder without the files, with too few captions, or with files of another format.

@@ -61,11 +61,20 @@ class Results:
             beside.write_text(json.dumps(common, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def row(self, setting: Setting) -> Row | None:
-        """The row of a setting, if it has one."""
+        """The row of a setting, if it has one.
+
+        Args:
+            setting: Of the grid.
+        """
         return next((row for row in self.rows if _of(row) == _of(setting)), None)
 
     def add(self, setting: Setting, figures: Mapping[str, Any]) -> None:
-        """Adds the row of a setting to the table, or replaces it."""
+        """Adds the row of a setting to the table, or replaces it.
+
+        Args:
+            setting: Of the grid.
+            figures: Values of the columns `FIGURES`; those that are missing stay empty.
+        """
         row = {column: text({**setting, **figures}.get(column, "")) for column in COLUMNS}
         old = self.row(setting)
         if old is None:
@@ -78,25 +87,51 @@ class Results:
             writer.writerows(self.rows)
 
     def images(self, setting: Mapping[str, Any]) -> Path:
-        """The folder of a setting's images."""
+        """The folder of a setting's images.
+
+        Args:
+            setting: A setting, or its row in the table.
+        """
         return self.folder / "pictures" / folder_name(setting)
 
     def missing(self, setting: Setting, count: int, batch: int) -> Iterator[range]:
-        """Batches with a missing image; batches always begin at the same indices, so images do not depend on interruptions."""
+        """Batches with a missing image; batches always begin at the same indices, so images do not depend on interruptions.
+
+        Args:
+            setting: Of the grid.
+            count: Images of a setting.
+            batch: Images of a batch; the last one may have fewer.
+
+        Yields:
+            Indices of a batch's images.
+        """
         for start in range(0, count, batch):
             indices = range(start, min(start + batch, count))
             if not all(self._image(setting, index).exists() for index in indices):
                 yield indices
 
     def save(self, setting: Setting, index: int, image: Image.Image) -> None:
-        """Writes one image of a setting."""
+        """Writes one image of a setting.
+
+        Args:
+            setting: Of the grid.
+            index: Number of the image's prompt.
+            image: Written as PNG.
+        """
         path = self._image(setting, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as beside:
             image.save(beside, format="PNG")
 
     def link_real(self, files: Sequence[Path]) -> Path:
-        """Creates a folder of links to the real images."""
+        """Creates a folder of links to the real images.
+
+        Args:
+            files: Images; the links are numbered in this order.
+
+        Returns:
+            The folder.
+        """
         folder = self.folder / "pictures" / "real"
         folder.mkdir(parents=True, exist_ok=True)
         for index, file in enumerate(files):

@@ -85,7 +85,15 @@ class Outline:
         return self.points * self.tip * self.valley * float(np.sin(np.pi / self.points)) * self.width
 
     def distance(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Signed distance to the outline, negative inside; exact near the sides, as smooth edges need."""
+        """Signed distance to the outline, negative inside; exact near the sides, as smooth edges need.
+
+        Args:
+            y: Downwards, `[h, 1]` or `[h, w]`, with the outline's centre at 0 and its size as the unit.
+            x: To the right, `[1, w]` or `[h, w]`, in the same unit.
+
+        Returns:
+            `[h, w]`, in the same unit.
+        """
         x, y = x / np.float32(self.width), y - np.float32(self.drop)
         half = np.pi / self.points
         # Folding the plane into the wedge between a tip and a valley leaves one straight side to measure.
@@ -138,7 +146,11 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Samples a scene, held out of training or not."""
+    """Samples a scene, held out of training or not.
+
+    Args:
+        rng: Source of all choices.
+    """
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     places = rng.choice(list(PLACES), count, replace=False)
     colours = rng.choice(list(COLOURS), count, replace=False)
@@ -150,7 +162,12 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Describes the scene, with shapes in random order; one caption in ten leaves the background out."""
+    """Describes the scene, with shapes in random order; one caption in ten leaves the background out.
+
+    Args:
+        scene: Its shapes, background and texture are described.
+        rng: Source of the order and of the wording.
+    """
     phrases = [_shape_phrase(scene.shapes[i], rng) for i in rng.permutation(len(scene.shapes))]
     words = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
     return words if rng.random() < 0.1 else f"{words}, on {_background_phrase(scene, rng)}"
@@ -275,12 +292,26 @@ def _vignette(height: int, width: int) -> Float[np.ndarray, "h w 1"]:
 
 
 def example(seed: int, index: int, height: int, width: int) -> tuple[UInt8[np.ndarray, "h w 3"], str, Scene]:
-    """Training image number `index`, its caption and its scene; caption and scene are the same at every size."""
+    """Training image number `index`, its caption and its scene; caption and scene are the same at every size.
+
+    Args:
+        seed: Of the whole set of examples.
+        index: Number of the example, from 0.
+        height: Pixels.
+        width: Pixels.
+    """
     return _example(seed, index, height, width, held_out=False)
 
 
 def held_out_example(seed: int, index: int, height: int, width: int) -> tuple[UInt8[np.ndarray, "h w 3"], str, Scene]:
-    """Like `example`, for the scenes held out of training."""
+    """An example of the scenes held out of training; arguments and results as for `example`.
+
+    Args:
+        seed: Of the whole set of examples.
+        index: Number of the example, from 0.
+        height: Pixels.
+        width: Pixels.
+    """
     return _example(seed, index, height, width, held_out=True)
 
 
