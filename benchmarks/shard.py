@@ -39,21 +39,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriConfig, SyncMode, load_scheduler, plan_mesh
+from distrijax.cli.compile_cache import keep_compiled_programs
 from distrijax.cli.options import (
     Parser,
     check_positive,
     device_kind,
     find_dtype,
-    keep_compiled_programs,
     plain_errors,
 )
+from distrijax.convert.sources import open_checkpoint
 from distrijax.models.unet_config import SDXL_BASE
 from distrijax.parallel import collectives, exchange
 from distrijax.parallel.layout import Layout, check_sizes
 from distrijax.parallel.mesh import PATCH, MeshPlan
 from distrijax.parallel.programs import compiled, options_for, trace
 from distrijax.parallel.stages import Described
-from distrijax.pipelines.loading import find_folder, read_configs
+from distrijax.pipelines.loading import read_configs
 from distrijax.plan.traffic import main_step
 from distrijax.sampling.noise import image_keys
 from distrijax.sampling.steps import StepInputs
@@ -104,7 +105,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     keep_compiled_programs()
     unet, scheduler = SDXL_BASE, load_scheduler({"_class_name": "DDIMScheduler"})
     if arguments.model:
-        unet = read_configs(find_folder(arguments.model, weights=False)).unet
+        unet = read_configs(open_checkpoint(arguments.model, weights=False)).unet
     dtype = find_dtype(arguments.dtype)
     config = DistriConfig(sync_mode=arguments.sync_mode, split_batch=arguments.split_batch)
     latent = (height // VAE_SCALE, width // VAE_SCALE)

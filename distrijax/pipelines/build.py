@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 from distrijax import interrupts
 from distrijax.config import DistriConfig
@@ -17,7 +17,7 @@ from distrijax.parallel.processes import check_agreement, versions, warm_up_coll
 from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.parallel.stages import Dry, On, OnDevices
 from distrijax.pipelines.call import Call, PipelineOutput, Request, Size
-from distrijax.pipelines.loading import abstract_components, find_folder, read_components, read_configs
+from distrijax.pipelines.loading import abstract_components, opened, read_components, read_configs
 from distrijax.pipelines.prompt import Embeddings, Prompts
 from distrijax.pipelines.run import After, Runner
 from distrijax.sampling.begin import put_latents
@@ -26,7 +26,9 @@ from distrijax.sampling.layouts import image_layout
 from distrijax.sampling.steps import StepInputs
 from distrijax.schedulers import State
 from distrijax.validate import check_choice, host_array, positive
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import resolve_dtype
+from distrijax.weights.recipe import Additions
 
 
 class Pipeline(Runner):
@@ -41,7 +43,7 @@ class Pipeline(Runner):
     @interrupts.not_lost()
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | Checkpoint,
         distri_config: DistriConfig | None = None,
         *,
         dtype: Any = None,
@@ -54,11 +56,13 @@ class Pipeline(Runner):
         compiler_options: Mapping[str, Any] | None = None,
         compile_for: Mapping[str, Any] | None = None,
         max_programs: int = MAX_PROGRAMS,
+        **additions: Unpack[Additions],
     ) -> Self:
-        """Loads a checkpoint onto the devices.
+        """Loads a checkpoint onto the devices, tensor by tensor and without a copy on disk.
 
         Args:
-            pretrained_model_name_or_path: A folder in the diffusers layout, or a model id on the Hugging Face hub.
+            pretrained_model_name_or_path: A folder in the diffusers layout, a model id on the Hugging Face hub, or a single
+                file in the original layout, local or on the hub; or a checkpoint that `open_checkpoint` returned.
             distri_config: How images are spread over devices; None uses all devices with the defaults.
             dtype: float32, bfloat16 or float16; None is bfloat16 on accelerators and float32 on CPUs.
             variant: The variant of the weight files, such as "fp16".
@@ -71,9 +75,11 @@ class Pipeline(Runner):
             compile_for: The arguments of the first call, whose programs are then compiled while the weights are read.
             max_programs: How many compiled programs are kept. A call runs about 7, and another image size needs 5 new ones;
                 the least recently used are evicted.
+            **additions: `config`, `ema`, `prediction_type`, `unet`, `vae`, `loras`, `embeddings`: how a single file is read,
+                and what goes on top of the checkpoint (`distrijax.weights.recipe.Additions`).
 
         Raises:
-            CheckpointError: For a checkpoint that is incomplete or of another family.
+            CheckpointError: For a checkpoint that is incomplete or of another family, and what does not fit on top of it.
             InvalidArgument: For other arguments that cannot be used, such as more devices than JAX shows.
         """
         config = DistriConfig() if distri_config is None else distri_config
@@ -83,20 +89,21 @@ class Pipeline(Runner):
             )
         devices = devices_of(config)
         dtype = resolve_dtype(dtype, devices[0].platform)
-        folder = find_folder(
+        checkpoint = opened(
             pretrained_model_name_or_path,
             variant=variant,
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            **additions,
         )
-        configs = read_configs(folder, scheduler, scheduler_options, needed=cls.family)
+        configs = read_configs(checkpoint, scheduler, scheduler_options, needed=cls.family)
         model = (configs.family.name, configs.unet, configs.vae, configs.text_encoders)
         check_agreement(devices, lambda: {**versions(), "config": config, "model": repr(model), "dtype": dtype.name})
         mesh = plan_mesh(config, len(devices), branches=configs.unet.branches).build(devices)
         warm_up_collectives(mesh)
         components = abstract_components(
-            folder,
+            checkpoint,
             configs,
             dtype=dtype,
             mesh=mesh,
@@ -107,11 +114,18 @@ class Pipeline(Runner):
         try:
             if compile_for is not None:
                 pipe._prepare_first(compile_for)
-            pipe._set_components(read_components(components, folder, cls.family, variant=variant, mesh=mesh))
+            pipe._set_components(read_components(components, checkpoint, cls.family, mesh))
         except BaseException:
             pipe.programs.cancel_pending()
             raise
         return pipe
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | Path, distri_config: DistriConfig | None = None, **arguments: Any
+    ) -> Self:
+        """`from_pretrained` by the name that it has in diffusers for single files; `config` is a folder as there."""
+        return cls.from_pretrained(pretrained_model_link_or_path, distri_config, **arguments)
 
     def prepare(self, *prompts: Any, **arguments: Any) -> None:
         """Starts to compile, in the background, the programs of a call with these arguments; nothing is computed.

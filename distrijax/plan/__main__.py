@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 
 from distrijax.config import DistriConfig
+from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import DistriError, InvalidArgument
 from distrijax.flags import add_config_flags, add_large_flag, config_of
 from distrijax.models.families import SDXL, default_size
@@ -34,7 +35,7 @@ from distrijax.models.unet_config import SDXL_BASE, UNetConfig
 from distrijax.models.vae import SDXL_VAE, VAEConfig
 from distrijax.parallel.layout import check_sizes
 from distrijax.parallel.mesh import plan_mesh
-from distrijax.pipelines.loading import find_folder, read_configs
+from distrijax.pipelines.loading import read_configs
 from distrijax.plan.overlap import HloProgram
 from distrijax.plan.projection import (
     LINKS,
@@ -238,7 +239,7 @@ def _read_request(arguments: argparse.Namespace) -> _Request:
     family, unet, vae = SDXL, SDXL_BASE, SDXL_VAE
     scheduler = load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
-        configs = read_configs(find_folder(arguments.model, weights=False))
+        configs = read_configs(open_checkpoint(arguments.model, weights=False))
         family, unet, vae, scheduler = configs.family, configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)

@@ -82,7 +82,7 @@ def test_latency_refuses_wrong_flags_in_one_line(flags, told):
 def test_what_is_not_installed_is_told_before_anything_is_measured(monkeypatch):
     for module in ("matplotlib", "diffusers"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(latency, "find_model", lambda *_: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(latency, "open_model", lambda *_: pytest.fail("the model was looked for"))
     monkeypatch.setattr(convert_file, "random_checkpoint", lambda *_: pytest.fail("the file was made"))
     with refuses("--plot", "matplotlib", "`eval`", error=SystemExit):
         latency.main(["--plot", "x.png"])

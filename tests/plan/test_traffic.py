@@ -15,6 +15,7 @@ from marks import slow, slow_but
 from unet_configs import BASE, FULL_BASE
 
 from distrijax import DistriConfig, plan_mesh
+from distrijax.convert.sources import open_checkpoint
 from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.programs import compiled, options_for
 from distrijax.pipelines.loading import read_configs
@@ -97,7 +98,7 @@ QUICK = [{}, {"parallelism": "tensor"}]
 )
 def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_checkpoint):
     config = DistriConfig(**{"devices": 4, "warmup_steps": 0} | settings)
-    unet, scheduler = read_configs(shallow_checkpoint).unet, load_scheduler(DDIM)
+    unet, scheduler = read_configs(open_checkpoint(shallow_checkpoint)).unet, load_scheduler(DDIM)
     shape = {"latent": (16, 16), "dtype": jnp.float32}
     step = main_step(
         config, unet, scheduler, plan_mesh(config, config.devices), devices=jax.devices()[: config.devices], **shape
