@@ -351,7 +351,7 @@ def test_the_whole_of_sdxl_at_3840_fits_in_less_than_the_originals_buffers(split
     assert whole.memory["weights"] == 2 * (2_567_463_684 - once + once // 8)
     exposed = [transfer for transfer in whole.program.transfers if not (transfer.asynchronous and transfer.hidden_by)]
     assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(3840, split_batch)
-    decoding = compile_decoder(
+    decoding, _ = compile_decoder(
         DistriConfig(split_batch=split_batch), SDXL_BASE, SDXL_VAE, "a100-sxm-80gb", devices=8, latent=(480, 480)
     )
     assert decoding["weights"] == 2 * 83_653_863
@@ -394,6 +394,25 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
         assert image.width > 1000
 
 
+@compiler
+def test_the_command_projects_a_whole_image(capsys):
+    """At four times the trained area: two kinds of steps at the trained size, two at the full one."""
+    flags = ["--model", str(DEFAULT_MODEL), "--devices", "4", "--image-size", "512", "--no-baseline"]
+    plan_command.main([*flags, "--num-inference-steps", "12", "--warmup-steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    told = [re.search(r"(\d+) x (\w+)(.*): projection (\S+) ms", line) for line in lines if line.startswith("image")]
+    kinds = [(match[2], "256x256" in match[3]) for match in told]
+    assert kinds == [("synchronous", True), ("displaced", True), ("synchronous", False), ("displaced", False)]
+    counts, milliseconds = ([kind(match[index]) for match in told] for kind, index in ((int, 1), (float, 4)))
+    assert sum(counts) == 12 and counts[0] == 2 and counts[2] == 1
+    assert milliseconds[1] < milliseconds[3]
+    steps, decoding, image = map(float, re.findall(r"(\S+) s (?:for|an)", lines[-1]))
+    assert steps == pytest.approx(
+        sum(count * each / 1000 for count, each in zip(counts, milliseconds, strict=True)), rel=0.02
+    )
+    assert image == pytest.approx(steps + decoding, rel=0.02)
+
+
 @pytest.mark.parametrize("force_upcast", [False, True])
 def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monkeypatch):
     monkeypatch.setattr(projection, "compile_only_devices", lambda _, count: jax.devices()[:count])
@@ -402,7 +421,7 @@ def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monke
     half, full = (
         compile_decoder(
             DistriConfig(), configs.unet, vae, "a100-sxm-80gb", devices=1, latent=(8, 8), dtype=DTYPES[dtype]
-        )
+        )[0]
         for dtype in ("float16", "float32")
     )
     assert half["weights"] * (1 if force_upcast else 2) == full["weights"]
