@@ -19,8 +19,8 @@ from distrijax.errors import warn
 MOST = 4 << 30
 """Bytes of the folder; the programs that were used least recently are removed."""
 
-UNREADABLE = r"Error reading persistent compilation cache entry for '(?P<program>[^']+)'"
-"""How JAX's warning begins."""
+UNREADABLE = r"Error reading persistent compilation cache entry for '(?P<program>[^']+)': (?!Timeout)"
+"""How JAX's warning begins, but that another process held the folder for too long."""
 
 WAIT = 10.0
 """Seconds to wait for another process that reads or writes."""
