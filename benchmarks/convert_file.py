@@ -30,12 +30,13 @@ import numpy as np
 
 from distrijax import DistriError
 from distrijax.cli.options import Parser, check_positive, json_lines, plain_errors
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.complete import needed
+from distrijax.convert.complete import params_of
 from distrijax.convert.layouts.families import FAMILIES
 from distrijax.convert.layouts.original import to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
-from distrijax.convert.tensors import Shape, Tensor
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.load import stored_shapes
+from distrijax.weights.tensors import Shape, Tensor
 
 FAMILY_NAMES = {"xl": "SDXL", "1": "SD1", "2": "SD2"}
 
@@ -118,14 +119,23 @@ def commands(checkpoint: Checkpoint, folder: Path) -> dict[str, list[str]]:
     return {"distrijax": [*convert, out], "diffusers": diffusers}
 
 
-def random_checkpoint(kind: str) -> Checkpoint:
-    """A model of full size whose tensors are generated when they are read."""
+def random_checkpoint(kind: str, scale: float = 1.0) -> Checkpoint:
+    """A model of full size, or with a share `scale` of the layers that repeat, whose tensors are generated when they are read."""
     family = next(family for family in FAMILIES.values() if family.kind.name == kind)
     parts = ["unet", "vae", *(text.part for text in family.texts)]
     prediction = family.scheduler["prediction_type"]
     configs = {part: family.base(part, prediction) for part in [*parts, "scheduler"]}
+    for part, key in [
+        ("unet", "transformer_layers_per_block"),
+        *((text.part, "num_hidden_layers") for text in family.texts),
+    ]:
+        held = configs[part][key]
+        shorter = [max(1, round(scale * each)) for each in (held if isinstance(held, list) else [held])]
+        configs[part][key] = shorter if isinstance(held, list) else shorter[0]
     empty = Checkpoint(family.index, configs, {}, {})
-    tensors = {part: {name: random(shape) for name, shape in needed(empty, part).items()} for part in parts}
+    tensors = {
+        part: {name: random(shape) for name, shape in stored_shapes(params_of(empty, part)).items()} for part in parts
+    }
     return Checkpoint(family.index, configs, tensors, {})
 
 

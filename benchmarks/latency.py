@@ -33,6 +33,7 @@ import jax
 
 from distrijax import SCHEDULERS, DistriError, load_pipeline
 from distrijax.atomic_write import atomic_write
+from distrijax.cli.compile_cache import keep_compiled_programs
 from distrijax.cli.generate import PROMPT
 from distrijax.cli.multiprocess import add_process_flags, fail_together, join
 from distrijax.cli.options import (
@@ -42,15 +43,14 @@ from distrijax.cli.options import (
     device_kind,
     find_devices,
     find_dtype,
-    find_model,
     json_lines,
-    keep_compiled_programs,
+    open_model,
     plain_errors,
 )
-from distrijax.convert.cache import Prepared
 from distrijax.flags import add_config_flags, config_of, settings_of
 from distrijax.parallel.processes import is_main_process
 from distrijax.validate import check_file, positive
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
 
 
@@ -115,7 +115,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     report = json_lines(arguments.output if is_main_process() else None)
     keep_compiled_programs()
     find_devices(max(arguments.devices))
-    _, model = find_model(arguments)
+    _, model = open_model(arguments)
     rows = []
     for devices in sorted(arguments.devices, reverse=True):
         row = measure(arguments, model, devices)
@@ -125,12 +125,12 @@ def benchmark(arguments: argparse.Namespace) -> None:
         draw(rows, arguments.plot)
 
 
-def measure(arguments: argparse.Namespace, model: Prepared, devices: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, model: Checkpoint, devices: int) -> dict[str, Any]:
     """Measures one number of devices."""
     config = config_of(arguments, devices=devices)
     dtype = find_dtype(arguments.dtype)
     before = peak_memory()
-    pipe = load_pipeline(model.folder, config, dtype=dtype, variant=model.variant, scheduler=arguments.scheduler)
+    pipe = load_pipeline(model, config, dtype=dtype, scheduler=arguments.scheduler)
     pipe.set_progress_bar_config(disable=True)
     height, width = arguments.image_size or pipe.default_size
     loops: list[float] = []

@@ -76,7 +76,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace, flags: Sequence[str], cores: Sequence[int]) -> dict[str, Any]:
-    """Runs latency.py for one way and returns its row; raises DistriError with its stderr where it fails."""
+    """Runs latency.py for one way and returns its row; raises DistriError with what it printed where it fails."""
     size = [str(side) for side in arguments.image_size]
     times = ["--warmup-times", "1", "--test-times", str(arguments.test_times), "--ignore-ratio", "0"]
     steps = ["--num-inference-steps", str(arguments.num_inference_steps), "--warmup-steps", str(arguments.warmup_steps)]
@@ -84,19 +84,19 @@ def run(arguments: argparse.Namespace, flags: Sequence[str], cores: Sequence[int
     call = [*flags, "--image-size", *size, *steps, *times, *(["--model", arguments.model] if arguments.model else [])]
     processes = 1 if flags == WAYS["one process"] else 2
     coordinator = f"127.0.0.1:{free_port()}"
-    # files, because a pipe that nobody reads would fill; two of them, because libraries write to stderr
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        started = []
+    # files, because pipes that nobody reads would fill; the row in one of its own, because libraries write to stdout and stderr
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        row, started = Path(folder) / "row.jsonl", []
         for number, core in enumerate(cores[:processes]):
             several = ["--coordinator", coordinator, "--num-processes", str(processes), "--process-id", str(number)]
-            command = [sys.executable, str(LATENCY_SCRIPT), *call, *several]
+            command = [sys.executable, str(LATENCY_SCRIPT), *call, *several, "--output", str(row)]
             environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-            started.append(pinned(command, core, env=environment, stdout=output, stderr=errors))
+            started.append(pinned(command, core, env=environment, stdout=log, stderr=log))
         codes = [process.wait() for process in started]
-        output.seek(0), errors.seek(0)
+        log.seek(0)
         if any(codes):
-            raise DistriError(f"latency.py failed: {errors.read().strip()}")
-        return json.loads(output.read())
+            raise DistriError(f"latency.py failed: {log.read().strip()}")
+        return json.loads(row.read_text())
 
 
 def pinned(command: Sequence[str], core: int, **settings: Any) -> subprocess.Popen:

@@ -39,24 +39,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriConfig, SyncMode, load_scheduler, plan_mesh
+from distrijax.cli.compile_cache import keep_compiled_programs
 from distrijax.cli.options import (
     Parser,
     check_positive,
     device_kind,
     find_dtype,
-    keep_compiled_programs,
     plain_errors,
 )
+from distrijax.convert.sources import open_checkpoint
 from distrijax.models.unet_config import SDXL_BASE
 from distrijax.parallel import collectives, exchange
 from distrijax.parallel.layout import Layout, check_sizes
 from distrijax.parallel.mesh import PATCH, MeshPlan
 from distrijax.parallel.programs import compiled, options_for, trace
-from distrijax.pipelines.loading import find_folder, read_configs
+from distrijax.parallel.stages import Described
+from distrijax.pipelines.loading import read_configs
 from distrijax.plan.traffic import main_step
-from distrijax.sampling import denoise
 from distrijax.sampling.noise import image_keys
-from distrijax.sampling.shapes import StepProgram
+from distrijax.sampling.steps import StepInputs
 from distrijax.validate import positive
 from distrijax.weights.dtypes import DTYPES
 
@@ -104,7 +105,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     keep_compiled_programs()
     unet, scheduler = SDXL_BASE, load_scheduler({"_class_name": "DDIMScheduler"})
     if arguments.model:
-        unet = read_configs(find_folder(arguments.model, weights=False)).unet
+        unet = read_configs(open_checkpoint(arguments.model, weights=False)).unet
     dtype = find_dtype(arguments.dtype)
     config = DistriConfig(sync_mode=arguments.sync_mode, split_batch=arguments.split_batch)
     latent = (height // VAE_SCALE, width // VAE_SCALE)
@@ -142,26 +143,29 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.perf_counter() - start
 
 
-def time_steps(program: jax.stages.Compiled, step: StepProgram, arguments: argparse.Namespace) -> float:
+def time_steps(program: jax.stages.Compiled, step: Described, arguments: argparse.Namespace) -> float:
     """Median seconds of one device's part of a step."""
-    params, inputs, *carry, constants = filled(part_of(step))
+    *shapes, _ = part_of(step)
+    params, inputs, *carry = filled(shapes)
+    table, _ = step.static.loop.scheduler.schedule(2)
+    constants = jax.device_put((StepInputs.of(table).part(0, 1),), NamedSharding(alone(), P()))
     seconds = []
     for _ in range(arguments.warmup_times + arguments.test_times):
         start = time.perf_counter()
         for _ in range(arguments.steps):
-            result = program(params, inputs, *carry, constants)
-            carry = result if step.stale else [result]
+            carry = program(params, inputs, *carry, constants)
         jax.block_until_ready(carry)
         seconds.append((time.perf_counter() - start) / arguments.steps)
     return statistics.median(seconds[arguments.warmup_times :])
 
 
-def compile_part(step: StepProgram, options: Mapping[str, Any]) -> Callable[[], jax.stages.Compiled]:
+def compile_part(step: Described, options: Mapping[str, Any]) -> Callable[[], jax.stages.Compiled]:
     """Traces one device's part of a step, without collectives; returns a function that compiles it with a user's options."""
-    layout = OnePart(**{**vars(step.loop.layout), "mesh": alone()}, parts=step.loop.layout.patches)
-    loop = dataclasses.replace(step.loop, layout=layout)
-    with stand_ins(step.loop.layout.mesh.shape[PATCH]):
-        lowered = trace(step.function, loop, *part_of(step), donate=step.donate).lower()
+    whole = step.static.loop.layout
+    layout = OnePart(**{**vars(whole), "mesh": alone()}, parts=whole.patches)
+    static = step.static._replace(loop=dataclasses.replace(step.static.loop, layout=layout))
+    with stand_ins(whole.mesh.shape[PATCH]):
+        lowered = trace(step.stage, static, *part_of(step)).lower()
     return partial(compiled, lowered, options_for(jax.devices()[0].platform), options)
 
 
@@ -181,22 +185,14 @@ class OnePart(Layout):
         return self.parts
 
 
-def part_of(step: StepProgram) -> tuple:
-    """Arguments of one device's part of a step: shapes, and the constants of the step."""
-    layout = step.loop.layout
-    specs = denoise.specs_of(step.loop, stale=bool(step.stale))
+def part_of(step: Described) -> tuple:
+    """The shapes of one device's part of a step's parameters and arguments."""
     here = NamedSharding(alone(), P())
 
-    def part(leaf: Any, spec: P) -> Any:
-        if isinstance(leaf, np.ndarray):  # a constant
-            return leaf
-        shape = NamedSharding(layout.mesh, spec).shard_shape(leaf.shape)
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=here)
+    def part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, sharding=here)
 
-    def parts(spec: P, leaves: Any) -> Any:
-        return jax.tree.map(lambda leaf: part(leaf, spec), leaves)
-
-    return jax.tree.map(parts, specs, (step.params, *step.arguments), is_leaf=lambda spec: isinstance(spec, P))
+    return jax.tree.map(part, (step.params, *step.arguments))
 
 
 def filled(shapes: Any) -> Any:
@@ -206,8 +202,6 @@ def filled(shapes: Any) -> Any:
     def fill(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(image_keys(jnp.zeros((leaf.shape[0], 3), jnp.uint32)), leaf.sharding)
-        if isinstance(leaf, np.ndarray):
-            return jax.device_put(leaf, NamedSharding(alone(), P()))
         return jax.device_put(np.resize(drawn.astype(leaf.dtype), leaf.shape), leaf.sharding)
 
     return jax.tree.map(fill, shapes)

@@ -38,6 +38,7 @@ except ImportError:
 from distrijax import DEFAULT_MODEL
 from distrijax.cli.options import Parser
 from distrijax.convert.layouts.families import SDXL
+from distrijax.convert.layouts.folder import read_model
 from distrijax.json_config import read_json
 from distrijax.models.unet import abstract_unet
 from distrijax.models.unet_config import UNetConfig
@@ -160,7 +161,7 @@ def load_unet(folder: Path, dtype: jnp.dtype, device: jax.Device) -> Model:
     """Loads a UNet as a pipeline on one device does."""
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     form, mesh = ModelLayout.of(abstract_unet(config), platform=device.platform), MeshPlan(1, 1, 1).build([device])
-    module = load_module(form.abstract(), folder, variant=None, dtype=dtype, place=form.make_placer(mesh))
+    module = load_module(form.abstract(), read_model(folder), str(folder), dtype=dtype, place=form.make_placer(mesh))
     return Model.of(config, form, mesh, dtype)._replace(params=form.fuse_params(module))
 
 

@@ -1,4 +1,1 @@
-"""Weight conversion, imported as `distrijax.convert`; nothing is public here yet.
-
-Folders of the diffusers layout need no conversion: `distrijax.weights.load` reads them directly.
-"""
+"""Readers of files, layouts of checkpoints, and what goes on top of them; imported as `distrijax.convert`."""

@@ -5,8 +5,8 @@
     python -m distrijax.convert base.ckpt NEW --lora style.safetensors:0.8 --vae vae.safetensors --dtype float16
     python -m distrijax.convert dream.ckpt --inspect              what it is, and what is unusual about it
 
-SOURCE: a single file in the original layout (safetensors or pickle), a folder in the diffusers layout (safetensors, pickles or
-Flax), an orbax folder, a hub id, an hf:// path. No code of a file is executed. DESTINATION appears whole or not at all.
+SOURCE: a single file in the original layout (safetensors or pickle), a folder in the diffusers layout (safetensors, pickles,
+Flax or orbax), a hub id, an hf:// path. No code of a file is executed. DESTINATION appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from pathlib import Path
 import numpy as np
 
 from distrijax.atomic_write import atomic_write
-from distrijax.convert.checkpoint import Checkpoint
+from distrijax.convert.complete import check_complete
 from distrijax.convert.inspection import describe_checkpoint, describe_file
 from distrijax.convert.layouts.folder import write_folder
 from distrijax.convert.layouts.original import to_original
 from distrijax.convert.progress import with_progress
-from distrijax.convert.readers.orbax_files import write_orbax
 from distrijax.convert.readers.safetensors_files import write_safetensors
-from distrijax.convert.sources import Found, Recipe, add_flags, assemble
-from distrijax.convert.tensors import FLOATS, Tensor
-from distrijax.errors import DistriError, DistriWarning
+from distrijax.convert.sources import assemble, find_source
+from distrijax.errors import CheckpointError, DistriError, DistriWarning, InvalidArgument
 from distrijax.weights import hub
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
+from distrijax.weights.recipe import Recipe, add_flags
+from distrijax.weights.tensors import FLOATS, Tensor
 
 
 class Format(enum.StrEnum):
@@ -111,14 +112,17 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.max_shard_size is not None:
         _bytes(arguments.max_shard_size)
         if kind not in (None, Format.DIFFUSERS):
-            raise DistriError(f"--max-shard-size is for --format {Format.DIFFUSERS}, and this is {kind}; leave it out")
+            raise InvalidArgument(
+                f"--max-shard-size is for --format {Format.DIFFUSERS}, and this is {kind}; leave it out"
+            )
     if arguments.destination and arguments.destination.exists() and not (arguments.force or arguments.dry_run):
-        raise DistriError(f"{arguments.destination} exists; choose another name, or --force to replace it")
-    found = Found.of(recipe, token=arguments.token, offline=arguments.offline)
-    if arguments.inspect and found.source.is_file():
-        print(*describe_file(found.source, recipe.source), sep="\n")
+        raise InvalidArgument(f"{arguments.destination} exists; choose another name, or --force to replace it")
+    access = {"token": arguments.token, "offline": arguments.offline}
+    if arguments.inspect and (source := find_source(recipe, **access)).is_file():
+        print(*describe_file(source, recipe.source), sep="\n")
         return
-    checkpoint, mapping = assemble(recipe, found)
+    checkpoint, mapping = assemble(recipe, **access)
+    check_complete(checkpoint)
     if arguments.inspect or arguments.dry_run:
         print(*(describe_checkpoint(checkpoint, mapping) if arguments.inspect else mapping), sep="\n")
         return
@@ -137,24 +141,25 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
     ):
         if kind is Format.SINGLE:
             write_safetensors(to_original(seen), beside)
-        elif kind is Format.ORBAX:
-            write_orbax(seen, beside)
         else:
-            write_folder(seen, beside, max_shard_size=_bytes(arguments.max_shard_size or SHARD))
+            size = _bytes(arguments.max_shard_size or SHARD)
+            write_folder(seen, beside, max_shard_size=size, orbax=kind is Format.ORBAX)
 
 
 def _format(arguments: argparse.Namespace) -> Format:
     """The format requested. Raises DistriError for a destination whose name says another one."""
     destination: Path = arguments.destination
     if destination.name in ("", ".."):
-        raise DistriError(f"DESTINATION is {destination}, which cannot be replaced from within; name a folder in it")
+        raise InvalidArgument(
+            f"DESTINATION is {destination}, which cannot be replaced from within; name a folder in it"
+        )
     single = destination.suffix == SINGLE
     kind = Format(arguments.format) if arguments.format else Format.SINGLE if single else Format.DIFFUSERS
     if single != (kind is Format.SINGLE):
         needed = f"a file that ends in {SINGLE}" if kind is Format.SINGLE else "a folder"
-        raise DistriError(f"DESTINATION is {destination} and --format is {kind.value}; name {needed}")
+        raise InvalidArgument(f"DESTINATION is {destination} and --format is {kind.value}; name {needed}")
     if not single and destination.suffix.lower() in FILES:
-        raise DistriError(
+        raise InvalidArgument(
             f"DESTINATION is {destination}, and single files are written with the ending {SINGLE} only; "
             f"name {destination.with_suffix(SINGLE).name}, or a folder"
         )
@@ -162,13 +167,13 @@ def _format(arguments: argparse.Namespace) -> Format:
 
 
 def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
-    """The checkpoint in another precision. Reading a tensor raises DistriError where it overflows."""
+    """The checkpoint in another precision. Reading a tensor raises CheckpointError where it overflows."""
 
     def checked(name: str, array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             result = array.astype(dtype)
         if not np.isfinite(result).all() and np.isfinite(array).all():
-            raise DistriError(
+            raise CheckpointError(
                 f"{name} has numbers that {dtype} does not hold; choose another --dtype, or a smaller weight of a LoRA"
             )
         return result
@@ -189,7 +194,7 @@ def _bytes(size: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = size[:-2], size[-2:].upper()
     if unit not in units or not number.isdecimal() or int(number) == 0:
-        raise DistriError(f"--max-shard-size is {size}; give a whole number of {', '.join(units)}, such as 5GB")
+        raise InvalidArgument(f"--max-shard-size is {size}; give a whole number of {', '.join(units)}, such as 5GB")
     return int(number) * units[unit]
 
 

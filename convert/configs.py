@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.convert.tensors import Shape, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.tensors import Shape, Tensors
 
 WHOLE = ("_class_name", "architectures")
 """Keys of a config that came from a folder, so that a key it lacks has its default and not the family's value."""
@@ -16,12 +16,12 @@ UNKNOWN = object()
 
 
 def shape_of(tensors: Tensors, name: str, what: str, *ranks: int) -> Shape:
-    """The shape of a tensor; raises DistriError where it is absent or of another rank than those allowed."""
+    """The shape of a tensor; raises CheckpointError where it is absent or of another rank than those allowed."""
     if name not in tensors:
-        raise DistriError(f"{what} lacks the tensor {name}; give a whole file of a supported model")
+        raise CheckpointError(f"{what} lacks the tensor {name}; give a whole file of a supported model")
     shape = tensors[name].shape
     if len(shape) not in ranks:
-        raise DistriError(
+        raise CheckpointError(
             f"{what}: {name} is {list(shape)} and has {' or '.join(map(str, ranks))} dimensions in a supported model; "
             "use another model"
         )
@@ -41,20 +41,20 @@ def merge_configs(
         what: The file, for errors.
 
     Raises:
-        DistriError: If the given config contradicts the shapes, and for a key whose value is not known.
+        CheckpointError: If the given config contradicts the shapes, and for a key whose value is not known.
     """
     base = {} if any(key in given for key in WHOLE) else family
     config = {**base, **given}
     for key, value in inferred.items():
         if key in given and not compatible(given[key], value):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what}: {key} of the {part} is {to_json_value(value)} by the tensors' shapes and {given[key]!r} by the "
                 "given config; correct the config or leave it out"
             )
         if not compatible(config.get(key), value):
             config[key] = to_json_value(value)
     if unknown := [key for key, value in config.items() if value is UNKNOWN]:
-        raise DistriError(
+        raise CheckpointError(
             f"{what}: {', '.join(unknown)} of the {part} can't be inferred from the tensors' shapes in a model of this size; "
             "give the configs it was made with (--config FOLDER)"
         )

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.weights.files import summary
-
-Problems = dict[str, list[str]]
-"""Names of tensors by what is wrong with them."""
+from distrijax.weights.load import Problems
+from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +31,41 @@ class Transform:
     """A lossless change of layout.
 
     split: the tensors in diffusers, of the source's one; raises ValueError for a shape that it does not apply to.
-    join: the inverse. parts: how many there are in diffusers.
+    join: the inverse, of arrays.
     """
 
     name: str
-    split: Callable[[np.ndarray], Sequence[np.ndarray]]
+    split: Callable[[Tensor], Sequence[Tensor]]
     join: Callable[[Sequence[np.ndarray]], np.ndarray]
-    parts: int = 1
 
 
-SAME = Transform("same", lambda array: (array,), lambda arrays: arrays[0])
+def _squeezed(tensor: Tensor) -> Tensor:
+    shape = tensor.shape[:2]
+    if math.prod(shape) != tensor.size:
+        raise ValueError
+    return tensor.then(lambda array: array.reshape(shape), shape=shape)
 
-TRANSPOSED = Transform("transposed", lambda array: (array.T,), lambda arrays: arrays[0].T)
+
+def _thirds(tensor: Tensor) -> list[Tensor]:
+    if not tensor.shape or tensor.shape[0] % 3:
+        raise ValueError
+    length = tensor.shape[0] // 3
+    return [tensor.rows(start * length, (start + 1) * length) for start in range(3)]
+
+
+SAME = Transform("same", lambda tensor: (tensor,), lambda arrays: arrays[0])
+
+TRANSPOSED = Transform(
+    "transposed", lambda tensor: (tensor.then(np.transpose, shape=tensor.shape[::-1]),), lambda arrays: arrays[0].T
+)
 
 SQUEEZED = Transform(
     "squeezed",  # a 1x1 convolution in the source, a linear layer in diffusers; a bias is the same in both
-    lambda array: (array.reshape(array.shape[:2]),),
+    lambda tensor: (_squeezed(tensor),),
     lambda arrays: arrays[0].reshape(*arrays[0].shape, *(1, 1) * (arrays[0].ndim == 2)),
 )
 
-SPLIT = Transform("split in three", lambda array: np.split(np.atleast_1d(array), 3), np.concatenate, parts=3)
+SPLIT = Transform("split in three", _thirds, np.concatenate)
 
 
 class Row:
@@ -122,7 +136,7 @@ class Mapped:
 def to_diffusers(table: Table, tensors: Tensors, what: str) -> tuple[Tensors, list[Mapped]]:
     """A source's tensors with diffusers' names and layouts, and where each went.
 
-    what: the file, for the error. Raises one DistriError that lists every name that no row knows or that comes twice, and
+    what: the file, for the error. Raises one CheckpointError that lists every name that no row knows or that comes twice, and
     every shape that its transform does not apply to.
     """
     found: Tensors = {}
@@ -133,23 +147,22 @@ def to_diffusers(table: Table, tensors: Tensors, what: str) -> tuple[Tensors, li
             problems.setdefault("unknown", []).append(name)
             continue
         mapping.append(mapped)
-        split = mapped.transform.split
         try:
-            shapes = [part.shape for part in split(_stand_in(tensor.shape))]
+            parts = mapped.transform.split(tensor)
         except ValueError:
             shape = f"{name} is {list(tensor.shape)}, to be {mapped.transform.name}"
             problems.setdefault("of the wrong shape", []).append(shape)
             continue
-        for part, target in enumerate(mapped.diffusers):
+        for target, part in zip(mapped.diffusers, parts, strict=False):
             if target in found:
                 problems.setdefault("duplicate", []).append(name)
-            found[target] = tensor.then(lambda array, split=split, part=part: split(array)[part], shape=shapes[part])
+            found[target] = part
     raise_for(problems, what)
     return found, mapping
 
 
 def to_source(table: Table, tensors: Tensors, what: str) -> Tensors:
-    """The inverse of `to_diffusers`. Raises DistriError as it does, and where a part of a tensor is missing."""
+    """The inverse of `to_diffusers`. Raises CheckpointError as it does, and where a part of a tensor is missing."""
     known: dict[str, Mapped] = {}
     problems: Problems = {}
     for name in tensors:
@@ -174,9 +187,9 @@ def to_source(table: Table, tensors: Tensors, what: str) -> Tensors:
 
 
 def raise_for(problems: Problems, what: str) -> None:
-    """One DistriError for all of them; nothing where there are none."""
+    """One CheckpointError for all of them; nothing where there are none."""
     if problems:
-        raise DistriError(f"{what} can't be converted; give a whole file of a supported model: {summary(problems)}")
+        raise CheckpointError(f"{what} can't be used; give a whole file of a supported model: {summary(problems)}")
 
 
 def layer(transform: Transform = SAME) -> Table:
@@ -188,14 +201,14 @@ LAYER = layer()
 """A layer as it is."""
 
 
-def rows(pairs: str, then: Transform | Table = LAYER, *, prefix: str = "") -> tuple[Row, ...]:
+def rows(pairs: str, then: Transform | Table = LAYER) -> tuple[Row, ...]:
     """Rows of modules.
 
     pairs: their names in the source and in diffusers, "in_layers.0 norm1, out_layers.3 conv2"; one name if both are the same.
-    then: the layout of each. prefix: of all names in diffusers.
+    then: the layout of each.
     """
     names = [pair.split() for pair in pairs.split(",")]
-    return tuple(Row(f"{pair[0]}.", f"{prefix}{pair[-1]}.", then) for pair in names)
+    return tuple(Row(f"{pair[0]}.", f"{pair[-1]}.", then) for pair in names)
 
 
 def _stand_in(shape: Shape) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from distrijax.convert.readers import flax_files, safetensors_files, torch_files
-from distrijax.convert.source import Source
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.source import Source
+from distrijax.weights.tensors import Tensors
 
 HEAD = 512
 
@@ -35,13 +35,13 @@ def open_tensors(path: Path) -> Tensors:
     """The tensors of a file, located and not read. Nothing of it is executed.
 
     path: safetensors, torch's zip archives and older files (a trainer's `state_dict` in them is found), Flax's msgpack (names
-    joined by dots). Raises DistriError for a file that is something else, which it names, or not whole.
+    joined by dots). Raises CheckpointError for a file that is something else, which it names, or not whole.
     """
     source = Source(Path(path))
     head = source.head(HEAD)
     tensors = _open(source, head)
     if not tensors:
-        raise DistriError(f"{path} holds no tensors; give {SUPPORTED}")
+        raise CheckpointError(f"{path} holds no tensors; give {SUPPORTED}")
     if sum(tensor.nbytes for tensor in tensors.values()) > SHARE * source.size:
         raise source.broken("file of weights", f"its {source.size} bytes would become more than {SHARE} times as many")
     return tensors
@@ -57,7 +57,7 @@ def _open(source: Source, head: bytes) -> Tensors:
     foreign = _foreign(head)
     if foreign is None and flax_files.is_flax(head):
         return flax_files.open_flax(source)
-    raise DistriError(f"{source.path} is {foreign or 'of an unknown kind'}; give {SUPPORTED}")
+    raise CheckpointError(f"{source.path} is {foreign or 'of an unknown kind'}; give {SUPPORTED}")
 
 
 def _foreign(head: bytes) -> str | None:
@@ -83,6 +83,5 @@ def _foreign(head: bytes) -> str | None:
 def metadata_of(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; nothing for other formats."""
     source = Source(Path(path))
-    if not safetensors_files.is_safetensors(source.head(HEAD), source.size):
-        return {}
-    return safetensors_files.read_metadata(path)
+    is_one = safetensors_files.is_safetensors(source.head(HEAD), source.size)
+    return safetensors_files.read_metadata(source) if is_one else {}

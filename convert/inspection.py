@@ -6,16 +6,14 @@ import collections
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.kinds import recognise
 from distrijax.convert.layouts.families import FAMILIES
-from distrijax.convert.tensors import FLOATS, Tensor, Tensors
 from distrijax.models.families import FAMILIES as PIPELINES
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.load import finite
+from distrijax.weights.tensors import FLOATS, Tensor, Tensors
 
 METADATA = (
     "modelspec.title", "modelspec.author", "modelspec.license", "ss_base_model_version", "ss_network_dim", "format"
@@ -24,7 +22,7 @@ METADATA = (
 
 
 def describe_file(path: Path, what: str) -> Iterator[str]:
-    """Lines about a single file of a model or an addition to one. Raises DistriError for one of another kind."""
+    """Lines about a single file of a model or an addition to one. Raises CheckpointError for one of another kind."""
     tensors = open_tensors(path)
     kind = recognise(tensors, what)
     yield f"{what}: {kind}{'' if kind in FAMILIES else ', no whole model'}, {_sizes(tensors)}"
@@ -74,7 +72,7 @@ def _problem(tensor: Tensor) -> str | None:
     if tensor.dtype not in FLOATS or not tensor.size:
         return None
     array = tensor.read()
-    if not (np.isfinite(array.astype(np.float32)).all() if tensor.dtype.itemsize == 1 else finite(array)):
+    if not finite(array):
         return "not finite"
     if len(tensor.shape) > 1 and not array.any():
         return "all zeros"

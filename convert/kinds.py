@@ -6,9 +6,9 @@ import enum
 import re
 from collections.abc import Iterable
 
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.weights.names import shown
+from distrijax.weights.tensors import Tensors
 
 
 class Kind(enum.StrEnum):
@@ -89,13 +89,13 @@ TEXT_ALONE = (
 def recognise(tensors: Tensors, what: str) -> Kind:
     """What a file is, by its tensors. what: the file, for the error.
 
-    Raises DistriError, which says what the file is, for everything that is not supported.
+    Raises CheckpointError, which says what the file is, for everything that is not supported.
     """
     if not tensors:
-        raise DistriError(f"{what} holds no tensors; supported: {SUPPORTED}; {OTHER}")
+        raise CheckpointError(f"{what} holds no tensors; supported: {SUPPORTED}; {OTHER}")
     for name, (pattern, advice) in FOREIGN.items():
         if _any(pattern, tensors):
-            raise DistriError(f"{what} is {name}; supported: {SUPPORTED}; {advice}")
+            raise CheckpointError(f"{what} is {name}; supported: {SUPPORTED}; {advice}")
     if _any(LORA, tensors):
         return Kind.LORA
     if _is_embedding(tensors):
@@ -106,9 +106,9 @@ def recognise(tensors: Tensors, what: str) -> Kind:
     if vae_prefix(tensors) is not None:
         return Kind.VAE
     if _any(TEXT_ALONE, tensors):
-        raise DistriError(f"{what} is a CLIP encoder alone; supported: {SUPPORTED}; {ADD_ON}")
+        raise CheckpointError(f"{what} is a CLIP encoder alone; supported: {SUPPORTED}; {ADD_ON}")
     names = ", ".join(map(shown, list(tensors)[:3]))
-    raise DistriError(
+    raise CheckpointError(
         f"{what} holds {len(tensors)} tensors ({names} ...) of no known model; supported: {SUPPORTED}; {OTHER}"
     )
 
@@ -144,12 +144,14 @@ def _is_embedding(tensors: Tensors) -> bool:
 
 
 def _check_channels(tensors: Tensors, prefix: str, what: str) -> None:
-    """Raises DistriError for a UNet that reads more than latents."""
+    """Raises CheckpointError for a UNet that reads more than latents."""
     name = next(prefix + name for name in INPUTS if prefix + name in tensors)
     shape = tensors[name].shape
     if len(shape) == 5:
-        raise DistriError(f"{what} is a video model; supported: {SUPPORTED}; {OTHER}")
+        raise CheckpointError(f"{what} is a video model; supported: {SUPPORTED}; {OTHER}")
     channels = shape[1] if len(shape) == 4 else None
     if channels != LATENT_CHANNELS:
         name = CHANNELS.get(channels, f"a UNet whose input is {list(shape)}")
-        raise DistriError(f"{what} is {name}; a text-to-image UNet of {LATENT_CHANNELS} channels is needed; {OTHER}")
+        raise CheckpointError(
+            f"{what} is {name}; a text-to-image UNet of {LATENT_CHANNELS} channels is needed; {OTHER}"
+        )

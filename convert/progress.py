@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from tqdm import tqdm
 
-from distrijax.convert.checkpoint import Checkpoint
+from distrijax.weights.checkpoint import Checkpoint
 
 
 @contextmanager

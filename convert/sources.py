@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,20 +16,18 @@ from distrijax.convert.adapters.lora import Lora, with_loras
 from distrijax.convert.adapters.lora_names import is_pefts
 from distrijax.convert.adapters.lora_settings import KEY, PEFT_SETTINGS
 from distrijax.convert.adapters.replace import with_unet, with_vae
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.complete import check_complete
 from distrijax.convert.engine import SAME, Mapped
 from distrijax.convert.files import metadata_of, open_tensors
 from distrijax.convert.layouts.folder import from_folder, read_files, read_model
 from distrijax.convert.layouts.original import convert_original
 from distrijax.convert.layouts.original_parts import unet_from, vae_from
-from distrijax.convert.readers.orbax_files import is_orbax, read_orbax
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError, InvalidArgument
 from distrijax.json_config import read_json
 from distrijax.models.families import PARTS
 from distrijax.weights import hub
-from distrijax.weights.files import STEMS
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.recipe import Recipe
+from distrijax.weights.tensors import Tensors
 
 Config = dict[str, Any]
 
@@ -39,157 +35,67 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "
 EMBEDDING_FILE = "learned_embeds.safetensors"
 """What diffusers calls them, and PEFT: taken where only a repository is named, or for a LoRA a folder."""
 
-_TAIL = re.compile(r"(.+):([^/\\:]+)")
-"""A file and what stands after its last colon; a colon before a slash belongs to hf:// or a drive."""
 
+def open_checkpoint(
+    source: str | Path | Recipe, *, token: str | bool | None = None, offline: bool = False, weights: bool = True
+) -> Checkpoint:
+    """A checkpoint with all that goes on top of it; nothing of its weights is read but names and shapes.
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a model is made of.
+    Args:
+        source: Its name, or a recipe.
+        token: Of the hub.
+        offline: Whether to use only what was fetched from the hub before.
+        weights: Whether its weights are needed, or configurations alone.
 
-    source: a single file, a folder (diffusers layout or orbax), a hub id, an `hf://` path. variant, revision: of a folder on
-    the hub. ema: take the averaged weights of a single file. config: a folder in the diffusers layout whose configurations
-    take the place of the family's. prediction_type: what the UNet predicts, where tensors can't tell (Stable Diffusion 2).
-    unet, vae: that take the place of the source's. loras: files, or folders of one, and their weights, merged in this order.
-    embeddings: files of textual inversion and the words they stand for, None for the word that a file names.
+    Raises:
+        CheckpointError: For what is not found, is no model, or does not fit together.
     """
-
-    source: str
-    variant: str | None = None
-    revision: str | None = None
-    ema: bool = False
-    config: str | None = None
-    prediction_type: str | None = None
-    unet: str | None = None
-    vae: str | None = None
-    loras: tuple[tuple[str, float], ...] = ()
-    embeddings: tuple[tuple[str, str | None], ...] = ()
-
-    @classmethod
-    def of(cls, source: str, arguments: argparse.Namespace) -> Recipe:
-        """Out of the flags of `add_flags`. Raises DistriError for a LoRA's weight that is no number."""
-        names = ("variant", "revision", "ema", "config", "prediction_type", "unet", "vae")
-        return cls(
-            source,
-            **{name: getattr(arguments, name) for name in names},
-            loras=tuple(map(_weighted, arguments.lora)),
-            embeddings=tuple(_tail(text) for text in arguments.textual_inversion),
-        )
-
-    @property
-    def plain(self) -> bool:
-        """Whether the source is taken as it is."""
-        return self == Recipe(self.source, self.variant, self.revision)
+    recipe = source if isinstance(source, Recipe) else Recipe(source)
+    if not weights and not recipe.additions.keys() - {"variant", "revision"}:
+        options = {"revision": recipe.revision, "token": token, "offline": offline}
+        folder = hub.find(recipe.source, parts=PARTS, weights=False, **options)
+        if (folder / "model_index.json").is_file():
+            return from_folder(folder, weights=False)
+    return assemble(recipe, token=token, offline=offline)[0]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What to make a model of, besides its source."""
-    add = parser.add_argument
-    add("--variant", help="of the weight files in a folder, for example fp16")
-    add("--revision", help="of a repository on the hub: a branch, a tag or a commit")
-    add("--token", help="for the hub (default: the one that you logged in with)")
-    add("--offline", action="store_true", help="take from the hub's cache only")
-    add("--ema", action="store_true", help="take the averaged weights of a single file")
-    add("--config", metavar="FOLDER", help="whose configurations a single file has (default: those of its family)")
-    kinds = ("epsilon", "v_prediction", "sample")
-    add("--prediction-type", choices=kinds, help="what the UNet of a single file predicts (default: as its family)")
-    add("--unet", metavar="FILE", help="a UNet to take instead: distilled (Lightning, Turbo, LCM) or fine-tuned")
-    add("--vae", metavar="FILE", help="a VAE to take instead")
-    lora = "to merge into the weights; may be given several times"
-    add("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help=lora)
-    word = "an embedding, and the word for it; may be given several times"
-    add("--textual-inversion", action="append", default=[], metavar="FILE[:WORD]", help=word)
+def find_source(recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Path:
+    """Where a recipe's source is on this machine. Raises CheckpointError for one that is not to be had."""
+    options = {"variant": recipe.variant, "revision": recipe.revision, "token": token, "offline": offline}
+    return hub.find(recipe.source, parts=PARTS, **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A recipe's files, on this machine."""
-
-    source: Path
-    config: Path | None
-    unet: Path | None
-    vae: Path | None
-    loras: tuple[Path, ...]
-    embeddings: tuple[Path, ...]
-    lora_settings: tuple[Path | None, ...]
-    """PEFT's, of each LoRA that has a file of them beside it."""
-
-    @classmethod
-    def of(cls, recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Found:
-        """Looks for them here and on the hub. Raises DistriError for one that is not to be had."""
-        find = partial(hub.find, token=token, offline=offline)
-        loras = tuple(_find_lora(file, find) for file, _ in recipe.loras)
-        beside = [path.with_name(PEFT_SETTINGS) for path in loras]
-        model = partial(find, parts=("",), index="config.json", formats=tuple(STEMS))
-        return cls(
-            source=find(
-                recipe.source, parts=PARTS, formats=tuple(STEMS), variant=recipe.variant, revision=recipe.revision
-            ),
-            config=None if recipe.config is None else find(recipe.config, parts=PARTS, formats=()),
-            unet=None if recipe.unet is None else model(recipe.unet),
-            vae=None if recipe.vae is None else model(recipe.vae),
-            loras=loras,
-            embeddings=tuple(find(file, parts=(), file=EMBEDDING_FILE) for file, _ in recipe.embeddings),
-            lora_settings=tuple(path if path.is_file() else None for path in beside),
-        )
-
-    def check_folders(self) -> None:
-        """Raises DistriError for a folder that holds no model, before all that it holds is looked at."""
-        indexes = ((self.source, "model_index.json"), (self.unet, "config.json"), (self.vae, "config.json"))
-        for path, index in indexes:
-            if path is not None and path.is_dir() and not is_orbax(path):
-                read_json(path / index)
-
-    @property
-    def paths(self) -> list[Path | None]:
-        """Those that make the weights; which is which is told by the place."""
-        settings = (None, *self.lora_settings) if any(self.lora_settings) else ()
-        return [self.source, self.unet, self.vae, *self.loras, None, *self.embeddings, *settings]
-
-
-def assemble(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
+def assemble(
+    recipe: Recipe, *, token: str | bool | None = None, offline: bool = False
+) -> tuple[Checkpoint, list[Mapped]]:
     """The model, with nothing read but names and shapes, and where the source's tensors went.
 
-    Raises DistriError for what is no model, is not whole, or does not fit together.
+    Raises CheckpointError for what is not found, is no model, or does not fit together.
     """
-    checkpoint, mapping = _source(recipe, found)
-    if found.unet is not None:
-        config, tensors = _model(found.unet, recipe.unet, unet_from)
-        checkpoint = with_unet(checkpoint, tensors, recipe.unet, config)
-    if found.vae is not None:
-        config, tensors = _model(found.vae, recipe.vae, vae_from)
-        checkpoint = with_vae(checkpoint, tensors, recipe.vae, config)
-    loras = [
-        _lora(path, settings, file, weight)
-        for path, settings, (file, weight) in zip(found.loras, found.lora_settings, recipe.loras, strict=True)
-    ]
-    embeddings = [
-        _embedding(open_tensors(path), path, file, word)
-        for path, (file, word) in zip(found.embeddings, recipe.embeddings, strict=True)
-    ]
+    find = partial(hub.find, token=token, offline=offline)
+    source = find_source(recipe, token=token, offline=offline)
+    loras = [_lora(_find_lora(file, find), file, weight) for file, weight in recipe.loras]
+    checkpoint, mapping = _source(source, recipe, find)
+    for what, taken_from, replaced in ((recipe.unet, unet_from, with_unet), (recipe.vae, vae_from, with_vae)):
+        if what is not None:
+            config, tensors = _model(find(what, parts=("",), index="config.json"), what, taken_from)
+            checkpoint = replaced(checkpoint, tensors, what, config)
+    embeddings = [_embedding(find(file, parts=(), file=EMBEDDING_FILE), file, word) for file, word in recipe.embeddings]
     checkpoint = with_embeddings(with_loras(checkpoint, loras), embeddings)
-    check_complete(checkpoint, recipe.source)
-    return checkpoint, mapping
+    return dataclasses.replace(checkpoint, what=recipe.source), mapping
 
 
-def _source(recipe: Recipe, found: Found) -> tuple[Checkpoint, list[Mapped]]:
+def _source(source: Path, recipe: Recipe, find: Callable[..., Path]) -> tuple[Checkpoint, list[Mapped]]:
     """The source alone. In a folder all tensors stay what they are."""
-    if not found.source.is_dir():
-        configs, files = read_files(found.config) if found.config else ({}, None)
-        return convert_original(
-            open_tensors(found.source),
-            recipe.source,
-            ema=recipe.ema,
-            config=configs,
-            prediction_type=recipe.prediction_type,
-            files=files,
-        )
+    if not source.is_dir():
+        given = read_files(find(recipe.config, parts=PARTS, weights=False)) if recipe.config else ({}, None)
+        options = {"ema": recipe.ema, "prediction_type": recipe.prediction_type}
+        return convert_original(open_tensors(source), recipe.source, config=given[0], files=given[1], **options)
     if recipe.ema or recipe.config or recipe.prediction_type:
-        raise DistriError(
+        raise InvalidArgument(
             f"{recipe.source} is a folder, which has its own configurations; leave out --ema, --config and --prediction-type"
         )
-    folder = found.source
-    checkpoint = read_orbax(folder) if is_orbax(folder) else from_folder(folder, variant=recipe.variant)
+    checkpoint = from_folder(source, variant=recipe.variant)
     names = [f"{part}.{name}" for part, tensors in checkpoint.tensors.items() for name in tensors]
     return checkpoint, [Mapped(name, (name,), SAME) for name in names]
 
@@ -210,45 +116,31 @@ def _find_lora(file: str, find: Callable[..., Path]) -> Path:
         path = find(file, parts=())
         held = [path / name for name in LORA_FILES if (path / name).is_file()]
         if path.is_dir() and not held:
-            raise DistriError(f"{file} is a folder without {' or '.join(LORA_FILES)}; name the file of the LoRA")
+            raise CheckpointError(f"{file} is a folder without {' or '.join(LORA_FILES)}; name the file of the LoRA")
         return held[0] if held else path
     try:
         path = find(file, parts=(), file=LORA_FILES[0])
-    except DistriError as error:
+    except CheckpointError as error:
         if remote.file:
             raise
         unreachable = isinstance(error.__context__, LocalEntryNotFoundError)  # no need to wait for the hub again
         path = find(file, parts=(), file=LORA_FILES[1], **({"offline": True} if unreachable else {}))
     if path.name in LORA_FILES[1:] and not path.with_name(PEFT_SETTINGS).exists():
-        with suppress(DistriError):  # a repository may have none
+        with suppress(CheckpointError):  # a repository may have none
             find(f"{file.rpartition('/')[0]}/{PEFT_SETTINGS}" if remote.file else file, parts=(), file=PEFT_SETTINGS)
     return path
 
 
-def _lora(path: Path, settings: Path | None, file: str, weight: float) -> Lora:
-    """With PEFT's settings, where its names are PEFT's and it has none of its own."""
-    tensors, metadata = open_tensors(path), metadata_of(path)
-    if settings is not None and KEY not in metadata and is_pefts(tensors):
+def _lora(path: Path, file: str, weight: float) -> Lora:
+    """With PEFT's settings beside it, where its names are PEFT's and it has none of its own."""
+    tensors, metadata, settings = open_tensors(path), metadata_of(path), path.with_name(PEFT_SETTINGS)
+    if settings.is_file() and KEY not in metadata and is_pefts(tensors):
         metadata = read_json(settings)
     return Lora(tensors, file, weight, metadata)
 
 
-def _embedding(tensors: Tensors, path: Path, file: str, word: str | None) -> Embedding:
+def _embedding(path: Path, file: str, word: str | None) -> Embedding:
     """Where nobody says the word, it is the tensor's name in diffusers' format, and the file's in the others."""
+    tensors = open_tensors(path)
     named = len(tensors) == 1 and next(iter(tensors)) not in A1111
     return Embedding(tensors, file, word or (None if named else path.stem))
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT."""
-    file, weight = _tail(text)
-    try:
-        return file, 1.0 if weight is None else float(weight)
-    except ValueError:
-        raise DistriError(f"--lora is {text}; give FILE or FILE:WEIGHT, such as {file}:0.8") from None
-
-
-def _tail(text: str) -> tuple[str, str | None]:
-    """A file, and what stands after its last colon, if anything."""
-    found = _TAIL.fullmatch(text)
-    return (found.group(1), found.group(2)) if found else (text, None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode
+    from distrijax.convert.sources import open_checkpoint
     from distrijax.errors import CheckpointError, DistriError, DistriWarning, InvalidArgument, NotFinite, OutOfMemory
     from distrijax.parallel.mesh import MeshPlan, plan_mesh
     from distrijax.pipelines.auto import load_pipeline
@@ -41,6 +42,7 @@ _PLACES = {
     "SyncMode": "config",
     "load_pipeline": "pipelines.auto",
     "load_scheduler": "schedulers",
+    "open_checkpoint": "convert.sources",
     "plan_mesh": "parallel.mesh",
     "with_class": "schedulers",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "SyncMode",
     "load_pipeline",
     "load_scheduler",
+    "open_checkpoint",
     "plan_mesh",
     "with_class",
 ]

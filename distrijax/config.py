@@ -43,6 +43,15 @@ class SplitScheme(enum.StrEnum):
     ALTERNATE = "alternate"
 
 
+class StepKind(enum.StrEnum):
+    """What a denoising step reads of the rest of the image."""
+
+    SYNCHRONOUS = "synchronous"
+    """Values of this step: exact."""
+    DISPLACED = "displaced"
+    """Values that the step before published."""
+
+
 class Compression(enum.StrEnum):
     """How keys and values are quantized for transfer after the warm-up: to 256 or 16 values for each channel of a patch."""
 
@@ -133,14 +142,17 @@ class DistriConfig:
         }
         return [name for name, used in effective.items() if getattr(self, name) and not used]
 
-    def synchronous(self, steps: int) -> list[bool]:
-        """Whether each of a call's `steps` steps is synchronous.
+    def step_kinds(self, steps: int) -> list[StepKind]:
+        """The kind of each step of a call, where the mode has displaced steps.
 
         Args:
-            steps: UNet calls of a run.
+            steps: Number of the call's steps.
         """
         further = {number % steps for number in self.sync_steps if -steps <= number < steps}
-        return [number <= self.warmup_steps or number in further for number in range(steps)]
+        return [
+            StepKind.SYNCHRONOUS if number <= self.warmup_steps or number in further else StepKind.DISPLACED
+            for number in range(steps)
+        ]
 
 
 def _devices(value: Any) -> int | tuple | None:

@@ -76,7 +76,7 @@ def freeze(value: Any) -> Any:
     return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-MAX_CHARACTERS = 32 << 20
+MAX_BYTES = 32 << 20
 """The largest JSON file that is read; a tokenizer's has 4 million characters."""
 
 
@@ -90,17 +90,33 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file does not exist or does not contain one.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-        if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
-        content = json.loads(text)
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; give a folder in the diffusers layout") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); fetch the file again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} is not readable ({error}); fetch the file again") from None
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in a file's content.
+
+    Args:
+        data: The content.
+        what: The file, for errors.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not readable JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} contains a {type(content).__name__} and must contain a JSON object; fetch the file again"
+            f"{what} contains a {type(content).__name__} and must contain a JSON object; fetch the file again"
         )
     return content

@@ -11,13 +11,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from tensor_files import everything
 
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.tensors import Tensors, of_array
-from distrijax.weights.files import weight_files
-from distrijax.weights.load import read_tensors
+from distrijax.convert.layouts.folder import read_model
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import current_name
+from distrijax.weights.tensors import Tensors, of_array
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in"]
@@ -39,8 +37,7 @@ def checkpoint_of(folder: Path) -> Checkpoint:
         for part in parts if part.startswith("tokenizer") for file in (folder / part).iterdir()
     }  # fmt: skip
     tensors = {
-        part: {name: of_array(everything(t)) for name, t in read_tensors(weight_files(folder / part))}
-        for part in models
+        part: {name: of_array(tensor.read()) for name, tensor in read_model(folder / part).items()} for part in models
     }
     return Checkpoint(index, configs, tensors, files)
 

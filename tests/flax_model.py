@@ -10,8 +10,8 @@ import flax.serialization
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 
-from distrijax.convert.tensors import Tensors, of_array
 from distrijax.weights.names import current_name
+from distrijax.weights.tensors import Tensors, of_array
 
 
 def to_flax(ours: Tensors, part: str) -> Tensors:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from distrijax.convert.tensors import Tensor, Tensors
+from distrijax.weights.tensors import Tensor, Tensors
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -17,9 +17,9 @@ import torch
 from facts import one_sentence
 
 from distrijax.convert.files import open_tensors
-from distrijax.convert.tensors import Tensors
 from distrijax.errors import DistriError
 from distrijax.weights.load import Values
+from distrijax.weights.tensors import Tensors
 
 Arrays = dict[str, np.ndarray]
 

@@ -12,6 +12,7 @@ import torch
 from facts import refuses
 
 from distrijax import DistriConfig, DistriError
+from distrijax.config import StepKind
 from distrijax.validate import finite_number, flag, positive
 
 
@@ -29,7 +30,7 @@ from distrijax.validate import finite_number, flag, positive
 )
 def test_synchronous_steps(warmup_steps, sync_steps, steps, wanted):
     config = DistriConfig(warmup_steps=warmup_steps, sync_steps=sync_steps)
-    assert "".join(str(int(exact)) for exact in config.synchronous(steps)) == wanted
+    assert "".join(str(int(kind is StepKind.SYNCHRONOUS)) for kind in config.step_kinds(steps)) == wanted
     assert hash(config) == hash(DistriConfig(warmup_steps=warmup_steps, sync_steps=list(sync_steps)))
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from distrijax.parallel.programs import Programs
+from distrijax.parallel.programs import Programs, Stage
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"cli", "__main__.py"}
@@ -41,7 +41,7 @@ def test_what_is_compiled_is_logged(caplog):
     with caplog.at_level(logging.INFO, "distrijax"):
         programs = Programs("cpu", max_programs=1)
         for static in (2.0, 4.0):
-            programs(halve, static, (), x)
+            programs(Stage(halve), static, (), x)
     said = [record.getMessage() for record in caplog.records if record.name == "distrijax"]
     assert sorted(line.split()[0] for line in said) == ["compiled", "compiled", "evicted"]
     assert all("halve" in line for line in said)

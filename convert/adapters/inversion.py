@@ -12,14 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.tensors import FLOATS, Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.json_config import parse_json
+from distrijax.models.tokenizer import CLIPTokenizer
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import current_name, shown
+from distrijax.weights.tensors import FLOATS, Tensor, Tensors
 
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding.weight"
 
@@ -29,8 +30,8 @@ A1111 = ("string_to_param.*", "emb_params")
 XL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """The names of the vectors of each encoder in files for SDXL."""
 
-NAMES = ("vocab.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-"""Files of a tokenizer that name tokens by their ids."""
+NAMES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+"""Files of a tokenizer that list added tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ def with_embeddings(checkpoint: Checkpoint, embeddings: Sequence[Embedding]) -> 
     """The checkpoint with new words: rows of the token embeddings, vocab_size, and the tokenizers' files.
 
     An encoder for which a file for SDXL has no vectors reads the word as ordinary text, as in diffusers.
-    Raises DistriError for files of another kind, vectors of another width, and words that the vocabulary has.
+    Raises CheckpointError for files of another kind, vectors of another width, and words that the vocabulary has.
     """
     for embedding in embeddings:
         for part, (word, vectors) in _read(embedding, checkpoint).items():
@@ -67,7 +68,7 @@ def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, 
     if any(name in tensors for name in XL):
         found = {part: tensors[name] for name, part in XL.items() if name in tensors and part in encoders}
         if "text_encoder_2" not in encoders or not found or len(tensors) > len(XL):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what} holds {names}, an embedding for Stable Diffusion XL; this model's text encoders are "
                 f"{', '.join(encoders) or 'missing'}; give an embedding that was made for it"
             )
@@ -76,28 +77,28 @@ def _read(embedding: Embedding, checkpoint: Checkpoint) -> dict[str, tuple[str, 
         if name is None:
             if len(tensors) != 1:
                 formats = f"one tensor named by its word, {' or '.join(A1111)}, or {' and '.join(XL)}"
-                raise DistriError(f"{what} holds {names} and is no embedding; give a file with {formats}")
+                raise CheckpointError(f"{what} holds {names} and is no embedding; give a file with {formats}")
             name = next(iter(tensors))
             word = name if word is None else word
         if len(encoders) != 1:
-            raise DistriError(
+            raise CheckpointError(
                 f"{what} holds vectors for one text encoder and the model has {len(encoders)}; give an embedding for "
                 f"Stable Diffusion XL, with {' and '.join(XL)}"
             )
         found = {encoders[0]: tensors[name]}
     if word is None:
-        raise DistriError(f"{what} does not say which word it stands for; give the word")
+        raise CheckpointError(f"{what} does not say which word it stands for; give the word")
     if not isinstance(word, str) or not word.strip() or word != word.strip():
-        raise DistriError(f"the word of {what} is {word!r}; give a text that neither begins nor ends with a blank")
+        raise CheckpointError(f"the word of {what} is {word!r}; give a text that neither begins nor ends with a blank")
     return {part: (word, _vectors(tensor, checkpoint, part, what)) for part, tensor in found.items()}
 
 
 def _vectors(tensor: Tensor, checkpoint: Checkpoint, part: str, what: str) -> Tensor:
-    """As [n, width]; raises DistriError for another width than the text encoder's."""
+    """As [n, width]; raises CheckpointError for another width than the text encoder's."""
     width = checkpoint.tensors[part][_table_name(checkpoint, part)].shape[1]
     shape = tensor.shape if len(tensor.shape) == 2 else (1, *tensor.shape)
     if len(shape) != 2 or shape[1] != width or not shape[0] or tensor.dtype not in FLOATS:
-        raise DistriError(
+        raise CheckpointError(
             f"{what} has vectors of {list(tensor.shape)} ({tensor.dtype}) and the {part} reads floats of [n, {width}]; "
             "give an embedding that was made for this model"
         )
@@ -108,7 +109,7 @@ def _table_name(checkpoint: Checkpoint, part: str) -> str:
     """The name of the token embeddings; text encoders come with and without a prefix."""
     names = (name for name in checkpoint.tensors[part] if current_name(name) == TOKEN_EMBEDDING)
     if (name := next(names, None)) is None:
-        raise DistriError(f"the {part} of the checkpoint lacks {TOKEN_EMBEDDING}; give a whole model")
+        raise CheckpointError(f"the {part} of the checkpoint lacks {TOKEN_EMBEDDING}; give a whole model")
     return name
 
 
@@ -119,7 +120,7 @@ def _with_tokens(checkpoint: Checkpoint, part: str, tokens: list[str], vectors: 
     folder = part.replace("text_encoder", "tokenizer")
     files, first = _add_tokens(checkpoint.files, folder, tokens, what)
     if first > table.shape[0]:
-        raise DistriError(
+        raise CheckpointError(
             f"the {folder} has {first} tokens and the {part} embeddings for {table.shape[0]}; use parts of one model"
         )
     after = first + len(tokens)
@@ -137,15 +138,17 @@ def _add_tokens(
     files: Mapping[str, bytes], folder: str, tokens: Sequence[str], what: str
 ) -> tuple[dict[str, bytes], int]:
     """The tokenizer's files with tokens added wherever it lists added tokens, and the first one's id."""
-    held = {name: _object(files, f"{folder}/{name}") for name in NAMES if f"{folder}/{name}" in files}
-    vocabulary, added = _vocabulary(held, folder), _added(held, folder)
-    spelt = {text.lower() for text in added}  # added tokens are matched case-insensitively
-    if taken := [token for token in tokens if token in vocabulary or token.lower() in spelt]:
-        raise DistriError(
+    inside = {name.removeprefix(f"{folder}/"): data for name, data in files.items() if name.startswith(f"{folder}/")}
+    bpe = CLIPTokenizer.from_files(inside, folder).bpe
+    held = {name: parse_json(inside[name], f"{folder}/{name}") for name in NAMES if name in inside}
+    known = bpe.get_vocab(with_added_tokens=True)
+    spelt = {token.content.lower() for token in bpe.get_added_tokens_decoder().values()}  # matched in either case
+    if taken := [token for token in tokens if token in known or token.lower() in spelt]:
+        raise CheckpointError(
             f"the word {tokens[0]!r} of {what} needs the tokens {', '.join(taken)}, which the {folder} has already; "
             "give another word"
         )
-    first = max([len(vocabulary), *(index + 1 for index in added.values())])
+    first = 1 + max(known.values())
     ids = {token: first + n for n, token in enumerate(tokens)}
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False, "special": False}
     entries = {index: {"content": token, **flags} for token, index in ids.items()}  # as transformers adds a word
@@ -159,31 +162,3 @@ def _add_tokens(
         changed["tokenizer_config.json"] = {**settings, "added_tokens_decoder": decoder}
     texts = {name: json.dumps(content, ensure_ascii=False, indent=2) for name, content in changed.items()}
     return {**files, **{f"{folder}/{name}": f"{text}\n".encode() for name, text in texts.items()}}, first
-
-
-def _object(files: Mapping[str, bytes], path: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(files[path]))
-    except (TypeError, ValueError) as error:
-        raise DistriError(f"{path} does not hold a readable JSON object ({error}); fetch the file again") from None
-
-
-def _vocabulary(held: Mapping[str, dict], folder: str) -> dict[str, int]:
-    """Of tokenizer.json where there is one, as `distrijax.models.tokenizer` reads it."""
-    model = held.get("tokenizer.json", {}).get("model") or {}
-    vocabulary = model.get("vocab") or held.get("vocab.json")
-    if not isinstance(vocabulary, dict):
-        raise DistriError(f"{folder} has no vocab.json and no tokenizer.json with a vocabulary; give a whole model")
-    return vocabulary
-
-
-def _added(held: Mapping[str, dict], folder: str) -> dict[str, int]:
-    """The tokens that the files add to the vocabulary, and their ids."""
-    decoder = held.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
-    listed = held.get("tokenizer.json", {}).get("added_tokens") or []
-    try:
-        found = {token: int(index) for token, index in held.get("added_tokens.json", {}).items()}
-        found |= {token["content"]: int(token["id"]) for token in listed}
-        return found | {token["content"]: int(index) for index, token in decoder.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise DistriError(f"{folder} has an added token without text or number; fetch its files again") from None

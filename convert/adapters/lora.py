@@ -14,13 +14,13 @@ from typing import Any
 from distrijax.convert.adapters.lora_names import FOREIGN, Key, Target, is_pefts, read_key, spellings
 from distrijax.convert.adapters.lora_settings import PEFT_SETTINGS, Settings, read_settings
 from distrijax.convert.adapters.merging import COMMON, Change, fits, lengths_fit, merged
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Problems
 from distrijax.convert.kinds import recognise
-from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.errors import DistriError, warn
+from distrijax.errors import CheckpointError, InvalidArgument, warn
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.files import summary
 from distrijax.weights.names import shown
+from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 SUPPORTED = "LoRA, LoCon, LoHa, LoKr and whole differences, with or without DoRA"
 
@@ -31,7 +31,7 @@ class Lora:
 
     what: the file, for errors. weight: the factor of its change; 1 is what it was trained for. metadata: of the safetensors
     file, where diffusers writes PEFT's settings (`lora_adapter_metadata`), or those settings, PEFT's adapter_config.json.
-    Raises DistriError for a weight that is not a finite number.
+    Raises InvalidArgument for a weight that is not a finite number.
     """
 
     tensors: Tensors
@@ -41,7 +41,7 @@ class Lora:
 
     def __post_init__(self):
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not math.isfinite(self.weight):
-            raise DistriError(f"the weight of {self.what} is {self.weight!r}; give a number such as 1.0")
+            raise InvalidArgument(f"the weight of {self.what} is {self.weight!r}; give a number such as 1.0")
 
 
 Changes = dict[Target, Change]
@@ -52,7 +52,7 @@ def with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
 
     Each adapter changes the weights as they were without the others, so their order does not matter. That, and the effect of
     an adapter's weight with DoRA, is as in diffusers, whose layers add the adapters' outputs and do not merge them.
-    Raises one DistriError for each adapter of another kind, and one that lists all of its tensors that have no place in the
+    Raises one CheckpointError for each adapter of another kind, and one that lists all of its tensors that have no place in the
     checkpoint, lack a counterpart, come twice, or have another shape.
     """
     changes: dict[Target, list[Change]] = {}
@@ -78,7 +78,7 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
         elif target:
             found[target] = change
     if problems:
-        raise DistriError(
+        raise CheckpointError(
             f"{lora.what} does not fit the model; give a LoRA that was trained for one of its kind: {summary(problems)}"
         )
     # some trainers write a module in both layouts; diffusers' own comes last and is taken, as in diffusers
@@ -97,15 +97,15 @@ def _changes(lora: Lora, checkpoint: Checkpoint, known: Mapping[tuple[str, str],
 
 
 def _modules(lora: Lora, problems: Problems) -> dict[tuple[str, str], dict[str, tuple[Key, Tensor]]]:
-    """The tensors of each module, by role. Raises DistriError for a file that is not a LoRA, or of another method."""
+    """The tensors of each module, by role. Raises CheckpointError for a file that is not a LoRA, or of another method."""
     for name in lora.tensors:
         if method := next((method for method, pattern in FOREIGN.items() if re.search(pattern, name, re.ASCII)), None):
-            raise DistriError(
+            raise CheckpointError(
                 f"{lora.what} is {method} ({shown(name)}), which is not supported; use one of: {SUPPORTED}"
             )
     if not any(map(read_key, lora.tensors)):
         kind = recognise(lora.tensors, lora.what)
-        raise DistriError(
+        raise CheckpointError(
             f"{lora.what} is {kind} and has no tensor named as in {SUPPORTED}; give a file of one of those"
         )
     modules: dict[tuple[str, str], dict[str, tuple[Key, Tensor]]] = {}

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from distrijax.convert.adapters.merging import FULL, LOHA, LOKR, LORA, Method
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.engine import Table
 from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import current_name
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")

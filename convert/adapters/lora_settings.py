@@ -10,7 +10,7 @@ from typing import Any
 
 from distrijax.convert.adapters.lora_names import PARTS
 from distrijax.convert.adapters.merging import FULL, Change
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 
 KEY = "lora_adapter_metadata"
 """The key in a safetensors file's metadata where diffusers writes the settings of all parts, as JSON."""
@@ -34,7 +34,7 @@ class Settings:
     def read(cls, settings: Mapping[str, Any], what: str) -> Settings:
         start = settings.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(CHANGING):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what} was initialised with {start}, which changes the model's own weights; have PEFT save it as a plain LoRA, "
                 "with path_initial_model_for_weight_conversion"
             )
@@ -47,7 +47,9 @@ class Settings:
                 bool(settings.get("use_rslora")),
             )
         except (TypeError, ValueError, AttributeError, re.error) as error:
-            raise DistriError(f"{what} has settings that PEFT does not write ({error}); fetch the file again") from None
+            raise CheckpointError(
+                f"{what} has settings that PEFT does not write ({error}); fetch the file again"
+            ) from None
 
     def applied(self, change: Change, module: str) -> Change:
         """A change of a module with the alpha of the settings, unless a tensor of the adapter holds one."""
@@ -60,7 +62,7 @@ class Settings:
 def read_settings(metadata: Mapping[str, Any] | None, what: str) -> dict[str, Settings]:
     """The settings of each part in a safetensors file's metadata or PEFT's adapter_config.json.
 
-    what: the file, for the error. Raises DistriError for settings that cannot be read.
+    what: the file, for the error. Raises CheckpointError for settings that cannot be read.
     """
     metadata = metadata or {}
     if "peft_type" in metadata:
@@ -68,7 +70,7 @@ def read_settings(metadata: Mapping[str, Any] | None, what: str) -> dict[str, Se
     try:
         content = dict(json.loads(metadata.get(KEY) or "{}"))
     except (TypeError, ValueError) as error:
-        raise DistriError(
+        raise CheckpointError(
             f"{what} has metadata that diffusers does not write ({error}); fetch the file again"
         ) from None
     parts: dict[str, dict[str, Any]] = {}

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.tensors import EIGHT_BITS, Shape, Tensor, Tensors
 
 Arrays = Mapping[str, np.ndarray]
 Shapes = Mapping[str, Shape]
@@ -34,7 +34,6 @@ class Method:
     a convolution's kernel may be flat in its last dimension.
     """
 
-    name: str
     roles: tuple[frozenset[str], ...]
     ranked: tuple[str, ...]
     shape: Callable[[Shapes], Shape | None]
@@ -127,10 +126,10 @@ LOKR_ROLES = tuple(
     for two in (("w2",), ("w2_a", "w2_b"), ("w2_a", "w2_b", "t2"))
 )
 
-LORA = Method("LoRA", (_roles("down", "up"), _roles("down", "mid", "up")), ("down",), _lora_shape, _lora_change)
-LOHA = Method("LoHa", (LOHA_ROLES, LOHA_ROLES | {"t1", "t2"}), ("w1_b",), _loha_shape, _loha_change)
-LOKR = Method("LoKr", LOKR_ROLES, ("w2_b", "w1_b"), _lokr_shape, _lokr_change)
-FULL = Method("full", (_roles("diff"),), (), lambda shapes: shapes["diff"], lambda factors: factors["diff"])
+LORA = Method((_roles("down", "up"), _roles("down", "mid", "up")), ("down",), _lora_shape, _lora_change)
+LOHA = Method((LOHA_ROLES, LOHA_ROLES | {"t1", "t2"}), ("w1_b",), _loha_shape, _loha_change)
+LOKR = Method(LOKR_ROLES, ("w2_b", "w1_b"), _lokr_shape, _lokr_change)
+FULL = Method((_roles("diff"),), (), lambda shapes: shapes["diff"], lambda factors: factors["diff"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,22 +205,26 @@ def _without_ones(shape: Shape) -> Shape:
 
 
 def merged(base: Tensor, changes: Sequence[Change]) -> Tensor:
-    """A weight with all changes, each computed from the original weight, in its own dtype; computed when it is read.
+    """A weight with all changes, each computed from the original weight; computed when it is read.
 
-    Reading it raises DistriError, which names the adapter, where the result overflows that dtype.
+    In its own dtype, or in float16 in place of 8 bits, to which most changes are too small.
+
+    Reading it raises CheckpointError, which names the adapter, where the result overflows that dtype.
     """
+
+    dtype = np.dtype(np.float16) if base.dtype in EIGHT_BITS else base.dtype
 
     def add(array: np.ndarray) -> np.ndarray:
         weight = array.astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             total = sum((change.of(weight) for change in changes), np.zeros_like(weight))
-            result = (weight + total).astype(array.dtype)
+            result = (weight + total).astype(dtype)
             if not np.isfinite(result).all() and np.isfinite(weight).all():
                 largest = max(changes, key=lambda change: np.nan_to_num(np.abs(change.of(weight)), nan=np.inf).max())
-                raise DistriError(
-                    f"{largest.what} with the weight {largest.weight:g} makes numbers that {array.dtype} does not hold; "
+                raise CheckpointError(
+                    f"{largest.what} with the weight {largest.weight:g} makes numbers that {dtype} does not hold; "
                     "give a smaller weight, or another LoRA"
                 )
         return result
 
-    return base.then(add)
+    return base.then(add, dtype=dtype)

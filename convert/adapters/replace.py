@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
 from distrijax.convert.configs import compatible, merge_configs, to_json_value
 from distrijax.convert.layouts.original_unet import describe_unet
 from distrijax.convert.layouts.original_vae import describe_vae
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.models.unet_config import UNetConfig
 from distrijax.models.vae import VAEConfig
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import current_name
+from distrijax.weights.tensors import Tensors
 
 Config = dict[str, Any]
 
@@ -45,7 +45,7 @@ def with_vae(
     """The checkpoint with another VAE.
 
     what: the file, for errors. config: of this VAE, a whole config or some of its keys; without it what shapes do not imply,
-    above all the scaling factor, is that of the old VAE, since it belongs to the UNet. Raises one DistriError that lists every
+    above all the scaling factor, is that of the old VAE, since it belongs to the UNet. Raises one CheckpointError that lists every
     tensor that is missing, unexpected or of the wrong shape, and one for a VAE of other latents.
     """
     current = {current_name(name): tensor for name, tensor in tensors.items()}
@@ -59,7 +59,7 @@ def with_unet(
     """The checkpoint with another UNet, as `with_vae`.
 
     A latent consistency model, which embeds the guidance scale, is recognised by its tensors. What a UNet predicts, noise or v,
-    is not; the scheduler's config stays as it is. Raises DistriError as `with_vae`, and for one that reads other embeddings.
+    is not; the scheduler's config stays as it is. Raises CheckpointError as `with_vae`, and for one that reads other embeddings.
     """
     inferred = dict.fromkeys(UNET_OPTIONAL) | describe_unet(tensors, what)
     return _replaced(checkpoint, "unet", tensors, inferred, UNET_NEIGHBOURS, config, what)
@@ -77,15 +77,15 @@ def _replaced(
     """inferred: from the shapes. neighbours: keys that must have the same value as in the checkpoint."""
     held = checkpoint.configs.get(part)
     if held is None:
-        raise DistriError(f"the checkpoint has no {part} that {what} could replace; give a whole pipeline")
+        raise CheckpointError(f"the checkpoint has no {part} that {what} could replace; give a whole pipeline")
     old = CONFIGS[part].from_dict(held)  # which knows the defaults
     for key in neighbours:
         if not compatible(inferred[key], getattr(old, key)):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what}: {key} of its {part} is {to_json_value(inferred[key])} and the model's is {getattr(old, key)}; "
                 f"give a {part} that was made for a model of this kind"
             )
     config = merge_configs(part, inferred, held, given or {}, what)
-    check_complete(dataclasses.replace(checkpoint, configs={part: config}, tensors={part: tensors}), what)
+    check_complete(dataclasses.replace(checkpoint, configs={part: config}, tensors={part: tensors}, what=what))
     replaced = checkpoint.with_tensors(part, tensors)
     return dataclasses.replace(replaced, configs={**checkpoint.configs, part: config})

@@ -12,7 +12,7 @@ from distrijax.convert.kinds import Kind
 from distrijax.convert.layouts.original_text import TRANSFORMERS, layers_of, open_clip_table
 from distrijax.convert.layouts.original_unet import UNetLayout, unet_table
 from distrijax.convert.layouts.original_vae import levels_of, vae_table
-from distrijax.convert.tensors import Tensors
+from distrijax.weights.tensors import Tensors
 
 Config = dict[str, Any]
 

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 
 from distrijax.convert.engine import raise_for
-from distrijax.convert.tensors import Tensors
 from distrijax.weights.names import current_name, native_axes, to_pytorch
+from distrijax.weights.tensors import Tensors
 
 LISTS = re.compile(
     r"\b(down_blocks|up_blocks|resnets|attentions|downsamplers|upsamplers|transformer_blocks|to_out|net)_(\d+)\b",
@@ -27,7 +27,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 def from_flax(tensors: Tensors, what: str) -> Tensors:
     """The tensors of a Flax model with PyTorch's names and layouts.
 
-    what: the file, for the error. Raises DistriError that lists all tensors that no layer of Flax has.
+    what: the file, for the error. Raises CheckpointError that lists all tensors that no layer of Flax has.
     """
     if unknown := [name for name in tensors if name.rpartition(".")[2] not in LEAVES]:
         raise_for({"unknown": unknown}, what)

@@ -1,4 +1,4 @@
-"""Folders in the diffusers layout: read from safetensors, pickles or old Flax weights, sharded or not, and written."""
+"""Folders in the diffusers layout: read from safetensors, pickles, old Flax weights or orbax, and written."""
 
 from __future__ import annotations
 
@@ -8,60 +8,70 @@ from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.files import open_tensors
 from distrijax.convert.layouts.flax_names import from_flax
+from distrijax.convert.readers.orbax_files import open_orbax, write_orbax
 from distrijax.convert.readers.safetensors_files import write_safetensors
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.json_config import read_json
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.files import STEMS, check_variant, weight_files
-from distrijax.weights.names import current_name
+from distrijax.weights.names import current_name, shown
+from distrijax.weights.tensors import Tensors
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+ORBAX = "orbax"
+"""The folder within a model's folder that holds its weights as orbax has them."""
 
 LARGEST = 64 << 20
 """Bytes of a tokenizer's file; CLIP's vocabulary is 1.6 MB."""
 
 
-def from_folder(folder: Path, *, variant: str | None = None) -> Checkpoint:
+def from_folder(folder: Path, *, variant: str | None = None, weights: bool = True) -> Checkpoint:
     """The parts of a folder in the diffusers layout.
 
-    variant: of the weights, such as fp16, in those parts that have it. Safety checker, feature extractor and image encoder are
-    left out. Raises DistriError for parts that are absent or cannot be read.
+    variant: of the weights, such as fp16, in those parts that have it. weights: whether they are needed, or configurations
+    alone. Safety checker, feature extractor and image encoder are left out.
+    Raises CheckpointError for parts that are absent or cannot be read.
     """
     index = _without_flax(read_json(folder / "model_index.json"))
     there = [part for part, library in index.items() if isinstance(library, list) and library and library[0]]
     models = [part for part in MODELS if part in there]
     if "unet" not in models or "vae" not in models:
-        raise DistriError(
+        raise CheckpointError(
             f"{folder} has no unet and vae in its model_index.json; a pipeline of Stable Diffusion is needed"
         )
-    check_variant(folder, models, variant, formats=tuple(STEMS))
+    if weights:
+        check_variant(folder, models, variant)
     others = [part for part in there if part not in (*MODELS, *TOKENIZERS, "scheduler")]
     configs = {part: _without_flax(read_json(folder / part / "config.json")) for part in models}
     configs["scheduler"] = _without_flax(read_json(folder / "scheduler" / "scheduler_config.json"))
     return Checkpoint(
         index={**index, **{part: [None, None] for part in others}},
         configs=configs,
-        tensors={part: read_model(folder / part, variant=variant) for part in models},
+        tensors={part: read_model(folder / part, variant=variant) for part in models} if weights else {},
         files={name: data for part in TOKENIZERS if part in there for name, data in _files(folder, part).items()},
+        what=str(folder),
     )
 
 
 def read_model(folder: Path, *, variant: str | None = None) -> Tensors:
     """The tensors of one model's folder, with PyTorch's layouts and today's names.
 
-    Raises DistriError for a name in two shards.
+    Raises CheckpointError for a name that is there twice.
     """
-    files = weight_files(folder, variant, formats=tuple(STEMS))
+    if (folder / ORBAX).is_dir():
+        return open_orbax(folder / ORBAX)
+    files = weight_files(folder, variant)
     found: Tensors = {}
     for file in files:
-        tensors = {current_name(name): tensor for name, tensor in open_tensors(file).items()}
-        if twice := found.keys() & tensors.keys():
-            raise DistriError(f"{folder} has {sorted(twice)[0]} in two of its files; fetch the folder again")
-        found |= tensors
+        for name, tensor in open_tensors(file).items():
+            name = current_name(name)
+            if name in found:
+                raise CheckpointError(f"{folder} has the tensor {shown(name)} twice; fetch the folder again")
+            found[name] = tensor
     return from_flax(found, str(folder)) if files[0].suffix == ".msgpack" else found
 
 
@@ -82,10 +92,13 @@ def read_files(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, bytes
     return {part: read_json(path) for part, path in configs.items() if path.exists()}, files
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | str = "10GB") -> None:
+def write_folder(
+    checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | str = "10GB", orbax: bool = False
+) -> None:
     """Writes a folder in the diffusers layout: what `from_pretrained` reads, here and in diffusers.
 
-    max_shard_size: bytes of a file of safetensors, or a text such as "5GB". Use `atomic_write` around it.
+    max_shard_size: bytes of a file of safetensors, or a text such as "5GB". orbax: write the weights as orbax has them, which
+    diffusers does not read. Use `atomic_write` around it.
     """
     _write_json(folder / "model_index.json", checkpoint.index)
     for part, config in checkpoint.configs.items():
@@ -95,8 +108,11 @@ def write_folder(checkpoint: Checkpoint, folder: Path, *, max_shard_size: int | 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     for part, tensors in checkpoint.tensors.items():
-        stem = STEMS[".safetensors"][part.startswith("text_encoder")]
-        _write_shards(tensors, folder / part, stem, max_shard_size)
+        if orbax:
+            write_orbax(tensors, folder / part / ORBAX)
+        else:
+            stem = STEMS[".safetensors"][part.startswith("text_encoder")]
+            _write_shards(tensors, folder / part, stem, max_shard_size)
 
 
 def _write_shards(tensors: Tensors, folder: Path, stem: str, max_shard_size: int | str) -> None:
@@ -125,6 +141,6 @@ def _files(folder: Path, part: str) -> dict[str, bytes]:
     for path in sorted((folder / part).glob("*")):
         if path.is_file():
             if path.stat().st_size > LARGEST:
-                raise DistriError(f"{path} has {path.stat().st_size} bytes, and no tokenizer's file has; remove it")
+                raise CheckpointError(f"{path} has {path.stat().st_size} bytes, and no tokenizer's file has; remove it")
             found[f"{part}/{path.name}"] = path.read_bytes()
     return found

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.configs import compatible, merge_configs
 from distrijax.convert.engine import SAME, Mapped, raise_for, to_diffusers, to_source
 from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise
@@ -22,18 +21,19 @@ from distrijax.convert.layouts.original_text import describe_text, heads_of
 from distrijax.convert.layouts.original_unet import TIME_COND, describe_unet
 from distrijax.convert.layouts.original_vae import describe_vae
 from distrijax.convert.layouts.vocabulary import SIZE, tokenizer_files
-from distrijax.convert.tensors import Tensors, of_array
-from distrijax.errors import DistriError, warn
+from distrijax.errors import CheckpointError, warn
 from distrijax.schedulers import SCHEDULERS
 from distrijax.schedulers.common import Prediction
 from distrijax.validate import choose
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.names import IGNORED, current_name
+from distrijax.weights.tensors import Tensors, of_array
 
 ADVICE = {
     Kind.UNET: "give it as the UNet (--unet) of a whole model",
     Kind.VAE: "give it as the VAE (--vae) of a whole model",
     Kind.LORA: "give it as a LoRA (--lora) beside a whole model",
-    Kind.EMBEDDING: "give it as an embedding (--textual-inversion) beside a whole model",
+    Kind.EMBEDDING: "give it as an embedding (--embedding) beside a whole model",
 }
 
 DEFAULTS = {
@@ -79,17 +79,17 @@ def convert_original(
         files: The tokenizers' files, by path, instead of CLIP's.
 
     Raises:
-        DistriError: For a file that is something else, for unknown tensors, and for configs that do not fit.
+        CheckpointError: For a file that is something else, for unknown tensors, and for configs that do not fit.
     """
     kind = recognise(tensors, what)
     if kind not in FAMILIES:
-        raise DistriError(f"{what} is {kind}, and a whole model is needed; {ADVICE[kind]}")
+        raise CheckpointError(f"{what} is {kind}, and a whole model is needed; {ADVICE[kind]}")
     family, config = FAMILIES[kind], config or {}
     source, averaged = _with_ema(tensors, what) if ema else (tensors, {})
     named, mapping = to_diffusers(family.table_of_source(source, config, what), source, what)
     parts = {part: without(named, f"{part}.") for part in _parts(family)}
     if absent := [part for part, held in parts.items() if not held]:
-        raise DistriError(f"{what} has no {', '.join(absent)}; give a file that holds the whole model")
+        raise CheckpointError(f"{what} has no {', '.join(absent)}; give a file that holds the whole model")
     prediction = _prediction(tensors, family, config.get("scheduler", {}), prediction_type)
     inferred = _inferred(parts, family, what)
     bases = _bases(inferred, family, prediction)
@@ -103,22 +103,22 @@ def convert_original(
 def to_original(checkpoint: Checkpoint) -> Tensors:
     """The tensors of a single file; the inverse of `from_original`.
 
-    Raises DistriError for a checkpoint that the original layouts have no names for. Warns (DistriWarning) of values of its configs
-    that such a file cannot hold: readers take the family's values, among them v-prediction in SD 2.x.
+    Raises CheckpointError for a checkpoint that the original layouts have no names for. Warns (DistriWarning) of values of
+    its configs that such a file cannot hold: readers take the family's values, among them v-prediction in SD 2.x.
     """
     what = "the checkpoint"
     parts = {part: _current(tensors) for part, tensors in checkpoint.tensors.items()}
     family = _family_of(parts, what)
     parts = {part: parts[part] for part in _parts(family)}
     if TIME_COND in parts["unet"]:
-        raise DistriError(
+        raise CheckpointError(
             f"{what} is a latent consistency model, whose {TIME_COND} has no name in the original layout; "
             "write a diffusers folder instead"
         )
     for text in family.texts:
         held, implied = checkpoint.configs.get(text.part, {}).get("hidden_act"), text.config["hidden_act"]
         if held not in (None, implied):
-            raise DistriError(
+            raise CheckpointError(
                 f"the {text.part} has the activation {held!r} and a file of {family.kind} implies {implied!r}; "
                 "write a diffusers folder instead"
             )
@@ -136,7 +136,7 @@ def _parts(family: OriginalFamily) -> list[str]:
 def _with_ema(tensors: Tensors, what: str) -> tuple[Tensors, dict[str, str]]:
     """The tensors with the averaged ones in place of the UNet's, and the name that each of those has in the file."""
     if not any(name.startswith("model_ema.") for name in tensors):
-        raise DistriError(f"{what} has no EMA weights; convert it without them")
+        raise CheckpointError(f"{what} has no EMA weights; convert it without them")
     averaged = {
         name: "model_ema." + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)
     }
@@ -178,7 +178,7 @@ def _scheduler(tensors: Tensors, family: OriginalFamily, given: Config, predicti
 
 
 def _inferred(parts: Mapping[str, Tensors], family: OriginalFamily, what: str) -> dict[str, Config]:
-    """What the shapes imply for each model's config; raises DistriError for models that do not go together."""
+    """What the shapes imply for each model's config; raises CheckpointError for models that do not go together."""
     texts = {text.part: describe_text(parts[text.part], what) for text in family.texts}
     unet, vae = describe_unet(parts["unet"], what), describe_vae(parts["vae"], what)
     _check_together(unet, vae, texts, family, what)
@@ -198,17 +198,17 @@ def _bases(inferred: Mapping[str, Config], family: OriginalFamily, prediction: s
 def _check_together(unet: Config, vae: Config, texts: Mapping[str, Config], family: OriginalFamily, what: str) -> None:
     width = sum(text["hidden_size"] for text in texts.values())
     if unet["cross_attention_dim"] != width:
-        raise DistriError(
+        raise CheckpointError(
             f"{what}: the UNet reads embeddings of {unet['cross_attention_dim']} channels and the text encoders give {width}; "
             "give a file whose parts are of one model"
         )
     if ("addition_embed_type" in unet) != bool(family.time_ids):
         reads = "reads" if "addition_embed_type" in unet else "does not read"
-        raise DistriError(
+        raise CheckpointError(
             f"{what}: the UNet {reads} a pooled embedding beside the text, unlike {family.kind}; use a model of that family"
         )
     if vae["latent_channels"] != LATENT_CHANNELS:
-        raise DistriError(
+        raise CheckpointError(
             f"{what}: the VAE has {vae['latent_channels']} latent channels, as those of Stable Diffusion 3 and Flux; "
             f"use one of {LATENT_CHANNELS}"
         )
@@ -219,7 +219,7 @@ def _tokenizers(family: OriginalFamily, configs: Mapping[str, Config], what: str
     for text in family.texts:
         size = configs[text.part]["vocab_size"]
         if size < SIZE:
-            raise DistriError(
+            raise CheckpointError(
                 f"{what}: the {text.part} knows {size} tokens and CLIP's vocabulary has {SIZE}; "
                 "give the tokenizer it was made with (--config FOLDER)"
             )
@@ -239,7 +239,7 @@ def _family_of(parts: Mapping[str, Tensors], what: str) -> OriginalFamily:
         if sorted(texts) == [text.part for text in family.texts] and parts.get("unet") and parts.get("vae"):
             linear = describe_unet(parts["unet"], what)["use_linear_projection"]
             return SD2 if family is SD1 and linear else family
-    raise DistriError(
+    raise CheckpointError(
         f"{what} has the parts {', '.join(parts)}; a UNet, a VAE and the text encoders of one of "
         f"{', '.join(FAMILIES)} can be written to a single file; write a diffusers folder instead"
     )

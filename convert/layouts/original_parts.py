@@ -10,15 +10,15 @@ from distrijax.convert.kinds import LATENT_CHANNELS, Kind, recognise, unet_prefi
 from distrijax.convert.layouts.family import DROPPED, Config, without
 from distrijax.convert.layouts.original_unet import TIME_COND, UNetLayout, describe_unet, unet_table
 from distrijax.convert.layouts.original_vae import describe_vae, levels_of, vae_table
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.weights.names import current_name
+from distrijax.weights.tensors import Tensors
 
 
 def unet_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
     """A UNet with diffusers' names, and what its shapes imply for its config.
 
-    What they do not imply, such as the number of heads, is as in the model that it is put into. Raises DistriError for a file
+    What they do not imply, such as the number of heads, is as in the model that it is put into. Raises CheckpointError for a file
     without a text-to-image UNet, and for unknown tensors.
     """
     held = _part(tensors, unet_prefix, "UNet", what)
@@ -32,7 +32,7 @@ def unet_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
 def vae_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
     """A VAE with diffusers' names, and what its shapes imply for its config; not the scaling factor, which the UNet determines.
 
-    Raises DistriError for a file without a VAE of four latent channels, and for unknown tensors.
+    Raises CheckpointError for a file without a VAE of four latent channels, and for unknown tensors.
     """
     held = _part(tensors, vae_prefix, "VAE", what)
     if any(name.startswith(("decoder.up.", "decoder.mid.")) for name in held):
@@ -42,7 +42,7 @@ def vae_from(tensors: Tensors, what: str) -> tuple[Config, Tensors]:
         _check_known(vae_table(levels_of(held)), held, (), what)
     inferred = describe_vae(held, what)
     if inferred["latent_channels"] != LATENT_CHANNELS:
-        raise DistriError(
+        raise CheckpointError(
             f"{what} is a VAE of {inferred['latent_channels']} latent channels, as those of Stable Diffusion 3 and Flux; "
             f"give one of {LATENT_CHANNELS}"
         )
@@ -53,11 +53,11 @@ def _part(tensors: Tensors, prefix_of: Callable[[Tensors], str | None], name: st
     """The tensors of one model, without their prefix."""
     kind, prefix = recognise(tensors, what), prefix_of(tensors)
     if kind in (Kind.LORA, Kind.EMBEDDING) or prefix is None:
-        raise DistriError(f"{what} is {kind} and holds no {name}; give a file with one")
+        raise CheckpointError(f"{what} is {kind} and holds no {name}; give a file with one")
     return without(tensors, prefix)
 
 
 def _check_known(table: Table, tensors: Tensors, others: Iterable[str], what: str) -> None:
-    """Raises DistriError that lists the names that the model does not have."""
+    """Raises CheckpointError that lists the names that the model does not have."""
     unknown = [name for name in tensors if name not in others and table.from_diffusers(name) is None]
     raise_for({"unknown": unknown} if unknown else {}, what)

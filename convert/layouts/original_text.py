@@ -8,7 +8,7 @@ from typing import Any
 
 from distrijax.convert.configs import UNKNOWN, shape_of
 from distrijax.convert.engine import LAYER, SPLIT, TRANSPOSED, Row, Table, rows
-from distrijax.convert.tensors import Tensors
+from distrijax.weights.tensors import Tensors
 
 HEAD_WIDTH = 64
 """Channels of a head in every CLIP that Stable Diffusion uses."""

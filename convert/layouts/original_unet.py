@@ -15,8 +15,8 @@ from typing import Any, Self
 
 from distrijax.convert.configs import shape_of
 from distrijax.convert.engine import Row, Table, rows
-from distrijax.convert.tensors import Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.tensors import Tensors
 
 RESNET = Table(
     *rows("in_layers.0 norm1, in_layers.2 conv1, emb_layers.1 time_emb_proj, out_layers.0 norm2, out_layers.3 conv2"),
@@ -45,7 +45,7 @@ class UNetLayout:
 
     @classmethod
     def of_source(cls, names: Iterable[str], what: str) -> Self:
-        """From names in the original layout; raises DistriError for blocks of unequal size."""
+        """From names in the original layout; raises CheckpointError for blocks of unequal size."""
         names = set(names)
         numbers = {int(found[1]) for name in names if (found := re.match(r"input_blocks\.(\d{1,2})\.", name, re.ASCII))}
         ends = sorted(n for n in numbers if f"input_blocks.{n}.0.op.weight" in names)
@@ -56,7 +56,7 @@ class UNetLayout:
             or ends != [period * (b + 1) for b in range(blocks - 1)]
             or period < 2
         ):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what}: the UNet has {len(numbers)} input blocks, of which {ends} downsample; "
                 "only blocks of one size are supported; use another model"
             )
@@ -79,7 +79,7 @@ class UNetLayout:
         layers = len(resnets.get(("down", 0), ()))
         sizes = {"down": layers, "up": layers + 1}
         if sorted(down) != sorted(up) or any(len(found) != sizes[side] for (side, _), found in resnets.items()):
-            raise DistriError(
+            raise CheckpointError(
                 f"{what}: the UNet's blocks have different numbers of layers; only blocks of one size are supported; "
                 "use another model"
             )

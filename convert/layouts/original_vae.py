@@ -11,7 +11,7 @@ from typing import Any
 
 from distrijax.convert.configs import shape_of
 from distrijax.convert.engine import SQUEEZED, Row, Table, layer, rows
-from distrijax.convert.tensors import Tensors
+from distrijax.weights.tensors import Tensors
 
 RESNET = Table(*rows("norm1, conv1, norm2, conv2, nin_shortcut conv_shortcut"))
 

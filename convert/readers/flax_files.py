@@ -14,8 +14,8 @@ import msgpack
 import numpy as np
 
 from distrijax.convert.readers.safetensors_files import DTYPES
-from distrijax.convert.source import Source, add, checked_shape
-from distrijax.convert.tensors import Shape, Tensor, Tensors
+from distrijax.weights.source import Source, add, checked_shape
+from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 ARRAY, SCALAR = 1, 3
 """Flax's extension types; 2 is a complex number."""
@@ -46,7 +46,7 @@ def _is_map(byte: int) -> bool:
 
 
 def open_flax(source: Source) -> Tensors:
-    """The tensors of a file, names joined by dots. Raises DistriError for one that is not whole or not Flax's."""
+    """The tensors of a file, names joined by dots. Raises CheckpointError for one that is not whole or not Flax's."""
     with source.parsed_as("Flax file"), source.open() as file:
         unpacker = msgpack.Unpacker(file, max_buffer_size=0)
         tree = _tree(unpacker, source)

@@ -1,101 +1,55 @@
-"""Orbax checkpoints: a pipeline's tensors where JAX programs look for them, with PyTorch's names and layouts.
+"""Orbax checkpoints of one model: a tree of one level, from a tensor's name, with PyTorch's names and layouts, to its array.
 
-    folder/pipeline.json     the index, the configs and the tokenizers' files; written last, so a folder with it is whole
-    folder/unet/             one orbax checkpoint for each model: a tree of one level, from a tensor's name to its array
-    folder/text_encoder/     ...
-
-A model may also be what `StandardCheckpointer().save` or `PyTreeCheckpointer().save` made of dictionaries of arrays.
-Other programs read one of these with `orbax.checkpoint.PyTreeCheckpointer().restore(folder / "unet")`. Orbax and tensorstore
-are imported where they are used, since that takes a while.
+A model may also be what `StandardCheckpointer().save` or `PyTreeCheckpointer().save` made of dictionaries of arrays. Other
+programs read it with `orbax.checkpoint.PyTreeCheckpointer().restore`. Orbax and tensorstore are imported where they are used,
+since that takes a while.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.readers.safetensors_files import NAMES
-from distrijax.convert.source import reason
-from distrijax.convert.tensors import Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
 from distrijax.weights.names import shown
-
-DESCRIPTION = "pipeline.json"
+from distrijax.weights.source import reason
+from distrijax.weights.tensors import Block, Tensor, Tensors
 
 BATCH = 128 << 20
 """Bytes of tensors that are read at a time while a model is written; orbax takes about twice as many in addition."""
 
 
-def is_orbax(folder: Path) -> bool:
-    """Whether `write_orbax` wrote a folder, and finished."""
-    return (folder / DESCRIPTION).is_file()
+def write_orbax(tensors: Tensors, folder: Path) -> None:
+    """Writes a model to a folder that does not exist, in batches of 128 MB.
 
-
-def write_orbax(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes a pipeline to a folder that does not exist or is empty, in batches of 128 MB.
-
-    Raises DistriError for a folder that is not empty, and for a tensor without elements, which orbax cannot hold.
+    Raises CheckpointError for a tensor without elements, which orbax cannot hold.
     """
     import orbax.checkpoint as ocp
 
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DistriError(f"{folder} exists and is not an empty folder; choose another one or empty it")
-    for part, tensors in checkpoint.tensors.items():
-        if empty := [name for name, tensor in tensors.items() if tensor.size == 0]:
-            raise DistriError(
-                f"{part}.{shown(empty[0])} has no elements, which orbax cannot hold; leave it out or write another format"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, tensors in checkpoint.tensors.items():
-        if tensors:
-            with ocp.Checkpointer(_handler_of_tensors()) as checkpointer:
-                checkpointer.save(folder / part, args=ocp.args.PyTreeSave(dict(tensors)))
-    description = {
-        "index": checkpoint.index,
-        "configs": checkpoint.configs,
-        "models": {part: bool(tensors) for part, tensors in checkpoint.tensors.items()},
-        "files": {path: _packed(data) for path, data in checkpoint.files.items()},
-    }
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_orbax(folder: Path) -> Checkpoint:
-    """The pipeline that `write_orbax` wrote; each tensor is read when it is asked for.
-
-    Raises DistriError for a folder that is not one or not whole.
-    """
-    folder = Path(folder).absolute()
-    if not is_orbax(folder):
-        raise DistriError(
-            f"{folder} is not a folder with a {DESCRIPTION}, so no pipeline was written to it; write it again"
+    if empty := [name for name, tensor in tensors.items() if tensor.size == 0]:
+        raise CheckpointError(
+            f"{shown(empty[0])} has no elements, which orbax cannot hold; leave it out or write another format"
         )
-    with _parsing(folder / DESCRIPTION):
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        files = {_inside(path): _unpacked(value) for path, value in description["files"].items()}
-        models = {_inside(part): held for part, held in description["models"].items()}
-        index, configs = dict(description["index"]), {part: dict(held) for part, held in description["configs"].items()}
-    tensors = {part: open_model(folder / part) if held else {} for part, held in models.items()}
-    return Checkpoint(index, configs, tensors, files)
+    with ocp.Checkpointer(_handler_of_tensors()) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(tensors)))
 
 
-def open_model(folder: Path) -> Tensors:
+def open_orbax(folder: Path) -> Tensors:
     """The tensors of one model that orbax wrote, names of nested dictionaries joined by dots; each is read when asked for.
 
     Orbax lists the arrays, and tensorstore reads them: restoring one array with orbax takes ten times as long.
-    Raises DistriError for a folder without a model, or with more than arrays.
+    Raises CheckpointError for a folder without a model, or with more than arrays.
     """
     import orbax.checkpoint as ocp
 
+    folder = folder.absolute()
     with _parsing(folder):
         held = ocp.PyTreeCheckpointer().metadata(folder).item_metadata
         if held is None:
@@ -106,18 +60,19 @@ def open_model(folder: Path) -> Tensors:
                 continue
             if (dtype := np.dtype(array.dtype)) not in NAMES:
                 raise ValueError(f"it holds {dtype}, which cannot be converted")
-            tensors[name] = Tensor(tuple(array.shape), dtype, partial(_read, folder, name))
+            read = partial(_read, folder, name)
+            tensors[name] = Tensor(tuple(array.shape), dtype, read, read)
         return tensors
 
 
-def _read(folder: Path, name: str) -> np.ndarray:
-    """One array of a model. A missing chunk is an error, where zarr would fill in zeros."""
+def _read(folder: Path, name: str, block: Block = ()) -> np.ndarray:
+    """A block of an array of a model. A missing chunk is an error, where zarr would fill in zeros."""
     import tensorstore
 
     tree = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
     spec = {"driver": "zarr", "kvstore": tree, "fill_missing_data_reads": False}
     with _parsing(folder):
-        return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
+        return np.asarray(tensorstore.open(spec, open=True, read=True).result()[block].read().result())
 
 
 def _handler_of_tensors() -> Any:
@@ -159,26 +114,6 @@ def _parsing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise classes of their own
-        raise DistriError(
+        raise CheckpointError(
             f"{path} is not what was written as an orbax checkpoint ({reason(error)}); write it again"
         ) from None
-
-
-def _inside(path: str) -> str:
-    """A path, or the name of a model. Raises ValueError for one that leads out of its folder: files are written there."""
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or str(pure) != path or path in ("", "."):
-        raise ValueError(f"{shown(path)} is not a path in a folder")
-    return path
-
-
-def _packed(data: bytes) -> dict[str, str]:
-    """Bytes in JSON: as text if they are valid UTF-8."""
-    try:
-        return {"text": data.decode("utf-8")}
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(data).decode("ascii")}
-
-
-def _unpacked(value: dict[str, str]) -> bytes:
-    return value["text"].encode("utf-8") if "text" in value else base64.b64decode(value["base64"], validate=True)

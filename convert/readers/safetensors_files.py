@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from distrijax.convert.source import Source
-from distrijax.convert.tensors import Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.source import Source
+from distrijax.weights.tensors import Tensor, Tensors
 
 RANKS = ("U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL").split()
 """Types in the order in which the library (0.8) lays tensors out: wide ones first, so that all are aligned."""
@@ -44,13 +43,13 @@ def is_safetensors(head: bytes, size: int) -> bool:
 
 
 def open_safetensors(source: Source) -> Tensors:
-    """The tensors of a file, in the order of their names. Raises DistriError for one that is no safetensors file."""
+    """The tensors of a file, in the order of their names. Raises CheckpointError for one that is no safetensors file."""
     return _parsed(source)[0]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(source: Source) -> dict[str, str]:
     """The `__metadata__` of a safetensors file, such as a LoRA's training. Raises as `open_safetensors`."""
-    return _parsed(Source(path))[1]
+    return _parsed(source)[1]
 
 
 def _parsed(source: Source) -> tuple[Tensors, dict[str, str]]:
@@ -68,20 +67,19 @@ def _parsed(source: Source) -> tuple[Tensors, dict[str, str]]:
 def _tensor(source: Source, start: int, entry: dict) -> Tensor:
     """The tensor of an entry of the header, which the library has checked."""
     if (dtype := DTYPES.get(entry["dtype"])) is None:
-        raise DistriError(f"{source.path} holds tensors of {entry['dtype']}; use one of: {', '.join(DTYPES)}")
+        raise CheckpointError(f"{source.path} holds tensors of {entry['dtype']}; use one of: {', '.join(DTYPES)}")
     return source.tensor(start + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
 
 
-def write_safetensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(tensors: Tensors, path: Path) -> None:
     """Writes a file, two tensors in memory at a time; the same tensors give the same bytes, and the library's `save_file` too.
 
-    metadata: by default {"format": "pt"}, which transformers requires. Raises DistriError for a type that safetensors does not
-    have. Use `atomic_write` around it for a file that appears whole.
+    Raises CheckpointError for a type that safetensors does not have. Use `atomic_write` around it for a file that appears whole.
     """
     ordered = sorted(tensors.items(), key=lambda item: (RANKS.index(dtype_name(*item)), item[0]))
     if METADATA in tensors:
-        raise DistriError(f"a tensor is named {METADATA}, which safetensors keeps for itself; rename it")
-    header: dict[str, object] = {METADATA: dict(metadata or {"format": "pt"})}
+        raise CheckpointError(f"a tensor is named {METADATA}, which safetensors keeps for itself; rename it")
+    header: dict[str, object] = {METADATA: {"format": "pt"}}  # which transformers requires
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.nbytes
@@ -112,16 +110,16 @@ def dtype_name(name: str, tensor: Tensor) -> str:
     try:
         return NAMES[tensor.dtype.newbyteorder("<")]
     except KeyError:
-        raise DistriError(
+        raise CheckpointError(
             f"{name} is {tensor.dtype}, which safetensors has no type for; use one of: {', '.join(DTYPES)}"
         ) from None
 
 
 def little_endian_bytes(name: str, tensor: Tensor) -> memoryview:
-    """A tensor's elements in row-major order. Raises DistriError where it is not what it was announced as."""
+    """A tensor's elements in row-major order. Raises CheckpointError where it is not what it was announced as."""
     array = tensor.read()
     if array.shape != tensor.shape or array.dtype != tensor.dtype:
-        raise DistriError(
+        raise CheckpointError(
             f"{name} was read as {array.dtype} {list(array.shape)} and announced as {tensor.dtype} {list(tensor.shape)}; "
             "this is a mistake in a table of conversion: report it"
         )

@@ -15,14 +15,15 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from distrijax.convert.source import Source, add, checked_shape
-from distrijax.convert.tensors import Shape, Tensor, Tensors
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.source import Source, add, checked_shape, cut_rows
+from distrijax.weights.tensors import Shape, Tensor, Tensors
 
 LEGACY = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 """First bytes of a file in the format before torch 1.6: a pickle of a magic number."""
@@ -78,11 +79,18 @@ class View(NamedTuple):
             raise ValueError("a tensor has more elements than its storage")
         steps = tuple(stride * item for stride in self.strides)
 
-        def gather() -> np.ndarray:
-            elements = read(offset + self.start * item, (span,), self.dtype)
-            return np.asarray(np.ndarray(self.shape, self.dtype, elements, strides=steps), order="C")
+        def gather(shape: Shape, start: int, span: int) -> np.ndarray:
+            elements = read(offset + start * item, (span,), self.dtype)
+            return np.asarray(np.ndarray(shape, self.dtype, elements, strides=steps), order="C")
 
-        return Tensor(self.shape, self.dtype, gather)
+        def rows(start: int, stop: int) -> np.ndarray:
+            if start == stop:
+                return np.empty((0, *self.shape[1:]), self.dtype)
+            others = span - (self.shape[0] - stop + start) * self.strides[0]
+            return gather((stop - start, *self.shape[1:]), self.start + start * self.strides[0], others)
+
+        cut = partial(cut_rows, self.shape, rows) if self.shape else None
+        return Tensor(self.shape, self.dtype, partial(gather, self.shape, self.start, span), cut)
 
 
 class Ignored:
@@ -124,7 +132,7 @@ class Unpickler(pickle.Unpickler):
             return ParameterDict
         if name in BUILTINS if module in ("builtins", "__builtin__") else package in PACKAGES:
             return Ignored
-        raise DistriError(
+        raise CheckpointError(
             f"{self.source.path} is a pickle that would run {f'{module}.{name}'[:120]!a} when opened, which weights do not "
             "need; do not trust it, and look for a safetensors file instead"
         )
@@ -161,12 +169,12 @@ REBUILD = {
 
 
 def open_torch_zip(source: Source) -> Tensors:
-    """The tensors of a zip archive such as torch writes. Raises DistriError for any other."""
+    """The tensors of a zip archive such as torch writes. Raises CheckpointError for any other."""
     with source.parsed_as("torch file"), zipfile.ZipFile(source.path) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1 or any("/code/" in name for name in names):
-            raise DistriError(
+            raise CheckpointError(
                 f"{source.path} is a zip archive, but not one of weights that torch.save wrote; give one of a state_dict"
             )
         folder = pickles[0].removesuffix("data.pkl")

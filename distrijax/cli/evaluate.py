@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from distrijax import SCHEDULERS, DistriConfig, Parallelism, load_pipeline, plan_mesh
 from distrijax.atomic_write import atomic_write
+from distrijax.cli.compile_cache import keep_compiled_programs
 from distrijax.cli.fidelity import figures
 from distrijax.cli.fidelity.grid import AXES, Axis, Setting, label, settings, text
 from distrijax.cli.fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, OptionalMetric, compare
@@ -36,15 +37,16 @@ from distrijax.cli.options import (
     check_positive,
     find_devices,
     find_dtype,
-    find_model,
-    keep_compiled_programs,
+    open_model,
     plain_errors,
 )
+from distrijax.config import StepKind
 from distrijax.models.families import default_size
 from distrijax.pipelines.call import to_pil
 from distrijax.pipelines.loading import Configs, read_configs
 from distrijax.plan.traffic import traffic
-from distrijax.sampling.denoise import image_layout
+from distrijax.sampling.layouts import image_layout
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
 
 SHEET_PROMPTS = 4  # on the contact sheet
@@ -54,8 +56,9 @@ class Job(NamedTuple):
     """What all settings have in common.
 
     Attributes:
-        model: Folder of the checkpoint.
+        model: The checkpoint.
         name: Its name in the results.
+        additions: What goes on top of it, for the results.
         configs: Its configurations.
         loading: Keyword arguments of `load_pipeline`.
         call: Keyword arguments of the pipeline's calls.
@@ -63,8 +66,9 @@ class Job(NamedTuple):
         batch: Prompts of one call.
     """
 
-    model: Path
+    model: Checkpoint
     name: str
+    additions: dict[str, Any]
     configs: Configs
     loading: dict[str, Any]
     call: dict[str, Any]
@@ -196,9 +200,10 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
     Raises:
         DistriError: The checkpoint cannot be found, or its configurations cannot be used.
     """
-    recipe, (folder, variant) = find_model(arguments)
-    name = "embedded" if recipe.plain and not arguments.model else str(folder.absolute())
-    configs = read_configs(folder, arguments.scheduler)
+    recipe, checkpoint = open_model(arguments)
+    path = Path(recipe.source)
+    name = str(path.absolute() if path.exists() else path) if arguments.model else "embedded"
+    configs = read_configs(checkpoint, arguments.scheduler)
     height, width = arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
     call = {
         "height": height,
@@ -206,14 +211,18 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
     }
-    loading = {"variant": variant, "scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
-    return Job(folder, name, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts)))
+    loading = {"scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
+    return Job(
+        checkpoint, name, recipe.additions, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts))
+    )
 
 
 def _common(job: Job) -> dict[str, Any]:
     """What all rows of a folder of results were made with."""
     return {
         "model": job.name,
+        "variant": None,
+        **job.additions,
         **job.loading,
         "dtype": job.loading["dtype"].name,
         **job.call,
@@ -256,7 +265,7 @@ def cost(setting: Setting, job: Job) -> dict[str, Any]:
     )
     independent = config.parallelism == Parallelism.NAIVE_PATCH and check(setting, job) > 1
     steps = len(job.configs.scheduler.schedule(job.call["num_inference_steps"])[0].timestep)
-    displaced = bool(planned.stale) and not all(config.synchronous(steps))
+    displaced = bool(planned.stale) and StepKind.DISPLACED in config.step_kinds(steps)
     return {
         "exactness": "lossy" if independent or displaced else "lossless",
         "received_bytes": sum(planned.received.values()),

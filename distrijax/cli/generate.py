@@ -9,7 +9,6 @@ Compiled programs are kept in the user's cache folder, so the second run starts 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -30,16 +29,15 @@ from distrijax import (
     plan_mesh,
 )
 from distrijax.atomic_write import atomic_write
+from distrijax.cli.compile_cache import keep_compiled_programs
 from distrijax.cli.multiprocess import add_process_flags, fail_together, join
 from distrijax.cli.options import (
     Parser,
     add_model_flags,
     device_kind,
-    find_configurations,
     find_devices,
     find_dtype,
-    find_model,
-    keep_compiled_programs,
+    open_model,
     plain_errors,
 )
 from distrijax.errors import InvalidArgument
@@ -51,8 +49,9 @@ from distrijax.parallel.processes import is_main_process
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import Configs, read_configs
 from distrijax.plan.traffic import traffic
-from distrijax.sampling.denoise import image_layout
+from distrijax.sampling.layouts import image_layout
 from distrijax.validate import check_file
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
 
 PROMPT = (
@@ -133,8 +132,8 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         print_plan(arguments, config)
         return
-    recipe, (folder, variant) = find_model(arguments)
-    configs, size = configurations(arguments, folder)
+    recipe, checkpoint = open_model(arguments)
+    configs, size = configurations(arguments, checkpoint)
     outputs = output_files(arguments.output, arguments.batch) if is_main_process() else []
     keep_compiled_programs()
     plan = plan_mesh(config, find_devices(config.device_count), branches=configs.unet.branches)
@@ -146,10 +145,9 @@ def generate(arguments: argparse.Namespace) -> None:
     call = call_arguments(arguments, size)
     start = time.perf_counter()
     pipe = load_pipeline(
-        folder,
+        checkpoint,
         config,
         dtype=dtype,
-        variant=variant,
         scheduler=arguments.scheduler,
         scheduler_options=arguments.scheduler_option,
         compiler_options=arguments.compiler_option,
@@ -162,7 +160,7 @@ def generate(arguments: argparse.Namespace) -> None:
         "scheduler": arguments.scheduler or pipe.scheduler.diffusers_name,
         "scheduler_options": json.dumps(arguments.scheduler_option) if arguments.scheduler_option else None,
         "model": arguments.model or "embedded",
-        **{key: value for key, value in dataclasses.asdict(recipe).items() if key != "source" and value},
+        **recipe.additions,
         "dtype": dtype.name,
         "devices": plan.devices,
         "mesh": call_mesh(plan, layout),
@@ -212,15 +210,15 @@ def run_call(pipe: Pipeline, call: dict[str, Any], arguments: argparse.Namespace
     return images
 
 
-def configurations(arguments: argparse.Namespace, folder: Path) -> tuple[Configs, tuple[int, int]]:
-    """The configurations of a folder, and height and width of the image in pixels."""
-    configs = read_configs(folder, arguments.scheduler, arguments.scheduler_option)
+def configurations(arguments: argparse.Namespace, checkpoint: Checkpoint) -> tuple[Configs, tuple[int, int]]:
+    """The configurations of a checkpoint, and height and width of the image in pixels."""
+    configs = read_configs(checkpoint, arguments.scheduler, arguments.scheduler_option)
     return configs, arguments.image_size or default_size(configs.family, configs.unet, configs.vae)
 
 
 def print_plan(arguments: argparse.Namespace, config: DistriConfig) -> None:
     """Prints what a run would exchange, from the configurations alone; the devices need not exist."""
-    configs, size = configurations(arguments, find_configurations(arguments))
+    configs, size = configurations(arguments, open_model(arguments, weights=False)[1])
     found = find_devices(None)
     devices = config.device_count or found
     dtype = find_dtype(arguments.dtype)

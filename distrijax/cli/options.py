@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from distrijax import DEFAULT_MODEL
-from distrijax.convert.cache import Prepared, cache_folder, prepared
-from distrijax.convert.sources import Recipe, add_flags
+from distrijax.cli.compile_cache import UNREADABLE, remove_unreadable
+from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import DistriError, DistriWarning, InvalidArgument
 from distrijax.interrupts import INTERRUPTED
-from distrijax.models.families import PARTS
 from distrijax.validate import positive
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import resolve_dtype
-from distrijax.weights.hub import find
+from distrijax.weights.recipe import Recipe, add_flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,49 +61,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --model and the flags of adapters and replaced parts, which `find_model` reads."""
+    """Adds --model and the flags of adapters and replaced parts, which `open_model` reads."""
     parser.add_argument(
         "--model", help="Stable Diffusion 1.x, 2.x or XL: a folder, a single file or a hub id (default: embedded)"
     )
     add_flags(parser)
 
 
-def find_model(arguments: argparse.Namespace) -> tuple[Recipe, Prepared]:
-    """Finds the model that the flags of `add_model_flags` name; fetches and converts it where needed.
+def open_model(arguments: argparse.Namespace, *, weights: bool = True) -> tuple[Recipe, Checkpoint]:
+    """Opens the model that the flags of `add_model_flags` name; fetches it where needed.
 
     Args:
         arguments: Of a parser with `add_model_flags`.
+        weights: Whether its weights are needed, or configurations alone.
 
     Returns:
-        The recipe, and the prepared folder to load from.
+        What the flags say, and the opened model.
 
     Raises:
-        InvalidArgument: If it could not be found, fetched or converted.
+        CheckpointError: If it could not be found, fetched or read.
+        InvalidArgument: For wrong flags.
     """
-    recipe = _recipe(arguments)
-    return recipe, prepared(recipe, token=arguments.token, offline=arguments.offline)
-
-
-def find_configurations(arguments: argparse.Namespace) -> Path:
-    """The folder with the configurations of a model, without its weights if it is in the diffusers layout.
-
-    Args:
-        arguments: Of a parser with `add_model_flags`.
-
-    Raises:
-        InvalidArgument: If it could not be found, fetched or converted.
-    """
-    recipe = _recipe(arguments)
-    if recipe.plain:
-        options = {"revision": recipe.revision, "token": arguments.token, "offline": arguments.offline}
-        path = find(recipe.source, parts=PARTS, formats=(), **options)
-        if (path / "model_index.json").is_file():
-            return path
-    return find_model(arguments)[1].folder
-
-
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    return Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
+    recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
+    return recipe, open_checkpoint(recipe, token=arguments.token, offline=arguments.offline, weights=weights)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -141,10 +121,16 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
     """A context that turns errors a user can correct into SystemExit with one line, and prints only distrijax's warnings."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if not remove_unreadable(str(message)):
+            print(f"warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("once", DistriWarning)
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.filterwarnings("always", UNREADABLE)
+        warnings.showwarning = show
         try:
             yield
         except DistriError as error:
@@ -158,13 +144,6 @@ def plain_errors() -> Iterator[None]:
         except KeyboardInterrupt:  # where a `main` is called from Python, not as a command
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
-
-
-def keep_compiled_programs() -> None:
-    """Caches all compiled programs in JAX_COMPILATION_CACHE_DIR or in the user's cache folder, however fast they compiled."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def find_devices(wanted: int | None) -> int:

@@ -245,15 +245,16 @@ def _quick_gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": _quick_gelu, "silu": jax.nn.silu}
 
 
-def name_layers(module: nnx.Module) -> None:
+def name_layers(module: nnx.Module, prefix: str = "") -> None:
     """Sets `path` of every layer that has one to its path in the module, e.g. `down_blocks.0.resnets.1.conv1`.
 
     Args:
         module: The outermost module.
+        prefix: What stands before each path; models that ask the same exchange need different ones.
     """
     for path, part in walk(module):
         if hasattr(part, "path"):
-            part.path = ".".join(map(str, path))
+            part.path = prefix + ".".join(map(str, path))
 
 
 def walk(module: nnx.Module, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], nnx.Module]]:

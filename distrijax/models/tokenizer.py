@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, read from a diffusers folder through the `tokenizers` library.
+"""CLIP's tokenizer, read from the files of a diffusers folder through the `tokenizers` library.
 
     prompt -> NFC, one space for any whitespace, lower case -> split into words -> bytes -> BPE with "</w>" at word ends
            -> <|startoftext|> ids <|endoftext|> padding
@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from distrijax.errors import CheckpointError, InvalidArgument, warn
-from distrijax.json_config import read_json
+from distrijax.json_config import parse_json
 from distrijax.validate import check_choice, positive
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -37,13 +37,18 @@ DEFAULT_LENGTH = 77
 SPECIAL_TOKENS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 """Defaults of the special tokens, in the order in which transformers adds them."""
 
+FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt"
+)  # fmt: skip
+"""The files of a tokenizer that are read, as far as they are there."""
+
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]
 """Ids by token; merges, in order of priority; added tokens by id."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTokenizer:
-    """Turns prompts into ids, as transformers' CLIPTokenizer; `from_folder` reads one.
+    """Turns prompts into ids, as transformers' CLIPTokenizer; `from_folder` and `from_files` read one.
 
     Attributes:
         bpe: The pipeline from text to ids, without start, end and padding.
@@ -72,9 +77,27 @@ class CLIPTokenizer:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; give a tokenizer in the diffusers layout")
-        settings = _read_settings(folder)
+        try:
+            files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+        except OSError as error:
+            raise CheckpointError(f"{folder} is not readable ({error}); fetch its files again") from None
+        return cls.from_files(files, str(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], folder: str) -> Self:
+        """Reads the same files by name.
+
+        Args:
+            files: Their content.
+            folder: Where they come from, for errors.
+
+        Raises:
+            CheckpointError: As `from_folder`.
+        """
+        settings = _read_settings(files, folder)
         special = {key: _added_token(settings[key], folder) for key in SPECIAL_TOKENS}
-        vocabulary, merges, added = _read_vocabulary(folder, settings, {token.content for token in special.values()})
+        reserved = {token.content for token in special.values()}
+        vocabulary, merges, added = _read_vocabulary(files, folder, settings, reserved)
         try:
             bpe = byte_pair_encoder(vocabulary, merges, special["unk_token"].content)
         except Exception as error:  # the library raises nothing narrower
@@ -161,29 +184,35 @@ def byte_pair_encoder(
     return bpe
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def _object(files: Mapping[str, bytes], folder: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file."""
+    return parse_json(files[name], f"{folder}/{name}") if name in files else {}
+
+
+def _read_settings(files: Mapping[str, bytes], folder: str) -> dict[str, Any]:
     """The settings of tokenizer_config.json and special_tokens_map.json, merged as in transformers."""
-    files = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    if not any(file.exists() for file in files):
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    if not any(name in files for name in names):
         raise CheckpointError(f"{folder} has no tokenizer_config.json, which names the padding; fetch the whole folder")
-    settings, special = (read_json(file) if file.exists() else {} for file in files)
+    settings, special = (_object(files, folder, name) for name in names)
     settings = SPECIAL_TOKENS | settings | ({} if "added_tokens_decoder" in settings else special)
     check_choice(settings.get("padding_side", "right"), ("right",), f"padding_side of {folder}")
     return settings
 
 
-def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collection[str]) -> Vocabulary:
+def _read_vocabulary(
+    files: Mapping[str, bytes], folder: str, settings: Mapping[str, Any], special: Collection[str]
+) -> Vocabulary:
     """Reads the vocabulary's files; tokens in `special` are matched in the text before it is normalised."""
-    content = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else {}
-    vocabulary, merges = _from_tokenizer_json(content, folder) if content else _from_vocab_and_merges(folder)
+    content = _object(files, folder, "tokenizer.json")
+    vocabulary, merges = _from_tokenizer_json(content, folder) if content else _from_vocab_and_merges(files, folder)
     if not all(isinstance(index, int) for index in vocabulary.values()):
         raise CheckpointError(f"{folder}: the vocabulary has ids that are not integers; fetch its files again")
     added = settings.get("added_tokens_decoder")
     if added is None:
         added = {}
-        if (folder / "added_tokens.json").exists():
-            for text, index in read_json(folder / "added_tokens.json").items():
-                added[index] = {"content": text, "normalized": text not in special}
+        for text, index in _object(files, folder, "added_tokens.json").items():
+            added[index] = {"content": text, "normalized": text not in special}
         added |= {token.get("id"): token for token in content.get("added_tokens", [])}
     try:
         return vocabulary, merges, {int(index): _added_token(added[index], folder) for index in sorted(added, key=int)}
@@ -193,38 +222,38 @@ def _read_vocabulary(folder: Path, settings: Mapping[str, Any], special: Collect
         ) from None
 
 
-def _from_tokenizer_json(content: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _from_tokenizer_json(content: Mapping[str, Any], folder: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'} holds no byte pair encoding; use the tokenizer of a Stable Diffusion model"
+            f"{folder}/tokenizer.json holds no byte pair encoding; use the tokenizer of a Stable Diffusion model"
         )
-    check_choice(model.get("end_of_word_suffix"), (WORD_END,), f"end_of_word_suffix of {folder / 'tokenizer.json'}")
+    check_choice(model.get("end_of_word_suffix"), (WORD_END,), f"end_of_word_suffix of {folder}/tokenizer.json")
     return model["vocab"], [_pair(merge, folder) for merge in model["merges"]]
 
 
-def _from_vocab_and_merges(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]
+def _from_vocab_and_merges(files: Mapping[str, bytes], folder: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    missing = [name for name in ("vocab.json", "merges.txt") if name not in files]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {' and '.join(missing)} (and has no tokenizer.json); fetch the whole folder"
         )
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'merges.txt'} is not readable ({error}); fetch the file again") from None
+        lines = files["merges.txt"].decode("utf-8").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{folder}/merges.txt is not readable ({error}); fetch the file again") from None
     merges = [_pair(line, folder) for line in lines if line.strip() and not line.startswith("#version")]
-    return read_json(folder / "vocab.json"), merges
+    return _object(files, folder, "vocab.json"), merges
 
 
-def _pair(merge: str | list[str], folder: Path) -> tuple[str, str]:
+def _pair(merge: str | list[str], folder: str) -> tuple[str, str]:
     parts = merge.split() if isinstance(merge, str) else merge
     if not isinstance(parts, list) or len(parts) != 2:
         raise CheckpointError(f"{folder}: the merge {merge!r} is not a pair of tokens; fetch the file again")
     return tuple(parts)
 
 
-def _added_token(token: Any, folder: Path) -> AddedToken:
+def _added_token(token: Any, folder: str) -> AddedToken:
     """A token that is matched in the prompt before that is split into words."""
     settings = {"content": token} if isinstance(token, str) else token
     if not isinstance(settings, dict) or not isinstance(settings.get("content"), str):
@@ -235,7 +264,7 @@ def _added_token(token: Any, folder: Path) -> AddedToken:
     return AddedToken(settings["content"], special=True, **flags)
 
 
-def _add_tokens(bpe: Tokenizer, added: Mapping[int, AddedToken], special: Sequence[AddedToken], folder: Path) -> None:
+def _add_tokens(bpe: Tokenizer, added: Mapping[int, AddedToken], special: Sequence[AddedToken], folder: str) -> None:
     """Adds tokens in transformers' order; one that is added twice with different flags keeps the later ones."""
     bpe.add_tokens(list(added.values()))
     for index, token in added.items():

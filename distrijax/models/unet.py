@@ -5,6 +5,14 @@ The module tree has diffusers' names. A call is divided by what its parts depend
     condition   the prompt: keys and values of cross-attention, embedding of pooled text and sizes; once, before the loop
     times       the timestep: what each resnet adds to its features; for all steps of a program at once
     predict     the latents: everything else, at every step
+
+`predict` is put together of five parts, which other predictors may put together differently:
+
+    enter       latents -> the first skips, at the full size            | the outermost layers
+    encode      the way down: the first skips -> all skips              }
+    middle      the deepest skip -> features                            } the deep part
+    decode      the way up, which takes the skips from the last on      }
+    leave       the last layers, which take the first skips -> output   | the outermost layers
 """
 
 from __future__ import annotations
@@ -86,7 +94,7 @@ class Block(nnx.Module):
 
 
 class DownBlock(Block):
-    """`Block`, then downsampling except at the deepest level; returns every output, as skips."""
+    """`Block`, then downsampling except at the deepest level."""
 
     def __init__(self, config: UNetConfig, level: int, *, rngs: nnx.Rngs):
         out = config.block_out_channels[level]
@@ -96,12 +104,21 @@ class DownBlock(Block):
         last = level == len(config.block_out_channels) - 1
         self.downsamplers = None if last else nnx.List([Downsample2D(out, rngs=rngs)])
 
-    def __call__(self, x: Array, exchange: Exchange, times: Times, context: dict[str, KeysValues]) -> list[Array]:
+    def __call__(
+        self,
+        x: Array,
+        exchange: Exchange,
+        times: Times,
+        context: dict[str, KeysValues],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> list[Array]:
+        """The output of each layer from `start` to before `stop` (None: of all that follow, downsampling included)."""
         skips = []
-        for i in range(len(self.resnets)):
+        for i in range(start, len(self.resnets) if stop is None else stop):
             x = self.layer(i, x, exchange, times, context)
             skips.append(x)
-        if self.downsamplers is not None:
+        if self.downsamplers is not None and stop is None:
             skips.append(self.downsamplers[0](x, exchange))
         return skips
 
@@ -121,9 +138,17 @@ class UpBlock(Block):
         self.upsamplers = None if level == 0 else nnx.List([Upsample2D(channels[level], rngs=rngs)])
 
     def __call__(
-        self, x: Array, skips: list[Array], exchange: Exchange, times: Times, context: dict[str, KeysValues]
+        self,
+        x: Array,
+        skips: list[Array],
+        exchange: Exchange,
+        times: Times,
+        context: dict[str, KeysValues],
+        start: int = 0,
+        stop: int | None = None,
     ) -> Array:
-        for i in range(len(self.resnets)):
+        """Layers from `start` to before `stop` (None: all that follow), each of which takes the last of `skips`."""
+        for i in range(start, len(self.resnets) if stop is None else stop):
             x = self.layer(i, jnp.concatenate([x, skips.pop()], -1), exchange, times, context)
         return x if self.upsamplers is None else self.upsamplers[0](x, exchange, skips[-1].shape[1:3])
 
@@ -236,13 +261,90 @@ class UNet(nnx.Module):
             context: `Conditioning.context`.
             exchange: Answers for the rest of the image.
         """
-        x = self.conv_in(sample, exchange.exact())
-        skips = [x]
+        skips = self.encode(self.enter(sample, times, context, exchange), times, context, exchange)
+        x = self.middle(skips[-1], times, context, exchange)
+        first, rest = skips[:1], skips[1:]
+        x = self.decode(x, rest, times, context, exchange)
+        return self.leave(x, first, times, context, exchange)
+
+    def enter(
+        self,
+        sample: Float[Array, "b h w c"],
+        times: Times,
+        context: dict[str, KeysValues],
+        exchange: Exchange,
+        outer: int = 1,
+    ) -> list[Float[Array, "b h w C"]]:
+        """The outermost layers of the way down: `conv_in`, which reads fresh values of the other bands, and those after it.
+
+        Args:
+            sample: As in `predict`.
+            times: As in `predict`.
+            context: As in `predict`.
+            exchange: As in `predict`.
+            outer: How many layers, `conv_in` included; at most as many as the outermost level has resnets on the way down.
+
+        Returns:
+            The layers' outputs, which are the first skips.
+        """
+        skips = [self.conv_in(sample, exchange.exact())]
+        return skips + self.down_blocks[0](skips[0], exchange, times, context, stop=outer - 1)
+
+    def encode(
+        self, skips: list[Array], times: Times, context: dict[str, KeysValues], exchange: Exchange
+    ) -> list[Array]:
+        """The rest of the way down.
+
+        Args:
+            skips: Of `enter`. They may be of another size than the latents; the deep part then has that size.
+            times: As in `predict`.
+            context: As in `predict`.
+            exchange: As in `predict`; of bands of the skips' size.
+
+        Returns:
+            All skips, the deepest last.
+        """
+        skips, start = list(skips), len(skips) - 1
         for block in self.down_blocks:
-            skips += block(skips[-1], exchange, times, context)
-        x = self.mid_block(skips[-1], exchange, times, context)
-        for block in self.up_blocks:
+            skips += block(skips[-1], exchange, times, context, start)
+            start = 0
+        return skips
+
+    def middle(self, x: Array, times: Times, context: dict[str, KeysValues], exchange: Exchange) -> Array:
+        """The block at the deepest level; arguments as in `encode`, `x` the deepest skip."""
+        return self.mid_block(x, exchange, times, context)
+
+    def decode(
+        self, x: Array, skips: list[Array], times: Times, context: dict[str, KeysValues], exchange: Exchange
+    ) -> Float[Array, "b h w C"]:
+        """The way up, as far as the skips reach: the layers that take the others are `leave`'s.
+
+        Args:
+            x: Of `middle`.
+            skips: Of `encode`, without those of `enter`.
+            times: As in `predict`.
+            context: As in `predict`.
+            exchange: As in `encode`.
+        """
+        skips = list(skips)
+        for block in self.up_blocks[:-1]:
             x = block(x, skips, exchange, times, context)
+        return self.up_blocks[-1](x, skips, exchange, times, context, stop=len(skips))
+
+    def leave(
+        self, x: Array, skips: list[Array], times: Times, context: dict[str, KeysValues], exchange: Exchange
+    ) -> Float[Array, "b h w o"]:
+        """The outermost layers of the way up, and the output.
+
+        Args:
+            x: Of `decode`, in the size of the latents.
+            skips: Of `enter`.
+            times: As in `predict`.
+            context: As in `predict`.
+            exchange: As in `predict`.
+        """
+        last = self.up_blocks[-1]
+        x = last(x, list(skips), exchange, times, context, start=len(last.resnets) - len(skips))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x, exchange)), exchange)
 
     def __call__(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -85,6 +85,26 @@ Params = tuple[jax.Array | jax.ShapeDtypeStruct, ...]
 """A module's leaves, or their shapes, as a compiled program takes them; a flat tuple dispatches fast at any module depth."""
 
 
+class Stage(NamedTuple):
+    """A part of a call that runs as one program, `function(static, params, *arguments)`.
+
+    Attributes:
+        function: Traceable; `static` is hashable and says all that the program depends on besides shapes.
+        results: The shardings of its result, of `static`: a tree in which one sharding stands for all leaves in its place. None if
+            no other stage takes the result.
+        donate: Indices of `arguments` whose memory the program may overwrite.
+    """
+
+    function: Callable[..., Any]
+    results: Callable[[Any], Any] | None = None
+    donate: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.__name__
+
+
 MAX_PROGRAMS = 64
 """Default limit of the programs that a pipeline keeps.
 
@@ -94,10 +114,10 @@ runs about 7 programs; another image size compiles 5 of them again.
 
 
 class Programs:
-    """Compiles and runs `function(static, params, *arguments)`.
+    """Compiles and runs stages.
 
-    A program is compiled once for each function, static value, shapes and shardings of the arguments, and the caller's
-    `jax.default_matmul_precision`. Several threads may call at once; their programs run one after the other.
+    A program is compiled once for each stage, static value, shapes and shardings of the arguments, and the caller's
+    `jax.default_matmul_precision` (`program_key`). Several threads may call at once; their programs run one after the other.
 
     Args:
         platform: JAX's name of the devices' platform.
@@ -140,46 +160,40 @@ class Programs:
 
     def prepare(
         self,
-        function: Callable,
+        stage: Stage,
         static: Hashable,
-        params: Params,
+        params: Any,
         *arguments: Any,
-        donate: tuple[int, ...] = (),
         traced: jax.stages.Traced | None = None,
     ) -> tuple[Hashable, Future[jax.stages.Compiled]]:
         """Starts to compile a program in the background.
 
         Args:
-            function: The function to compile.
-            static: Its first argument.
-            params: Its parameters, arrays or shapes with shardings.
+            stage: The stage to compile.
+            static: Its static argument.
+            params: The parameters of its models, arrays or shapes with shardings.
             *arguments: Its other arguments, arrays or shapes with shardings.
-            donate: Indices into `arguments` of those that the program may overwrite.
             traced: What `trace` returned for the same arguments, if it has been called.
 
         Returns:
             The program's key, and the future of the program.
         """
         _check_jit()
-        leaves, structure = jax.tree.flatten(arguments)
-        taken = tuple((leaf.shape, leaf.dtype, _canonical_spec(leaf.sharding)) for leaf in leaves)
-        precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
-        key = (function, static, structure, taken, donate, precision)
+        key = program_key(stage, static, arguments)
         with self._lock:
             if (begun := self._compiled.get(key)) is None:
                 shapes = jax.tree.map(_shape, (params, *arguments))
+                precision = jax.config.jax_default_matmul_precision  # of this thread; the workers have their own
                 begun = self._compiled[key] = self._compilers.submit(
-                    self._compile, function, static, shapes, donate, precision, traced
+                    self._compile, stage, static, shapes, precision, traced
                 )
             self._compiled.move_to_end(key)
             self._evict(key)
         return key, begun
 
-    def __call__(
-        self, function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
-    ) -> Any:
+    def __call__(self, stage: Stage, static: Hashable, params: Any, *arguments: Any) -> Any:
         """Runs a program, compiled if it is not yet; the arguments are those of `prepare`, all of them arrays."""
-        key, begun = self.prepare(function, static, params, *arguments, donate=donate)
+        key, begun = self.prepare(stage, static, params, *arguments)
         with self._in_use(key):
             start = time.perf_counter()
             try:
@@ -204,20 +218,19 @@ class Programs:
 
     def _compile(
         self,
-        function: Callable,
+        stage: Stage,
         static: Hashable,
         shapes: tuple,
-        donate: tuple[int, ...],
         precision: str | None,
         traced: jax.stages.Traced | None,
     ) -> jax.stages.Compiled:
         start = time.perf_counter()
         with jax.default_matmul_precision(precision):
-            lowered = (traced or trace(function, static, *shapes, donate=donate)).lower()
+            lowered = (traced or trace(stage, static, *shapes)).lower()
         program = compiled(lowered, self.defaults, self.options)
         seconds = time.perf_counter() - start
         self._add_time(compiling=seconds)
-        logger.info("compiled %s in %.1f s", function.__name__, seconds)
+        logger.info("compiled %s in %.1f s", stage.name, seconds)
         return program
 
     def _add_time(self, *, compiling: float = 0, blocked: float = 0) -> None:
@@ -244,7 +257,7 @@ class Programs:
             key for key, begun in self._compiled.items() if begun.done() and key != newest and key not in self._running
         ]
         for key in idle[: self.count - self.max_programs]:
-            logger.info("evicted %s: more than %d programs", key[0].__name__, self.max_programs)
+            logger.info("evicted %s: more than %d programs", key[0].name, self.max_programs)
             del self._compiled[key]
             self._memory_checked.discard(key)
 
@@ -298,22 +311,33 @@ def _shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def trace(
-    function: Callable, static: Hashable, params: Params, *arguments: Any, donate: tuple[int, ...] = ()
-) -> jax.stages.Traced:
-    """Traces `function(static, params, *arguments)`, for the platform of the devices on which the arguments are.
+def program_key(stage: Stage, static: Hashable, arguments: tuple) -> Hashable:
+    """What a program is compiled once for.
+
+    Args:
+        stage: The stage.
+        static: Its static argument; it determines the shapes of the parameters.
+        arguments: Its other arguments, arrays or shapes with shardings.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    taken = tuple((leaf.shape, leaf.dtype, _canonical_spec(leaf.sharding)) for leaf in leaves)
+    return stage, static, structure, taken, jax.config.jax_default_matmul_precision
+
+
+def trace(stage: Stage, static: Hashable, params: Any, *arguments: Any) -> jax.stages.Traced:
+    """Traces a stage, for the platform of the devices on which the arguments are.
 
     JAX's caches keep what was made from a function, compiled programs included, as long as the function lives. The function
     that is traced here lives as long as the result.
 
     Args:
-        function: The function to trace.
-        static: Its first argument.
-        params: Its parameters, arrays or shapes with shardings.
+        stage: The stage to trace.
+        static: Its static argument.
+        params: The parameters of its models, arrays or shapes with shardings.
         *arguments: Its other arguments, arrays or shapes with shardings.
-        donate: Indices into `arguments` of those that the program may overwrite.
     """
-    jitted = jax.jit(functools.partial(function, static), donate_argnums=tuple(1 + index for index in donate))
+    donated = tuple(1 + index for index in stage.donate)
+    jitted = jax.jit(functools.partial(stage.function, static), donate_argnums=donated)
     mesh = jax.tree.leaves((params, arguments))[0].sharding.mesh
     with tracing_for(mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None):
         return jitted.trace(params, *arguments)

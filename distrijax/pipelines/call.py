@@ -1,18 +1,21 @@
-"""The arguments that calls of all pipelines share, their checks, and the output of a call."""
+"""The arguments of calls, their checks, and the output of a call."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import numpy as np
 from PIL import Image
 
 from distrijax.errors import InvalidArgument
-from distrijax.pipelines.prompt import Embeddings, Texts
+from distrijax.pipelines.prompt import Embeddings, Prompt, Texts
+from distrijax.sampling.begin import Begin, FromNoise
+from distrijax.sampling.denoise import AfterUpdate, NoHook
 from distrijax.schedulers import Scheduler
 from distrijax.validate import check_choice, finite_number, host_array, positive, scalar
 
@@ -36,7 +39,7 @@ class PipelineOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """The arguments that calls of all pipelines share; the pipelines' `__call__` describe them.
+    """The arguments of a call that all pipelines share; a family's calls add theirs in a subclass.
 
     Names, meanings and defaults are diffusers', with these differences:
 
@@ -51,38 +54,73 @@ class Call:
     progress. Several threads of one process may make calls at the same time, of the same pipeline or of several.
 
     Attributes:
-        branches: Branches of guidance that the UNet has (`UNetConfig.branches`).
+        prompt: The prompt, or a list of them; None if `prompt_embeds` is given.
+        height: Height of the images in pixels. Default: the size that the model was trained for.
+        width: Width of the images in pixels. Default: the size that the model was trained for.
+        num_inference_steps: Number of denoising steps.
+        guidance_scale: Scale of classifier-free guidance; above 1 an unconditional branch runs, too. A UNet that is
+            conditioned on the guidance scale (`UNetConfig.branches`; LCM) runs one branch; negative prompts and
+            `guidance_rescale` have no effect on it.
+        guidance_rescale: How much of the guided prediction is rescaled to the contrast of the conditional one, from 0 to 1
+            (arXiv 2305.08891, section 3.4).
+        negative_prompt: What images should not show; one for all prompts or one for each. Default: "", or embeddings of zeros
+            for an SDXL checkpoint, unless its model_index.json sets `force_zeros_for_empty_prompt` to false.
+        num_images_per_prompt: Images of each prompt.
+        seed: Of the noise: one for all images (image i draws from its i-th stream), or one for each image. The noise is
+            the same on any mesh and, unlike that of diffusers' generator, in every call.
+        latents: Starting noise [images, channels, height/f, width/f] in place of the seed's, normally distributed; f is
+            the VAE's factor (8).
+        prompt_embeds: Token embeddings [prompts, tokens, width] in place of `prompt`, as `encode_prompt` returns them.
+        negative_prompt_embeds: The same for `negative_prompt`.
+        clip_skip: How many of the text encoders' last layers are skipped for the prompt. Default: 0.
+        output_type: "pil", "np" or "latent"; see `PipelineOutput`.
+        callback_on_step_end: Called after each step as `callback(pipeline, step, timestep, {"latents": latents})`, with
+            latents [images, channels, height/f, width/f]. It may return {"latents": ...} to continue from, and stop the
+            call by an exception. A step is a call of the UNet; PNDM makes one more than `num_inference_steps`.
+        chunk_size: Steps between two updates of the progress bar and two calls of the callback. None runs the loop as one
+            program, or step by step with `DistriConfig.sync_steps` or a callback.
+        scheduler: A scheduler for this call, or a name from `distrijax.schedulers.SCHEDULERS`, which gets the options of
+            the pipeline's. Default: the pipeline's.
 
     Raises:
         InvalidArgument: For arguments that cannot be used.
     """
 
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_rescale: float
-    num_images_per_prompt: int
-    clip_skip: int | None  # None is 0
-    branches: int
+    prompt: Prompt | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    negative_prompt: Prompt | None = None
+    num_images_per_prompt: int = 1
     seed: int | Sequence[int] = 0
     latents: Any = None
+    prompt_embeds: Any = None
+    negative_prompt_embeds: Any = None
+    clip_skip: int | None = None
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     chunk_size: int | None = 1
     scheduler: str | Scheduler | None = None
 
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("prompt",)
+    """Arguments that may be given without their names."""
+
+    ARRAYS: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    """Arguments that are arrays, of any library."""
+
     def __post_init__(self):
         check_choice(self.output_type, ("pil", "np", "latent"), "output_type")
-        object.__setattr__(self, "guidance_scale", finite_number(self.guidance_scale, "guidance_scale"))
-        rescale = finite_number(self.guidance_rescale, "guidance_rescale", least=0)
-        object.__setattr__(self, "guidance_rescale", rescale)
-        for name in ("height", "width", "num_inference_steps", "num_images_per_prompt"):
-            object.__setattr__(self, name, positive(getattr(self, name), name))
-        if self.chunk_size is not None:
-            object.__setattr__(self, "chunk_size", positive(self.chunk_size, "chunk_size"))
+        self._set("guidance_scale", finite_number(self.guidance_scale, "guidance_scale"))
+        self._set("guidance_rescale", finite_number(self.guidance_rescale, "guidance_rescale", least=0))
+        for name in ("num_inference_steps", "num_images_per_prompt"):
+            self._set(name, positive(getattr(self, name), name))
+        for name in ("height", "width", "chunk_size"):
+            if getattr(self, name) is not None:
+                self._set(name, positive(getattr(self, name), name))
         skipped = 0 if self.clip_skip is None else self.clip_skip
-        object.__setattr__(self, "clip_skip", positive(skipped, "clip_skip", least=0))
+        self._set("clip_skip", positive(skipped, "clip_skip", least=0))
         if not isinstance(self.scheduler, str | Scheduler | None):
             raise InvalidArgument(
                 f'scheduler is {self.scheduler!r:.60}; give a name, such as "euler", or a scheduler of distrijax.schedulers'
@@ -90,39 +128,95 @@ class Call:
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise InvalidArgument(f"callback_on_step_end is {self.callback_on_step_end!r:.60}; give a function")
 
-    @property
-    def guided(self) -> bool:
-        """Whether an unconditional branch runs beside the conditional one."""
-        return self.guidance_scale > 1 and self.branches == 2
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, *positional: Any, **named: Any) -> Self:
+        """The arguments of a call as it was written.
+
+        Args:
+            *positional: Of `POSITIONAL`.
+            **named: The others.
+
+        Raises:
+            InvalidArgument: For arguments that there are not, and for those that cannot be used.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if len(positional) > len(cls.POSITIONAL):
+            raise InvalidArgument(
+                f"{len(positional)} arguments have no name; give all but {' and '.join(cls.POSITIONAL)} by name"
+            )
+        given = dict(zip(cls.POSITIONAL, positional, strict=False))
+        for name in named:
+            if name in given:
+                raise InvalidArgument(f"{name} is given twice; give it once")
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+                raise InvalidArgument(f"a call has no argument {name}; {advice}")
+        return cls(**given, **named)
+
+
+def call_method(kind: type[Call]) -> Callable[..., PipelineOutput]:
+    """A pipeline's `__call__`, whose arguments are the fields of a class.
+
+    Args:
+        kind: The class.
+    """
+
+    def __call__(self, *prompts, **arguments) -> PipelineOutput:
+        return self._generate(self._read(kind.of(*prompts, **arguments)))
+
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("self", by_position)]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    ordered = [*kind.POSITIONAL, *(name for name in fields if name not in kind.POSITIONAL)]
+    for name in ordered:
+        how = by_position if name in kind.POSITIONAL else inspect.Parameter.KEYWORD_ONLY
+        field = fields[name]
+        parameters.append(inspect.Parameter(name, how, default=field.default, annotation=field.type))
+    __call__.__signature__ = inspect.Signature(parameters, return_annotation=PipelineOutput)
+    described = "\n".join(_attributes(part) for part in kind.__mro__ if issubclass(part, Call))
+    __call__.__doc__ = (
+        "Generates images of prompts.\n\nNames, meanings and defaults are diffusers'; "
+        f"`distrijax.pipelines.call.Call` lists the differences.\n\nArgs:\n{described}\n\n"
+        "Returns:\n    The images.\n\nRaises:\n    InvalidArgument: For arguments that cannot be used.\n"
+    )
+    return __call__
+
+
+def _attributes(kind: type[Call]) -> str:
+    """The section "Attributes" of a class's docstring."""
+    _, _, section = inspect.cleandoc(kind.__doc__).partition("Attributes:\n")
+    return section.partition("\n\n")[0]
 
 
 class Request(NamedTuple):
-    """All arguments of a call, checked.
+    """A call, read for a pipeline and checked.
 
     Attributes:
-        call: Those that all pipelines share.
+        call: Its arguments.
+        size: Height and width of the images in pixels.
+        guided: Whether an unconditional branch runs beside the conditional one.
         branches: The prompts of each branch of guidance, as `PromptEncoder.read` returns them.
         time_ids: SDXL's micro-conditioning of each branch; None for models without.
+        begin: Where the call begins.
+        after_update: What follows each update of the scheduler.
     """
 
     call: Call
+    size: Size
+    guided: bool
     branches: Sequence[Texts | Embeddings | None]
     time_ids: Sequence[Sequence[float]] | None = None
+    begin: Begin = FromNoise()
+    after_update: AfterUpdate = NoHook()
 
     @property
     def images(self) -> int:
         """Number of images."""
         return len(self.branches[-1][0]) * self.call.num_images_per_prompt
-
-
-def bound_arguments(call: Callable, arguments: Any) -> dict[str, Any]:
-    """All arguments of a pipeline's call, defaults included, from those of `compile_for`."""
-    try:
-        bound = inspect.signature(call).bind(None, **dict(arguments))
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"compile_for: {error}; give a dict of arguments of the pipeline's call") from None
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:

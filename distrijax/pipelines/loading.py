@@ -1,20 +1,21 @@
-"""Loads the components of a checkpoint in the diffusers layout, local or on the Hugging Face hub, onto the mesh."""
+"""Loads the components of a checkpoint onto the mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distrijax.config import Parallelism
-from distrijax.errors import CheckpointError, checkpoint_errors
-from distrijax.json_config import ModelConfig, read_json
+from distrijax.convert.sources import open_checkpoint
+from distrijax.errors import CheckpointError, InvalidArgument, checkpoint_errors
+from distrijax.json_config import ModelConfig
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from distrijax.models.families import FAMILIES, PARTS, Family
+from distrijax.models.families import FAMILIES, Family
 from distrijax.models.layers import abstract
 from distrijax.models.tokenizer import CLIPTokenizer
 from distrijax.models.unet import UNet
@@ -22,9 +23,10 @@ from distrijax.models.unet_config import UNetConfig
 from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.validate import check_choice
-from distrijax.weights import hub
-from distrijax.weights.files import LOADABLE, check_variant
-from distrijax.weights.load import load_module
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.load import check_tensors, load_module
+from distrijax.weights.names import current_name
+from distrijax.weights.recipe import Additions, Recipe
 from distrijax.weights.sharding import Model, ModelLayout
 
 
@@ -44,7 +46,7 @@ class Components(NamedTuple):
 
 
 class Configs(NamedTuple):
-    """The configurations in a pipeline's folder."""
+    """The configurations of a pipeline."""
 
     index: dict[str, Any]
     family: Family
@@ -54,99 +56,102 @@ class Configs(NamedTuple):
     scheduler: Scheduler
 
 
-def find_folder(
-    name: str | Path,
+def opened(
+    name: str | Path | Checkpoint,
     *,
     variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-    weights: bool = True,
-) -> Path:
-    """The local folder of a checkpoint; of one on the hub the needed files are fetched (see `hub.find`).
+    **additions: Unpack[Additions],
+) -> Checkpoint:
+    """The checkpoint that `from_pretrained` was given, opened and not read.
 
     Args:
-        name: A path, hub id or URL of the hub.
+        name: As of `from_pretrained`; an opened checkpoint is returned as it is.
         variant: Of the weights.
         revision: Of the hub.
         token: Of the hub.
         local_files_only: Whether to use only what was fetched before.
-        weights: Whether weights are needed, or configurations alone.
+        **additions: What goes on top of it.
 
     Raises:
-        CheckpointError: If the checkpoint could not be found, or no component has weights of the variant.
+        CheckpointError: For what cannot be found or read, or does not fit together.
+        InvalidArgument: For additions of other types, and for any to an opened checkpoint.
+        TypeError: For an unknown argument.
     """
-    formats = LOADABLE if weights else ()
-    options = {"variant": variant, "revision": revision, "token": token, "offline": local_files_only}
-    path = hub.find(name, parts=PARTS, formats=formats, **options)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{name} is a file; give a folder in the diffusers layout, as python -m distrijax.convert {name} FOLDER makes one"
+    if unknown := additions.keys() - Additions.__annotations__:
+        raise TypeError(
+            f"{', '.join(sorted(unknown))} is no argument; what goes on top is {', '.join(Additions.__annotations__)}"
         )
-    if weights:
-        check_variant(path, PARTS, variant)
-    return path
+    if not isinstance(name, Checkpoint):
+        recipe = Recipe(name, variant=variant, revision=revision, **additions)
+        return open_checkpoint(recipe, token=token, offline=local_files_only)
+    if given := [key for key, value in {"variant": variant, "revision": revision, **additions}.items() if value]:
+        raise InvalidArgument(f"{', '.join(given)} of an opened checkpoint is fixed; give it to open_checkpoint")
+    if not name.tensors:
+        raise InvalidArgument(f"{name.what} was opened without weights; open it with weights=True")
+    return name
 
 
-def find_family(folder: Path) -> Family:
-    """The family of a pipeline's folder.
+def find_family(checkpoint: Checkpoint) -> Family:
+    """The family of a checkpoint.
 
     Args:
-        folder: The pipeline's folder.
+        checkpoint: The checkpoint.
 
     Raises:
         CheckpointError: For families that are not supported.
     """
-    name = read_json(folder / "model_index.json").get("_class_name")
+    name = checkpoint.index.get("_class_name")
     with checkpoint_errors():
-        check_choice(name, tuple(FAMILIES), f"{folder}/model_index.json: _class_name")
+        check_choice(name, tuple(FAMILIES), f"{checkpoint.what}/model_index.json: _class_name")
     return FAMILIES[name]
 
 
 def read_configs(
-    folder: Path,
+    checkpoint: Checkpoint,
     scheduler: str | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
     *,
     needed: Family | None = None,
 ) -> Configs:
-    """Reads the configurations of a pipeline's folder.
+    """Reads the configurations of a checkpoint.
 
     Args:
-        folder: The pipeline's.
-        scheduler: A name in `distrijax.schedulers.SCHEDULERS` that replaces the folder's class.
-        scheduler_options: Options that take precedence over the folder's.
+        checkpoint: The checkpoint.
+        scheduler: A name in `distrijax.schedulers.SCHEDULERS` that replaces the checkpoint's class.
+        scheduler_options: Options that take precedence over the checkpoint's.
         needed: The family that the pipeline must be of.
 
     Raises:
         CheckpointError: For a configuration that is missing, wrong or not supported.
-        InvalidArgument: For a scheduler or an option of it that does not exist.
+        InvalidArgument: For a scheduler or an option of it that does not exist, or has another value than those allowed.
     """
-    family = find_family(folder)
+    family = find_family(checkpoint)
     if needed not in (None, family):
         raise CheckpointError(
-            f"{folder} holds a {family.name} pipeline, not {needed.name}; load it with {family.pipeline}"
+            f"{checkpoint.what} holds a {family.name} pipeline, not {needed.name}; load it with {family.pipeline}"
         )
-    absent = [part for part in family.parts if not (folder / part).is_dir()]
-    if absent:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; give a complete {family.name} pipeline")
-    options = read_json(folder / "scheduler" / "scheduler_config.json") | family.scheduler
+    there = {*checkpoint.configs, *(name.partition("/")[0] for name in checkpoint.files)}
+    if absent := [part for part in family.parts if part not in there]:
+        raise CheckpointError(f"{checkpoint.what} lacks {', '.join(absent)}; give a complete {family.name} pipeline")
 
     def read(name: str, kind: type[ModelConfig]) -> Any:
-        return kind.from_dict(read_json(folder / name / "config.json"))
+        return kind.from_dict(checkpoint.configs[name])
 
     return Configs(
-        index=read_json(folder / "model_index.json"),
+        index=checkpoint.index,
         family=family,
         text_encoders=tuple(read(name, CLIPTextConfig) for name in family.text_encoders),
         unet=read("unet", UNetConfig),
         vae=read("vae", VAEConfig),
-        scheduler=load_scheduler(options, scheduler, scheduler_options),
+        scheduler=load_scheduler(checkpoint.configs["scheduler"] | family.scheduler, scheduler, scheduler_options),
     )
 
 
 def abstract_components(
-    folder: Path,
+    checkpoint: Checkpoint,
     configs: Configs,
     *,
     dtype: jnp.dtype,
@@ -154,55 +159,61 @@ def abstract_components(
     parallelism: Parallelism,
     shard_weights: bool,
 ) -> Components:
-    """The components of a pipeline's folder, with shapes in place of weights: errors in it are found before loading.
+    """The components of a pipeline, with shapes in place of weights: errors in it are found before loading.
 
     Args:
-        folder: The pipeline's.
-        configs: The folder's.
+        checkpoint: The pipeline's.
+        configs: The checkpoint's.
         dtype: To compute in; the VAE's may differ (`VAEConfig.compute_dtype`).
         mesh: The devices.
         parallelism: How the UNet is parallelised.
         shard_weights: Whether large parameters are sharded flat.
 
     Raises:
-        CheckpointError: For tokenizers that cannot be read, and components of different models.
+        CheckpointError: For tokenizers that cannot be read, components of different models, and tensors that are not those of
+            the configurations.
     """
     family = configs.family
-    tokenizers = tuple(CLIPTokenizer.from_folder(folder / name) for name in family.tokenizers)
-    _check_together(folder, tokenizers, configs)
+    tokenizers = tuple(
+        CLIPTokenizer.from_files(checkpoint.files_of(name), f"{checkpoint.what}/{name}") for name in family.tokenizers
+    )
+    _check_together(checkpoint.what, tokenizers, configs)
 
-    def model(build: Callable, config: ModelConfig, dtype: jnp.dtype, parallelism=Parallelism.PATCH) -> Model:
+    def model(name: str, build: Callable, dtype: jnp.dtype, parallelism=Parallelism.PATCH) -> Model:
+        config = build.args[0]
         platform = mesh.devices.flat[0].platform
-        form = ModelLayout.of(abstract(partial(build, config)), parallelism, shard=shard_weights, platform=platform)
+        form = ModelLayout.of(abstract(build), parallelism, shard=shard_weights, platform=platform)
+        if checkpoint.tensors:
+            held = {current_name(name): tensor for name, tensor in checkpoint.tensors[name].items()}
+            check_tensors(held, zip(form.paths, form.shapes, strict=True), f"{checkpoint.what}/{name}")
         return Model.of(config, form, mesh, dtype)
 
     def text_encoder(name: str, config: CLIPTextConfig) -> Model:
         projected = family.pooled and name == family.text_encoders[-1]
-        build = partial(CLIPTextEncoder, with_projection=projected, penultimate=family.penultimate)
-        return model(build, config, dtype)
+        build = partial(CLIPTextEncoder, config, with_projection=projected, penultimate=family.penultimate)
+        return model(name, build, dtype)
 
     return Components(
         index=configs.index,
         tokenizers=tokenizers,
         text_encoders=tuple(map(text_encoder, family.text_encoders, configs.text_encoders)),
-        unet=model(UNet, configs.unet, dtype, parallelism),
-        vae=model(AutoencoderKL, configs.vae, configs.vae.compute_dtype(dtype)),
+        unet=model("unet", partial(UNet, configs.unet), dtype, parallelism),
+        vae=model("vae", partial(AutoencoderKL, configs.vae), configs.vae.compute_dtype(dtype)),
         scheduler=configs.scheduler,
     )
 
 
-def read_components(
-    components: Components, folder: Path, family: Family, *, variant: str | None, mesh: Mesh
-) -> Components:
+def read_components(components: Components, checkpoint: Checkpoint, family: Family, mesh: Mesh) -> Components:
     """The result of `abstract_components` with weights in place of shapes.
 
     Raises:
-        CheckpointError: For weights that are not those of the configurations.
+        CheckpointError: For weights that are not finite or cannot be read.
     """
 
     def read(name: str, model: Model) -> Model:
-        place = model.form.make_placer(mesh)
-        module = load_module(model.form.abstract(), folder / name, variant=variant, dtype=model.dtype, place=place)
+        place, what = model.form.make_placer(mesh), f"{checkpoint.what}/{name}"
+        tensors = checkpoint.tensors[name]
+        module = load_module(model.form.abstract(), tensors, what, dtype=model.dtype, place=place)
         return model._replace(params=model.form.fuse_params(module))
 
     return components._replace(
@@ -212,12 +223,12 @@ def read_components(
     )
 
 
-def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs: Configs) -> None:
+def _check_together(what: str, tokenizers: tuple[CLIPTokenizer, ...], configs: Configs) -> None:
     """Raises DistriError for components of different models."""
     unet, vae, texts = configs.unet, configs.vae, configs.text_encoders
     if unet.addition_embed_type and not configs.family.pooled:
         raise CheckpointError(
-            f"{folder}: the UNet's addition_embed_type is {unet.addition_embed_type!r} and the text encoder of "
+            f"{what}: the UNet's addition_embed_type is {unet.addition_embed_type!r} and the text encoder of "
             f"{configs.family.name} gives no pooled embedding; use components of one model"
         )
     dims = unet.cross_attention_dim
@@ -230,11 +241,11 @@ def _check_together(folder: Path, tokenizers: tuple[CLIPTokenizer, ...], configs
     for name, value, other, needed in pairs:
         if value != needed:
             raise CheckpointError(
-                f"{folder}: the {name} is {value} and the {other} {needed}; use components of one model"
+                f"{what}: the {name} is {value} and the {other} {needed}; use components of one model"
             )
     for number, (tokenizer, encoder) in enumerate(zip(tokenizers, texts, strict=True), 1):
         if tokenizer.vocab_size > encoder.vocab_size:
             raise CheckpointError(
-                f"{folder}: tokenizer {number} has {tokenizer.vocab_size} tokens and its text encoder {encoder.vocab_size}; "
+                f"{what}: tokenizer {number} has {tokenizer.vocab_size} tokens and its text encoder {encoder.vocab_size}; "
                 "use components of one model"
             )

@@ -14,8 +14,8 @@ from jaxtyping import Float
 
 from distrijax.errors import InvalidArgument, warn
 from distrijax.models.tokenizer import CLIPTokenizer
-from distrijax.parallel.processes import to_devices, to_host
-from distrijax.parallel.programs import Programs
+from distrijax.parallel.programs import Stage
+from distrijax.parallel.stages import On
 from distrijax.validate import host_array
 from distrijax.weights.sharding import Model
 
@@ -53,7 +53,6 @@ class PromptEncoder:
         zeros_for_empty: Whether embeddings of a missing negative prompt are zeros instead of those of "" (SDXL's
             `force_zeros_for_empty_prompt`).
         everywhere: The replicated sharding.
-        programs: Compiles and runs the encoders.
     """
 
     tokenizers: tuple[CLIPTokenizer, ...]
@@ -61,19 +60,21 @@ class PromptEncoder:
     pooled: bool
     zeros_for_empty: bool
     everywhere: NamedSharding
-    programs: Programs
 
-    def __call__(self, texts: Texts, *, clip_skip: int = 0) -> Embeddings:
-        """The embeddings of prompts."""
+    def __call__(self, on: On, texts: Texts, *, clip_skip: int = 0) -> Embeddings:
+        """The embeddings of prompts.
+
+        Args:
+            on: Where the encoders run.
+            texts: The prompts for each encoder.
+            clip_skip: Last layers that are skipped.
+        """
         outputs = []
         for tokenizer, encoder, prompts in zip(self.tokenizers, self.encoders, texts, strict=True):
-            ids = to_devices(tokenizer(prompts), self.everywhere)
-            outputs.append(self.programs(_encode, self._static(encoder, clip_skip), encoder.params, ids))
-        tokens, pooled = zip(*((to_host(part) for part in output) for output in outputs), strict=True)
+            static = encoder.form, self.everywhere.mesh, clip_skip
+            outputs.append(on.run(ENCODE, static, encoder.params, on.put(tokenizer(prompts), self.everywhere)))
+        tokens, pooled = zip(*(map(on.get, output) for output in outputs), strict=True)
         return Embeddings(np.concatenate(tokens, -1), pooled[-1] if self.pooled else None)
-
-    def _static(self, encoder: Model, clip_skip: int) -> tuple:
-        return encoder.form, self.everywhere.mesh, clip_skip
 
     def given(self, tokens: Any, pooled: Any, name: str, dtype: Any) -> Embeddings | None:
         """Embeddings of a caller, checked and cast; None if there are none.
@@ -153,25 +154,13 @@ class PromptEncoder:
             return None, text
         return _line_up("negative_prompt", (first or "", *others), len(text[0])), text
 
-    def prepare(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> None:
-        """Starts to compile what `encode` runs.
-
-        Args:
-            branches: As for `encode`.
-            clip_skip: As for `encode`.
-        """
-        skips = [*[0] * (len(branches) - 1), clip_skip]
-        for branch, skip in zip(branches, skips, strict=True):
-            if branch is None or isinstance(branch, Embeddings):
-                continue
-            for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-                ids = jax.ShapeDtypeStruct((len(branch[0]), tokenizer.length), np.int32, sharding=self.everywhere)
-                self.programs.prepare(_encode, self._static(encoder, skip), encoder.params, ids)
-
-    def encode(self, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0) -> tuple[Embeddings, ...]:
+    def encode(
+        self, on: On, branches: Sequence[Texts | Embeddings | None], *, clip_skip: int = 0
+    ) -> tuple[Embeddings, ...]:
         """The embeddings of each branch.
 
         Args:
+            on: Where the encoders run.
             branches: Of `read`.
             clip_skip: Last layers that are skipped for the conditional branch; as in diffusers, for no other.
 
@@ -180,7 +169,7 @@ class PromptEncoder:
         """
 
         def embed(branch: Texts | Embeddings, clip_skip: int = 0) -> Embeddings:
-            return branch if isinstance(branch, Embeddings) else self(branch, clip_skip=clip_skip)
+            return branch if isinstance(branch, Embeddings) else self(on, branch, clip_skip=clip_skip)
 
         *others, text = branches
         text = embed(text, clip_skip)
@@ -243,11 +232,23 @@ def _labels(name: str, prompts: Prompts) -> list[str]:
     return [name if number == 1 else f"{name}_{number}" for number in range(1, len(prompts) + 1)]
 
 
-def _encode(static, params, ids):
-    """Encodes all prompts on every device: they are few, and all devices of a branch need them."""
+def encode_text(static, params, ids):
+    """Encodes all prompts on every device: they are few, and all devices of a branch need them.
+
+    Args:
+        static: The encoder's layout, the mesh, and the number of last layers to skip.
+        params: The encoder's parameters.
+        ids: Token ids, `[prompts, length]`.
+
+    Returns:
+        What the encoder returns, the same on every device.
+    """
     form, mesh, clip_skip = static
 
     def local(params, ids):
         return form.module(params)(ids, clip_skip=clip_skip)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(form.specs, P()), out_specs=P())(params, ids)
+
+
+ENCODE = Stage(encode_text, lambda static: NamedSharding(static[1], P()))

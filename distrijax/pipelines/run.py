@@ -1,50 +1,71 @@
-"""Running a call on the devices: the starting noise, the conditioning, the loop in chunks, and decoding."""
+"""Running a call: the conditioning, where it begins, the loop in chunks, and decoding. Each program is a stage."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from distrijax import interrupts
-from distrijax.config import DistriConfig, Parallelism
+from distrijax.config import DistriConfig, Parallelism, StepKind
 from distrijax.errors import InvalidArgument, NotFinite, warn
 from distrijax.models.families import Family
 from distrijax.parallel.displaced import strategy_of
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG, DATA
-from distrijax.parallel.processes import check_agreement, is_main_process, to_devices, to_host
-from distrijax.parallel.programs import MAX_PROGRAMS, Programs, check_eager
-from distrijax.pipelines.call import (
-    Call,
-    Callback,
-    PipelineOutput,
-    Request,
-    given_latents,
-    image_seeds,
-    to_pil,
-)
+from distrijax.parallel.processes import check_agreement, is_main_process, to_host
+from distrijax.parallel.programs import MAX_PROGRAMS, Programs, Stage, check_eager
+from distrijax.parallel.stages import On, OnDevices
+from distrijax.pipelines.call import Call, PipelineOutput, Request, given_latents, image_seeds, to_pil
 from distrijax.pipelines.loading import Components
 from distrijax.pipelines.progress import Progress
 from distrijax.pipelines.prompt import Embeddings, PromptEncoder
-from distrijax.sampling import denoise
-from distrijax.sampling.decode import DecodeSpec, decode
-from distrijax.sampling.denoise import CallInputs, LoopSpec, StepInputs, image_layout, loop_of
-from distrijax.sampling.noise import draw_latents, image_keys
-from distrijax.schedulers import Scheduler, with_class
+from distrijax.sampling.begin import put_latents, run_begin
+from distrijax.sampling.condition import PromptInputs, run_condition
+from distrijax.sampling.decode import DECODE, DecodeSpec
+from distrijax.sampling.denoise import CallInputs, LoopSpec, StepsSpec, call_inputs, run_steps
+from distrijax.sampling.layouts import image_layout
+from distrijax.sampling.steps import StepInputs, StepPlan, plan_steps
+from distrijax.schedulers import Scheduler, State, with_class
 from distrijax.validate import host_array
+from distrijax.weights.models import UNET, Models
 
 FIXED = ("config", "dtype", "mesh", "programs", "unet_config", "vae_config")
 """Attributes of a pipeline that its programs depend on."""
 
 FIXED_CONFIG = ("devices", "data", "cfg", "patch", "split_batch", "parallelism", "shard_weights")
 """Fields of a config that decide the mesh, and where the weights are."""
+
+
+class Planned(NamedTuple):
+    """What a call will do, before anything is compiled or computed.
+
+    Attributes:
+        loop: What all steps depend on.
+        plan: The kinds of steps.
+        steps: The scheduler's constants of the steps to make.
+        sigma: The standard deviation of the noise that a call without an image begins with.
+        seeds: Of the images.
+        latents: A caller's noise, on the host; None for that of the seeds.
+    """
+
+    loop: LoopSpec
+    plan: StepPlan
+    steps: Any
+    sigma: float
+    seeds: np.ndarray
+    latents: np.ndarray | None
+
+
+After = Callable[[int, int, State], State]
+"""What the host does after steps from `start` to before `stop`: returns the state to go on with."""
 
 
 class Runner:
@@ -79,36 +100,82 @@ class Runner:
             pooled=self.family.pooled,
             zeros_for_empty=self.family.pooled and bool(components.index.get("force_zeros_for_empty_prompt", True)),
             everywhere=self._everywhere,
-            programs=self.programs,
         )
         self._unet, self._vae = components.unet, components.vae
+        self._models = Models.of(**{UNET: components.unet.form})
+
+    @property
+    def _params(self) -> dict[str, Any]:
+        """The parameters of `_models`."""
+        return {UNET: self._unet.params}
 
     @interrupts.not_lost()
     def _generate(self, request: Request) -> PipelineOutput:
         """Returns the images of a call; everything is checked before anything is compiled."""
         check_eager()
-        call, branches, time_ids = request
-        scheduler = self._scheduler_of(call)
-        steps, init_noise_sigma = scheduler.schedule(call.num_inference_steps)
-        loop = self._loop(call, scheduler, len(steps.timestep))
-        self._warn_of_idle_options(loop, len(steps.timestep))
-        layout = loop.layout
-        images = request.images
-        check_images(images, self.mesh.shape[DATA])
-        self._check_agreement(request, scheduler)
-        seeds = to_devices(image_seeds(call.seed, images), layout.sharding(P(DATA)))
-        channels = self.unet_config.in_channels
-        noise = None
-        if call.latents is not None:
-            noise = pad_latents(layout, given_latents(call.latents, (images, channels, *layout.latent)))
-        embeddings = self._prompts.encode(branches, clip_skip=call.clip_skip)
-        sigma = to_devices(np.float32(init_noise_sigma), self._everywhere)
-        keys, state = self.programs(initial_state, (loop, channels), (), seeds, sigma, noise)
-        inputs = self._inputs(loop, embeddings, time_ids, call, keys)
-        state = self._denoise(loop, inputs, state, StepInputs.of(steps), call.chunk_size, call.callback_on_step_end)
+        planned, call = self._plan(request), request.call
+        result = self._run(OnDevices(self.programs), request, planned, self._watched)
         if call.output_type == "latent":
-            return PipelineOutput(self._gather_latents(layout, state.latents))
-        return self._decode_images(layout, state.latents, call.output_type)
+            return PipelineOutput(jnp.moveaxis(result, -1, 1))
+        return self._images(planned.loop.layout, result, call.output_type)
+
+    def _plan(self, request: Request) -> Planned:
+        """Checks what a call asks for against what this pipeline has."""
+        call, begin = request.call, request.begin
+        scheduler = self._scheduler_of(call)
+        steps, sigma = scheduler.schedule(call.num_inference_steps, begin.start)
+        layout = image_layout(
+            self.config,
+            self.mesh,
+            self.unet_config,
+            self.vae_config,
+            request.size,
+            guided=call.guidance_scale > 1,
+        )
+        loop = LoopSpec(layout, self._models, scheduler, self.dtype, type(request.after_update))
+        plan = plan_steps(self.config, layout, len(steps.timestep))
+        self._warn_of_idle_options(layout, plan)
+        check_images(request.images, self.mesh.shape[DATA])
+        self._check_agreement(request, scheduler)
+        latents = call.latents
+        if latents is not None:
+            latents = given_latents(latents, (request.images, self.vae_config.latent_channels, *layout.latent))
+        return Planned(loop, plan, steps, sigma, image_seeds(call.seed, request.images), latents)
+
+    def _run(
+        self,
+        on: On,
+        request: Request,
+        planned: Planned,
+        watched: Callable[..., contextlib.AbstractContextManager[After]],
+    ) -> jax.Array:
+        """Runs a call, on devices or dry.
+
+        Args:
+            on: Where the call runs.
+            request: The call.
+            planned: What it will do.
+            watched: The context in which the loop runs; gives what the host does after each chunk.
+
+        Returns:
+            Latents [b, h, w, c] without padding, or pixels with it.
+        """
+        call, (loop, plan, steps, sigma, seeds, latents) = request.call, planned
+        layout, begin = loop.layout, request.begin
+        embeddings = self._prompts.encode(on, request.branches, clip_skip=call.clip_skip)
+        channels = self.vae_config.latent_channels
+        keys, state = run_begin(on, layout, loop.scheduler, channels, begin, seeds, latents, steps, sigma)
+        prompt = self._prompt_inputs(request, embeddings)
+        conditioning = run_condition(on, layout, loop.models, self._params, prompt)
+        inputs = call_inputs(
+            on, layout, conditioning, keys, call.guidance_scale, call.guidance_rescale, request.after_update
+        )
+        xs = StepInputs.of(steps, begin.start, begin.stream)
+        with watched(on, layout, call, xs) as after:
+            state = self._denoise(on, loop, plan, inputs, state, xs, call, after)
+        if call.output_type == "latent":
+            return self._crop(on, layout, state.latents)
+        return on.run(DECODE, self._decoder(layout), self._vae.params, state.latents)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in FIXED and hasattr(self, name):
@@ -144,9 +211,11 @@ class Runner:
         call = request.call
 
         def facts() -> dict[str, Any]:
-            return {field.name: repr(getattr(call, field.name)) for field in dataclasses.fields(call)} | {
+            names = [field.name for field in dataclasses.fields(call) if field.name not in call.ARRAYS]
+            return {name: repr(getattr(call, name)) for name in names} | {
                 "prompt": request.branches,
                 "latents": () if call.latents is None else host_array(call.latents, "latents"),
+                "image": vars(request.begin),
                 "callback_on_step_end": call.callback_on_step_end is None,
                 "sizes": request.time_ids,
                 "config": self.config,
@@ -155,111 +224,104 @@ class Runner:
 
         check_agreement(self.mesh.devices.flat, facts)
 
-    def _loop(self, call: Call, scheduler: Scheduler, steps: int) -> LoopSpec:
-        """Returns what a call's programs depend on; raises InvalidArgument for sizes that the VAE does not divide."""
-        size = (call.height, call.width)
-        layout = image_layout(
-            self.config, self.mesh, self.unet_config, self.vae_config, size, guided=call.guidance_scale > 1
-        )
-        return loop_of(self.config, layout, self._unet.form, scheduler, self.dtype, steps)
-
-    def _warn_of_idle_options(self, loop: LoopSpec, total: int) -> None:
+    def _warn_of_idle_options(self, layout: Layout, plan: StepPlan) -> None:
         """Warns of options for displaced steps where all steps are synchronous, and of devices that repeat others' work."""
+        total = len(plan.kinds)
         why, options = f"warmup_steps {self.config.warmup_steps}", ["extrapolate", "compress"]
         if total <= self.config.warmup_steps + 1:
             options.append("sync_steps")
         else:  # sync_steps make the other steps synchronous
             why += f" and sync_steps {list(self.config.sync_steps)}"
         names = [name for name in options if getattr(self.config, name)]
-        displaced = strategy_of(self.config, loop.layout.patches) is not None
-        if names and displaced and loop.strategy is None:
+        displaced = strategy_of(self.config, layout.patches) is not None
+        if names and displaced and StepKind.DISPLACED not in plan.kinds:
             warn(
                 f"{', '.join(names)} has no effect: with {why} all {total} steps are synchronous; use fewer of them, or "
                 "remove it"
             )
-        if self.config.parallelism is Parallelism.TENSOR and self.mesh.shape[CFG] > 1 and not loop.layout.guided:
+        if self.config.parallelism is Parallelism.TENSOR and self.mesh.shape[CFG] > 1 and not layout.guided:
             warn(
                 "half of the devices repeat the others' work: tensor parallelism does not use the axis cfg without guidance; "
                 "give split_batch=False"
             )
 
-    def _inputs(
-        self, loop: LoopSpec, branches: Sequence[Embeddings], time_ids, call: Call, keys: jax.Array
-    ) -> CallInputs:
-        repeats = call.num_images_per_prompt
-        images = branches[0].tokens.shape[0] * repeats
-        sharding = loop.layout.sharding(denoise.ALL_BRANCHES)
+    def _prompt_inputs(self, request: Request, embeddings: Sequence[Embeddings]) -> PromptInputs:
+        """What the call says to the models, repeated for the images of each prompt."""
+        repeats, images = request.call.num_images_per_prompt, request.images
 
         def joined(*parts):
-            return to_devices(np.stack([part.repeat(repeats, 0) for part in parts]), sharding)
+            return np.stack([part.repeat(repeats, 0) for part in parts])
 
-        tokens, pooled = jax.tree.map(joined, *branches)
-        ids = None
-        if time_ids is not None:
-            ids = to_devices(np.asarray(time_ids, np.float32)[:, None, :].repeat(images, 1), sharding)
-        scales = None
+        tokens, pooled = jax.tree.map(joined, *embeddings)
+        ids = scales = None
+        if request.time_ids is not None:
+            ids = np.asarray(request.time_ids, np.float32)[:, None, :].repeat(images, 1)
         if self.unet_config.branches == 1:
-            scales = to_devices(np.full((1, images), call.guidance_scale, np.float32), sharding)
-        static, prompt = (loop.layout, loop.unet), (tokens, pooled, ids, scales)
-        conditioning = self.programs(denoise.condition, static, self._unet.params, *prompt)
-        weights = np.asarray(denoise.guidance_weights(call.guidance_scale, guided=call.guided), np.float32)
-        weights_sharding = loop.layout.sharding(P(CFG) if call.guided else P())
-        factor = None
-        if call.guided and call.guidance_rescale > 0:
-            factor = to_devices(np.float32(call.guidance_rescale), self._everywhere)
-        return CallInputs(conditioning, to_devices(weights, weights_sharding), factor, keys)
+            scales = np.full((1, images), request.call.guidance_scale, np.float32)
+        return PromptInputs(tokens, pooled, ids, scales)
 
     def _denoise(
         self,
+        on: On,
         loop: LoopSpec,
+        plan: StepPlan,
         inputs: CallInputs,
-        state,
+        state: State,
         xs: StepInputs,
-        chunk_size: int | None,
-        callback: Callback | None,
-    ):
+        call: Call,
+        after: After,
+    ) -> State:
         """Runs all steps, as one program or in chunks with the host between them.
 
-        Where `sync_steps` interrupt the displaced steps, the loop without chunks runs step by step: two programs then serve any
-        order.
+        Where the kinds of steps alternate, the loop without chunks runs step by step: few programs then serve any order.
         """
-        total = len(xs.number)
-        synchronous = self.config.synchronous(total) if loop.strategy is not None else [True] * total
-        at_once = chunk_size is None and callback is None
 
-        def part(start: int, stop: int):
-            return to_devices(jax.tree.map(lambda column: column[start:stop], xs), self._everywhere)
+        def run(spec, state, stale, *pieces):
+            return run_steps(on, spec, self._params, inputs, state, stale, pieces)
 
-        def run(function, *arguments, donate):
-            return self.programs(function, loop, self._unet.params, inputs, *arguments, donate=donate)
-
-        if at_once and loop.strategy is None:
-            return run(denoise.synchronous_steps, state, part(0, total), donate=(1,))
-        if at_once and not any(synchronous[(warm := synchronous.index(False)) :]):
-            return run(denoise.whole, state, part(0, warm), part(warm, total), donate=(1,))
-
-        stale = None
-        settings = self._progress if is_main_process() else {"disable": True}
-        with Progress(total, **settings) as progress:
-            for start, stop in _pieces(synchronous, chunk_size or 1):
-                piece = part(start, stop)
-                if not synchronous[start]:
-                    state, stale = run(denoise.displaced, state, stale, piece, donate=(1, 2))
-                elif loop.strategy is not None:
-                    stale = None  # the memory, before a new one is made
-                    state, stale = run(denoise.warm_up, state, piece, donate=(1,))
-                else:
-                    state = run(denoise.synchronous_steps, state, piece, donate=(1,))
-                progress.dispatched(stop - start, state.latents)
-                if callback is not None:
-                    state = self._run_callback(
-                        loop.layout, callback, stop - 1, float(xs.scheduler.timestep[stop - 1]), state
-                    )
+        total, stale = len(plan.kinds), {}
+        if call.chunk_size is None and call.callback_on_step_end is None:
+            runs = list(plan.pieces(total))
+            if len(runs) == len(plan.rules):
+                rules = tuple(plan.rules[plan.kinds[start]] for start, _ in runs)
+                return run(StepsSpec(loop, rules, keep=False), state, stale, *(xs.part(*each) for each in runs))[0]
+        for start, stop in plan.pieces(call.chunk_size or 1):
+            rule = plan.rules[plan.kinds[start]]
+            # what is not read is freed before more is made
+            stale = stale if rule.reads else {}
+            state, stale = run(StepsSpec(loop, (rule,)), state, stale, xs.part(start, stop))
+            state = after(start, stop, state)
         return state
 
-    def _run_callback(self, layout: Layout, callback: Callback, step: int, timestep: float, state):
-        before = self._gather_latents(layout, state.latents)
-        returned = callback(self, step, timestep, {"latents": before})
+    @contextlib.contextmanager
+    def _watched(self, on: On, layout: Layout, call: Call, xs: StepInputs) -> Iterator[After]:
+        """Shows progress and calls the callback."""
+        settings = self._progress if is_main_process() else {"disable": True}
+        callback, total = call.callback_on_step_end, len(xs.number)
+        with contextlib.ExitStack() as stack:
+            shown: list[Progress] = []
+
+            def progress() -> Progress:
+                if not shown:
+                    shown.append(stack.enter_context(Progress(total, **settings)))
+                return shown[0]
+
+            def after(start: int, stop: int, state: State) -> State:
+                progress().dispatched(stop - start, state.latents)
+                if callback is None:
+                    return state
+                return self._run_callback(on, layout, call, stop - 1, float(xs.scheduler.timestep[stop - 1]), state)
+
+            if (
+                call.chunk_size is not None or callback is not None
+            ):  # otherwise the loop may be one program, without progress
+                progress()
+            yield after
+
+    def _run_callback(self, on: On, layout: Layout, call: Call, step: int, timestep: float, state: State) -> State:
+        """Hands the latents to the callback, and returns the state to go on with."""
+        before = jnp.moveaxis(self._crop(on, layout, state.latents), -1, 1)
+        returned = call.callback_on_step_end(self, step, timestep, {"latents": before})
         if returned is None:
             return state
         if not isinstance(returned, Mapping):
@@ -268,27 +330,27 @@ class Runner:
             raise InvalidArgument(
                 f"callback_on_step_end returned {', '.join(sorted(map(str, unknown)))}; it may change only the latents"
             )
-        after = returned.get("latents", before)
-        if after is before:
+        changed = returned.get("latents", before)
+        if changed is before:
             return state
-        latents = host_array(after, "the callback's latents")
+        latents = host_array(changed, "the callback's latents")
         if latents.shape != before.shape:
             raise InvalidArgument(
                 f"the callback's latents are {list(latents.shape)} and {list(before.shape)} is needed"
             )
-        return state._replace(latents=pad_latents(layout, latents))
+        return state._replace(latents=put_latents(on, layout, latents))
 
-    def _gather_latents(self, layout: Layout, latents: jax.Array) -> jax.Array:
-        """Returns latents [b, c, h, w] without padding; with several processes, each gets all of them."""
-        alone = latents.is_fully_addressable
-        if latents.shape[1:3] != layout.latent or not alone:
-            latents = self.programs(_crop_latents, (layout, P(DATA) if alone else P()), (), latents)
-        return jnp.moveaxis(latents, -1, 1)
+    def _crop(self, on: On, layout: Layout, latents: jax.Array) -> jax.Array:
+        """Latents [b, h, w, c] without padding; with several processes, each gets all of them."""
+        alone = latents.sharding.is_fully_addressable
+        if latents.shape[1:3] == layout.latent and alone:
+            return latents
+        return on.run(CROP, (layout, P(DATA) if alone else P()), (), latents)
 
-    def _decode_images(self, layout: Layout, latents: jax.Array, output_type: str) -> PipelineOutput:
-        """Decodes latents that are on the devices."""
+    def _images(self, layout: Layout, pixels: jax.Array, output_type: str) -> PipelineOutput:
+        """Images of decoded pixels that are on the devices."""
         height, width = (side * self.vae_config.scale for side in layout.latent)
-        pixels = to_host(self.programs(decode, self._decoder(layout), self._vae.params, latents))[:, :height, :width]
+        pixels = to_host(pixels)[:, :height, :width]
         if not np.isfinite(pixels).all():
             raise NotFinite(
                 f"the decoded image contains NaN or Inf in {self.dtype.name}; use another dtype, scheduler or guidance scale"
@@ -300,47 +362,19 @@ class Runner:
         return DecodeSpec(layout, self._vae.form, self._vae.dtype)
 
 
-def _pieces(synchronous: Sequence[bool], size: int) -> Iterator[tuple[int, int]]:
-    """Yields start and stop of runs of steps of one kind, at most `size` steps each."""
-    start = 0
-    for _, alike in itertools.groupby(synchronous):
-        end = start + len(list(alike))
-        yield from ((first, min(first + size, end)) for first in range(start, end, size))
-        start = end
-
-
-def pad_latents(layout: Layout, latents: np.ndarray) -> jax.Array:
-    """Puts latents [b, c, h, w] on the devices as [b, h, w, c]; padding mirrors them, since naive_patch generates it too.
+def crop_latents(
+    static: tuple[Layout, P], params: tuple[()], latents: Float[Array, "b H W c"]
+) -> Float[Array, "b h w c"]:
+    """Latents without padding.
 
     Args:
-        layout: Layout of the call.
-        latents: [b, c, h, w], on the host.
+        static: The layout of the call, and the sharding of the result.
+        params: None.
+        latents: With padding.
     """
-    missing = [whole - own for whole, own in zip(layout.padded_shape, latents.shape[2:], strict=True)]
-    padded = np.pad(np.moveaxis(latents, 1, -1), ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)), "symmetric")
-    return to_devices(padded, layout.sharding(layout.latents))
-
-
-def initial_state(static, params, seeds, sigma, noise, begin=None):
-    """Returns the images' random keys, and the state before the first step, from the caller's noise or the keys' noise.
-
-    `begin`: None for a call that begins with noise alone, scaled by `sigma`; otherwise the latents of the images that the noise
-    is added to, and the constants of the first step.
-    """
-    loop, channels = static
-    layout = loop.layout
-    keys = image_keys(seeds)
-    if noise is None:
-        noise = draw_latents(layout, channels, keys)
-    if begin is None:
-        state = loop.scheduler.init(noise, sigma)
-    else:
-        image, step = begin
-        state = loop.scheduler.init(loop.scheduler.add_noise(image, noise, step))
-    return jax.lax.with_sharding_constraint((keys, state), (layout.sharding(P(DATA)), layout.sharding(layout.latents)))
-
-
-def _crop_latents(static, params, latents):
     layout, spec = static
     rows, columns = layout.latent
     return jax.lax.with_sharding_constraint(latents[:, :rows, :columns], layout.sharding(spec))
+
+
+CROP = Stage(crop_latents)

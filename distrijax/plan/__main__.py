@@ -27,12 +27,13 @@ from typing import NamedTuple
 import jax
 
 from distrijax.config import DistriConfig
+from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import DistriError, InvalidArgument
 from distrijax.flags import add_config_flags, config_of
 from distrijax.models.unet_config import SDXL_BASE, UNetConfig
 from distrijax.models.vae import SDXL_VAE, VAEConfig
 from distrijax.parallel.layout import check_sizes
-from distrijax.pipelines.loading import find_folder, read_configs
+from distrijax.pipelines.loading import read_configs
 from distrijax.plan.projection import (
     LINKS,
     CompiledStep,
@@ -180,7 +181,7 @@ def _read_request(arguments: argparse.Namespace) -> _Request:
         raise InvalidArgument(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
     unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
-        configs = read_configs(find_folder(arguments.model, weights=False))
+        configs = read_configs(open_checkpoint(arguments.model, weights=False))
         unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)

@@ -22,7 +22,6 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,15 +33,15 @@ from distrijax.models.layers import abstract
 from distrijax.models.unet_config import UNetConfig
 from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.parallel.mesh import MeshPlan, plan_mesh
-from distrijax.parallel.programs import compiled, options_for, trace
+from distrijax.parallel.programs import compiled, options_for
+from distrijax.parallel.stages import Described, with_shardings
 from distrijax.plan.overlap import HloProgram, Instruction, Transfer, array_bytes
 from distrijax.plan.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
-from distrijax.plan.traffic import main_step
-from distrijax.sampling import denoise
-from distrijax.sampling.decode import DecodeSpec, decode
-from distrijax.sampling.shapes import StepProgram
+from distrijax.plan.traffic import main_step, stale_of
+from distrijax.sampling.decode import DECODE, DecodeSpec
+from distrijax.sampling.layouts import layout_of
 from distrijax.schedulers import Scheduler
-from distrijax.weights.sharding import Model, ModelLayout, placed
+from distrijax.weights.sharding import Model, ModelLayout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,7 +157,7 @@ def compile_step(
     )
     outlined = time.perf_counter() - start
     platform = targets[0].platform
-    executable, compiling = _compiled(step.function, step.loop, step.placed(), step.donate, config, options, platform)
+    executable, compiling = _compiled(step, config, options, platform)
     compiling["tracing"] += outlined
     program = HloProgram(executable.as_text())
     temporaries = executable.memory_analysis().temp_size_in_bytes
@@ -195,15 +194,14 @@ def compile_decoder(
     """
     targets = compile_only_devices(target, devices)
     mesh, platform = plan_mesh(config, devices, branches=unet.branches).build(targets), targets[0].platform
-    layout = denoise.layout_of(config, mesh, unet, guided=guided, latent=latent)
+    layout = layout_of(config, mesh, unet, guided=guided, latent=latent)
     form = ModelLayout.of(abstract(partial(AutoencoderKL, vae)), shard=config.shard_weights, platform=platform)
     dtype = vae.compute_dtype(dtype)
     model = Model.of(vae, form, mesh, dtype)
     latents = jax.ShapeDtypeStruct((images, *layout.padded_shape, vae.latent_channels), jnp.float32)
-    latents = placed(mesh, layout.latents, latents)
-    executable, _ = _compiled(
-        decode, DecodeSpec(layout, form, dtype), (model.params, latents), (), config, {}, platform
-    )
+    latents = with_shardings(latents, layout.sharding(layout.latents))
+    decoding = Described(DECODE, DecodeSpec(layout, form, dtype), model.params, (latents,))
+    executable, _ = _compiled(decoding, config, {}, platform)
     analysis = executable.memory_analysis()
     return {
         "weights": _on_device(model.params),
@@ -213,21 +211,12 @@ def compile_decoder(
 
 
 def _compiled(
-    function: Callable,
-    static: Any,
-    arguments: tuple,
-    donate: tuple[int, ...],
-    config: DistriConfig,
-    options: Any,
-    platform: str,
+    program: Described, config: DistriConfig, options: Any, platform: str
 ) -> tuple[jax.stages.Compiled, dict[str, float]]:
     """Compiles a program.
 
     Args:
-        function: Called as `function(static, *arguments)`.
-        static: Static argument.
-        arguments: Parameters first; shapes with shardings.
-        donate: Indices of the donated arguments, counted after the parameters.
+        program: The program.
         config: The run's configuration.
         options: XLA options that override the pipeline's.
         platform: JAX's name for the target's platform.
@@ -239,7 +228,7 @@ def _compiled(
     times = [time.perf_counter()]
     with warnings.catch_warnings():  # JAX may keep the program in its cache, but cannot read it without the device
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
-        traced = trace(function, static, *arguments, donate=donate)
+        traced = program.trace()
         times.append(time.perf_counter())
         lowered = traced.lower()
         times.append(time.perf_counter())
@@ -255,15 +244,14 @@ def _on_device(part: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _memory(step: StepProgram, program: HloProgram, temporaries: int) -> dict[str, int]:
+def _memory(step: Described, program: HloProgram, temporaries: int) -> dict[str, int]:
     """Bytes on each device, by kind; weights that this program does not read count too."""
-    params, *arguments = step.placed()
-    stale = _on_device(arguments[2]) if step.stale else 0
+    stale = _on_device(stale_of(step))
     gathered = _gathered(program)
     return {
-        "weights": _on_device(params),
+        "weights": _on_device(step.params),
         "stale state": stale,
-        "latents and conditioning": _on_device(arguments) - stale,
+        "latents and conditioning": _on_device(step.arguments) - stale,
         "gathered": gathered,
         "work": max(temporaries - gathered, 0),
     }

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,13 +18,17 @@ import jax.numpy as jnp
 from distrijax.config import DistriConfig
 from distrijax.models.unet import abstract_unet
 from distrijax.models.unet_config import UNetConfig
-from distrijax.parallel.exchange import HALO, KV, MOMENTS
+from distrijax.parallel.exchange import HALO, KV, MOMENTS, Stale
 from distrijax.parallel.layout import check_images
 from distrijax.parallel.mesh import CFG, MeshPlan, plan_mesh
 from distrijax.parallel.platform import tracing_for
-from distrijax.sampling import denoise
-from distrijax.sampling.shapes import StepProgram, step_programs
+from distrijax.parallel.stages import Described
+from distrijax.sampling.denoise import LoopSpec
+from distrijax.sampling.describe import describe_steps
+from distrijax.sampling.layouts import layout_of
+from distrijax.sampling.steps import plan_steps
 from distrijax.schedulers import Scheduler
+from distrijax.weights.models import UNET, Models
 from distrijax.weights.sharding import ModelLayout
 
 PRIMITIVES = {
@@ -107,8 +110,8 @@ def traffic(
     mesh = plan_mesh(config, devices, branches=unet.branches)
     with tracing_for("gpu"):  # a TPU's permutes receive as many bytes
         step = main_step(config, unet, scheduler, mesh, latent=latent, images=images, guided=guided, dtype=dtype)
-        program = jax.make_jaxpr(partial(step.function, step.loop))(step.params, *step.arguments)
-    layout = step.loop.layout
+        program = step.trace().jaxpr
+    layout = step.static.loop.layout
     received, by_patch = Counter(), Counter()
     for kind, patch, count in _collectives(program.jaxpr, layout.mesh.shape):
         if patch is None:
@@ -118,7 +121,7 @@ def traffic(
     if by_patch:
         received[HALO] = max(by_patch.values())
     stale = Counter()
-    for (kind, _), leaf in step.stale.items():
+    for (kind, _), leaf in stale_of(step).items():
         stale[kind.partition(".")[0]] += (
             _bytes(leaf) // mesh.devices
         )  # every leaf is sharded over every axis of the mesh
@@ -138,7 +141,7 @@ def main_step(
     dtype: Any = jnp.bfloat16,
     devices: Sequence[jax.Device] | None = None,
     platform: str | None = None,
-) -> StepProgram:
+) -> Described:
     """The kind of step that most of a run's steps are: displaced, or synchronous where no step is displaced.
 
     Args:
@@ -155,10 +158,23 @@ def main_step(
     """
     check_images(images, mesh.data)
     where = mesh.abstract() if devices is None else mesh.build(devices)
-    layout = denoise.layout_of(config, where, unet, guided=guided, latent=latent)
+    layout = layout_of(config, where, unet, guided=guided, latent=latent)
     platform = platform or (devices[0].platform if devices else "cpu")
     form = ModelLayout.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights, platform=platform)
-    return step_programs(denoise.loop_of(config, layout, form, scheduler, dtype), unet, images)[-1]
+    loop = LoopSpec(layout, Models.of(**{UNET: form}), scheduler, dtype)
+    config = dataclasses.replace(config, sync_steps=())
+    plan = plan_steps(config, layout, config.warmup_steps + 2)  # the fewest that have a displaced one
+    return [*describe_steps(loop, plan, unet, images).values()][-1]
+
+
+def stale_of(step: Described) -> Stale:
+    """The stale state that a step reads; empty if there is none.
+
+    Args:
+        step: Of `main_step`.
+    """
+    _, _, stale, _ = step.arguments
+    return stale
 
 
 def _collectives(jaxpr: Any, sizes: Mapping[str, int]) -> Iterator[tuple[str, int | None, float]]:

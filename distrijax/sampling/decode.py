@@ -13,7 +13,7 @@ from distrijax.parallel.bands import Bands
 from distrijax.parallel.exchange import Synchronous
 from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import CFG, DATA, PATCH
-from distrijax.parallel.programs import Params
+from distrijax.parallel.programs import Params, Stage
 from distrijax.weights.sharding import ModelLayout
 
 
@@ -58,3 +58,6 @@ def decode(spec: DecodeSpec, params: Params, latents: Float[Array, "b h w c"]) -
     return jax.shard_map(local, mesh=layout.mesh, in_specs=(vae_layout.specs, P(DATA, axes)), out_specs=P(DATA, axes))(
         params, latents
     )
+
+
+DECODE = Stage(decode)

@@ -1,429 +1,311 @@
-"""The denoising loop: warm-up, displaced steps, guidance and scheduler, inside one shard_map.
+"""The denoising loop: steps of any kinds, guidance and scheduler, inside one shard_map.
 
-    warm_up             step ... step -> state, stale    synchronous steps; the last one keeps what it published
-    displaced           step ... step -> state, stale    each step reads what the step before it published
-    synchronous_steps   step ... step -> state           nothing is kept: full_sync, tensor and naive_patch
-
-`warm_up` and `displaced` run as one compiled program (`whole`), or in chunks with the host between them. Both run the same
-functions, so the numbers are the same. `Layout` says which mesh axes shard the rows and which the guidance branches; `loop_of`
-says which steps a configuration has.
+The loop is handed what differs: the rules of its steps (`distrijax.sampling.steps`), each with an exchange and a predictor, and
+what follows an update (`AfterUpdate`). Steps of one kind are a `lax.scan`. A program has one such piece, or several; the host
+runs a call as one program, or in chunks with the host between them. Both run the same functions, so the numbers are the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Key
 
-from distrijax.config import DistriConfig, Parallelism, SplitScheme
-from distrijax.models.unet import Conditioning, Times, UNet
-from distrijax.models.unet_config import UNetConfig
-from distrijax.models.vae import VAEConfig
-from distrijax.parallel.collectives import KeysValues, branch_sum, first_row, local_branches, map_columns, vary_over_cfg
-from distrijax.parallel.displaced import Strategy, strategy_of
-from distrijax.parallel.exchange import Stale, Synchronous, WholeImage
-from distrijax.parallel.layout import Layout, check_sizes
-from distrijax.parallel.mesh import CFG, DATA, PATCH
-from distrijax.parallel.programs import Params
+from distrijax.models.unet import Conditioning, Times
+from distrijax.parallel.collectives import branch_sum, first_row, vary_over_cfg
+from distrijax.parallel.exchange import Exchange, Stale
+from distrijax.parallel.layout import Layout
+from distrijax.parallel.mesh import CFG, DATA
+from distrijax.parallel.programs import Stage
+from distrijax.parallel.stages import On
+from distrijax.sampling.condition import conditioning_specs, guidance_weights, merge_lead_axes
 from distrijax.sampling.noise import band_noise
+from distrijax.sampling.steps import StepInputs, StepRule
 from distrijax.schedulers import Scheduler
-from distrijax.weights.sharding import ModelLayout
+from distrijax.weights.models import Models, NamedParams
 
-ALL_BRANCHES = P(None, DATA)
-"""The sharding of what describes the prompts: all guidance branches on all devices of an image."""
+
+class AfterUpdate(Protocol):
+    """What follows each update of the scheduler. The class is static; an object has a call's arrays."""
+
+    def arrays(self, on: On, layout: Layout) -> Any:
+        """What `update` takes besides, placed.
+
+        Args:
+            on: Where the call runs.
+            layout: The layout of the latents.
+        """
+
+    @staticmethod
+    def specs(layout: Layout) -> Any:
+        """How `arrays` are sharded.
+
+        Args:
+            layout: The layout of the latents.
+        """
+
+    @staticmethod
+    def update(state: Any, x: StepInputs, arrays: Any) -> Any:
+        """The state to go on with, on one device.
+
+        Args:
+            state: The scheduler's state after the step, of this device's rows.
+            x: The step's constants.
+            arrays: This device's part of `arrays`.
+        """
+
+
+class NoHook:
+    """Nothing follows an update."""
+
+    def arrays(self, on, layout):
+        return ()
+
+    @staticmethod
+    def specs(layout):
+        return ()
+
+    @staticmethod
+    def update(state, x, arrays):
+        return state
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopSpec:
-    """What the compiled programs of a call depend on besides shapes; a static argument of jit.
+    """What all steps of a call depend on besides shapes; static.
 
     Attributes:
         layout: The layout of the latents.
-        unet: The layout of the UNet's parameters, which are the `params` of the programs.
+        models: The models that predict; their parameters are the `params` of the program.
         scheduler: The scheduler.
-        dtype: The dtype in which the UNet computes.
-        strategy: The strategy after the warm-up; None if all steps are synchronous.
+        dtype: The dtype in which the models compute.
+        after_update: What follows each update.
     """
 
     layout: Layout
-    unet: ModelLayout
+    models: Models
     scheduler: Scheduler
     dtype: Any
-    strategy: Strategy | None
+    after_update: type[AfterUpdate] = NoHook
 
 
-def layout_of(
-    config: DistriConfig, mesh: Mesh | AbstractMesh, unet: UNetConfig, *, guided: bool, latent: tuple[int, int]
-) -> Layout:
-    """The layout of a call.
+class StepsSpec(NamedTuple):
+    """What a program of steps depends on besides shapes; a static argument of jit.
 
-    Args:
-        config: What the user set.
-        mesh: The mesh.
-        unet: The UNet's configuration.
-        guided: Whether the guidance scale is above 1.
-        latent: Rows and columns of the image's latent.
+    Attributes:
+        loop: What it has in common with the call's other programs.
+        rules: How the steps of each of its pieces are made.
+        keep: Whether it returns what the last step published.
     """
-    guided, levels = guided and unet.branches == 2, len(unet.block_out_channels)
-    return Layout(mesh, guided, latent, levels, config.parallelism, config.split_scheme)
 
-
-def image_layout(
-    config: DistriConfig,
-    mesh: Mesh | AbstractMesh,
-    unet: UNetConfig,
-    vae: VAEConfig,
-    size: tuple[int, int],
-    *,
-    guided: bool,
-) -> Layout:
-    """The layout of a call, from the size of its images.
-
-    Args:
-        config: What the user set.
-        mesh: The mesh.
-        unet: The UNet's configuration.
-        vae: The VAE's configuration.
-        size: Height and width in pixels.
-        guided: Whether the guidance scale is above 1.
-
-    Raises:
-        InvalidArgument: The image does not have whole rows and columns of the latent.
-    """
-    check_sizes(height=size[0], width=size[1], vae_scale=vae.scale)
-    latent = size[0] // vae.scale, size[1] // vae.scale
-    return layout_of(config, mesh, unet, guided=guided, latent=latent)
-
-
-def loop_of(
-    config: DistriConfig,
-    layout: Layout,
-    unet: ModelLayout,
-    scheduler: Scheduler,
-    dtype: Any,
-    steps: int | None = None,
-) -> LoopSpec:
-    """The loop of a call: the one place that chooses which kinds of steps it has.
-
-    Args:
-        config: What the user set.
-        layout: The layout of the latents.
-        unet: The layout of the UNet's parameters.
-        scheduler: The scheduler.
-        dtype: The dtype in which the UNet computes.
-        steps: How many steps; if all are synchronous, nothing is kept for a next one. None assumes that some are displaced.
-    """
-    displaced = layout.parallelism is Parallelism.PATCH and (steps is None or not all(config.synchronous(steps)))
-    strategy = strategy_of(config, layout.patches) if displaced else None
-    return LoopSpec(layout, unet, scheduler, dtype, strategy)
+    loop: LoopSpec
+    rules: tuple[StepRule, ...]
+    keep: bool = True
 
 
 class CallInputs(NamedTuple):
     """What is constant over the steps of a call.
 
     Attributes:
-        conditioning: The prompts; leaves `[branches, images, ...]`, the unconditional branch first.
+        conditioning: Of each model, the prompts; leaves `[branches, images, ...]`, the unconditional branch first.
         weights: `[branches, 2]`: the weights of the branches in the guided prediction, and in the text prediction alone.
         rescale: `guidance_rescale`, or None for none.
         keys: The random key of each image, `[images]`.
+        after_update: The arrays of `AfterUpdate`.
     """
 
-    conditioning: Conditioning
+    conditioning: dict[str, Conditioning]
     weights: Float[Array, "branches 2"]
     rescale: Float[Array, ""] | None
     keys: Key[Array, "images"]
+    after_update: Any = ()
 
 
-class StepInputs(NamedTuple):
-    """The constants of all steps, or of one.
-
-    Attributes:
-        scheduler: The scheduler's constants.
-        number: The number of the step in the whole schedule, from 1, which is also the number of its noise.
-        step_ratio: The distance to the next timestep over the distance from the previous one.
-    """
-
-    scheduler: Any
-    number: Int32[Array | np.ndarray, "*steps"]
-    step_ratio: Float[Array | np.ndarray, "*steps"]
-
-    @classmethod
-    def of(cls, scheduler: Any, start: int = 0) -> StepInputs:
-        """The constants of all steps to make, on the host. The ratio is 1 at both ends, and where a timestep is repeated.
-
-        Args:
-            scheduler: The scheduler's constants of all steps from `start` on, `[steps]` each.
-            start: The index in the whole schedule of the first of them.
-        """
-        strides = np.diff(np.asarray(scheduler.timestep, np.float64))
-        ratio = np.ones(len(strides) + 1, np.float32)
-        moving = (strides[1:] != 0) & (strides[:-1] != 0)
-        ratio[1:-1][moving] = strides[1:][moving] / strides[:-1][moving]
-        return cls(scheduler, np.arange(start + 1, start + len(ratio) + 1, dtype=np.int32), ratio)
-
-
-def guidance_weights(scale: float, *, guided: bool) -> list[list[float]]:
-    """`CallInputs.weights` of classifier-free guidance, uncond + scale * (text - uncond).
+def call_inputs(
+    on: On,
+    layout: Layout,
+    conditioning: dict[str, Conditioning],
+    keys: Key[Array, "images"],
+    guidance_scale: float,
+    guidance_rescale: float,
+    after_update: AfterUpdate,
+) -> CallInputs:
+    """What is constant over the steps of a call, on the devices.
 
     Args:
-        scale: The guidance scale.
-        guided: Whether there is an unconditional branch.
-
-    References:
-        arXiv 2207.12598.
+        on: Where the call runs.
+        layout: The layout of the latents.
+        conditioning: Of each model, on the devices.
+        keys: The random key of each image, on the devices.
+        guidance_scale: Scale of classifier-free guidance.
+        guidance_rescale: As in a call; 0 for none.
+        after_update: What follows each update.
     """
-    return [[1.0 - scale, 0.0], [scale, 1.0]] if guided else [[1.0, 1.0]]
+    weights = guidance_weights(guidance_scale, guided=layout.guided)
+    rescale = None
+    if layout.guided and guidance_rescale > 0:
+        rescale = on.put(np.float32(guidance_rescale), layout.sharding(P()))
+    weights = on.put(weights, layout.sharding(P(CFG) if layout.guided else P()))
+    return CallInputs(conditioning, weights, rescale, keys, after_update.arrays(on, layout))
 
 
-def condition(
-    static: tuple[Layout, ModelLayout],
-    params: Params,
-    encoder_hidden_states: Float[Array, "branches images t e"],
-    text_embeds: Float[Array, "branches images p"] | None,
-    time_ids: Float[Array, "branches images i"] | None,
-    guidance_scale: Float[Array, "branches images"] | None,
-) -> Conditioning:
-    """Runs `UNet.condition` for all branches and images, and leaves each on the devices that will use it.
-
-    The devices of an image share the work: each computes a part of the channels of keys and values, for all branches.
-
-    Args:
-        static: The layout of the call, and of the UNet's parameters.
-        params: The UNet's parameters.
-        encoder_hidden_states: Prompt embeddings, `[branches, images, tokens, e]`.
-        text_embeds: Pooled prompt embeddings, `[branches, images, p]`; SDXL's.
-        time_ids: Micro-conditioning in pixels, `[branches, images, i]`; SDXL's.
-        guidance_scale: `[branches, images]`, for models that are conditioned on it.
-    """
-    layout, unet = static
-
-    def local(params, arguments):
-        lead = arguments[0].shape[:2]
-        result = unet.module(params).condition(*_merge_lead_axes(arguments), exchange=layout.exact())
-        result = jax.tree.map(lambda a: a.reshape(*lead, *a.shape[1:]), result)
-        return jax.tree.map(local_branches, result) if layout.guided else result
-
-    specs = (unet.specs, ALL_BRANCHES)
-    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=_conditioning_specs(layout))
-    return mapped(params, (encoder_hidden_states, text_embeds, time_ids, guidance_scale))
-
-
-def warm_up(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> tuple[Any, Stale]:
-    """Runs synchronous steps, the last of which publishes a stale state.
-
-    Args:
-        loop: Static description of the loop.
-        params: The UNet's parameters.
-        inputs: What is the same in all steps.
-        state: The scheduler's state, sharded by rows.
-        xs: Constants of the steps to run.
-
-    Returns:
-        The state, and the stale state.
-    """
-
-    def local(params, inputs, state, xs):
-        return _warm_up(loop, params, inputs, state, xs)
-
-    return _shard_map(loop, local, out=(loop.layout.latents, loop.layout.stale))(params, inputs, state, xs)
-
-
-def synchronous_steps(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> Any:
-    """Runs steps that keep nothing for the next one.
-
-    Args:
-        loop: Static description of the loop.
-        params: The UNet's parameters.
-        inputs: What is the same in all steps.
-        state: The scheduler's state, sharded by rows.
-        xs: Constants of the steps to run.
-
-    Returns:
-        The state.
-    """
-
-    def local(params, inputs, state, xs):
-        return _scan_synchronous(loop, params, inputs, state, _step_constants(loop, params, inputs, xs))
-
-    return _shard_map(loop, local, out=loop.layout.latents)(params, inputs, state, xs)
-
-
-def displaced(
-    loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, stale: Stale, xs: StepInputs
+def steps(
+    spec: StepsSpec,
+    params: NamedParams,
+    inputs: CallInputs,
+    state: Any,
+    stale: Stale,
+    pieces: tuple[StepInputs, ...],
 ) -> tuple[Any, Stale]:
-    """Runs displaced steps.
+    """Runs steps.
 
     Args:
-        loop: Static description of the loop.
-        params: The UNet's parameters.
+        spec: What is static.
+        params: The models' parameters.
         inputs: What is the same in all steps.
         state: The scheduler's state, sharded by rows.
-        stale: What the step before published.
-        xs: Constants of the steps to run.
+        stale: What the step before published; empty if the first piece reads nothing.
+        pieces: Constants of the steps of each piece.
 
     Returns:
-        The state, and the new stale state.
+        The state, and what the last step published: empty if that is not kept, or nothing was.
     """
 
-    def local(params, inputs, state, stale, xs):
-        return _scan_displaced(loop, params, inputs, state, stale, xs)
+    def local(params, inputs, state, stale, pieces):
+        for rule, xs in zip(spec.rules, pieces, strict=True):
+            state, stale = _run_piece(spec.loop, rule, params, inputs, state, stale, xs)
+        return state, stale if spec.keep else {}
 
-    specs = (loop.layout.latents, loop.layout.stale)
-    return _shard_map(loop, local, stale=True, out=specs)(params, inputs, state, stale, xs)
-
-
-def whole(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, warm_xs: StepInputs, xs: StepInputs) -> Any:
-    """Runs warm-up and displaced steps in one program.
-
-    Args:
-        loop: Static description of the loop.
-        params: The UNet's parameters.
-        inputs: What is the same in all steps.
-        state: The scheduler's state, sharded by rows.
-        warm_xs: Constants of the synchronous steps.
-        xs: Constants of the displaced steps.
-
-    Returns:
-        The state.
-    """
-
-    def local(params, inputs, state, all_xs):
-        state, stale = _warm_up(loop, params, inputs, state, all_xs[0])
-        return _scan_displaced(loop, params, inputs, state, stale, all_xs[1])[0]
-
-    return _shard_map(loop, local, out=loop.layout.latents)(params, inputs, state, (warm_xs, xs))
+    layout = spec.loop.layout
+    results = layout.latents, layout.stale
+    mapped = jax.shard_map(local, mesh=layout.mesh, in_specs=argument_specs(spec.loop), out_specs=results)
+    return mapped(params, inputs, state, stale, pieces)
 
 
-def specs_of(loop: LoopSpec, *, stale: bool) -> tuple:
-    """The shardings of a program's arguments after `loop`.
+def argument_specs(loop: LoopSpec) -> tuple:
+    """The shardings of the arguments of `steps` after `spec`.
 
     Args:
-        loop: Static description of the loop.
-        stale: Whether the program takes a stale state.
+        loop: What is static.
     """
     layout = loop.layout
-    inputs = CallInputs(_conditioning_specs(layout), P(CFG) if layout.guided else P(), P(), P(DATA))
-    return (loop.unet.specs, inputs, layout.latents, *((layout.stale,) if stale else ()), P())
+    inputs = CallInputs(
+        conditioning_specs(layout, loop.models),
+        P(CFG) if layout.guided else P(),
+        P(),
+        P(DATA),
+        loop.after_update.specs(layout),
+    )
+    return loop.models.specs, inputs, layout.latents, layout.stale, P()
 
 
-def _conditioning_specs(layout: Layout) -> Conditioning:
-    """As `Layout.branches`; with tensor parallelism, keys and values are sharded by heads."""
-    heads = PATCH if layout.parallelism is Parallelism.TENSOR else None
-    return Conditioning(P(*layout.branches, None, heads), layout.branches, layout.branches)
+def _results(spec: StepsSpec) -> tuple:
+    layout = spec.loop.layout
+    return layout.sharding(layout.latents), layout.sharding(layout.stale)
 
 
-def _shard_map(loop: LoopSpec, local, *, out: Any, stale: bool = False):
-    """Maps `local` over the mesh. `stale`: whether it takes a stale state."""
-    return jax.shard_map(local, mesh=loop.layout.mesh, in_specs=specs_of(loop, stale=stale), out_specs=out)
+STEPS = Stage(steps, _results, donate=(1, 2))
 
 
-def _warm_up(loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, xs: StepInputs) -> tuple[Any, Stale]:
-    """`warm_up` on one device. Only the last step publishes, so no empty stale state is ever needed."""
-    constants = _step_constants(loop, params, inputs, xs)
-    state = _scan_synchronous(loop, params, inputs, state, jax.tree.map(lambda a: a[:-1], constants))
-    exchange = Synchronous(loop.layout.rows, loop.layout.bands, loop.strategy.publishing)
-    predict = partial(loop.unet.module(params).predict, exchange=exchange)
-    last = jax.tree.map(lambda a: a[-1], constants)
-    return _step(loop, predict, inputs, state, *last), exchange.finish()
-
-
-def _scan_synchronous(
-    loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, constants: tuple[StepInputs, Times]
-) -> Any:
-    def body(state, constants):
-        x, times = constants
-        unet = loop.unet.module(params)
-        if loop.layout.parallelism is Parallelism.NAIVE_PATCH:
-            predict = partial(_predict_independent_patches, loop.layout, unet, x.number)
-        else:
-            predict = partial(unet.predict, exchange=loop.layout.exact())
-        return _step(loop, predict, inputs, state, x, times), None
-
-    return _scan(body, state, constants)
-
-
-def _predict_independent_patches(
-    layout: Layout, unet: UNet, number: Array, sample: Array, times: Times, context: dict[str, KeysValues]
-) -> Array:
-    """naive_patch: the UNet on every band as if it were an image of its own. `number`: of the step, from 1."""
-
-    def on_rows(sample):
-        return unet.predict(sample, times, context, WholeImage())
-
-    def across(sample):
-        return map_columns(on_rows, sample, layout.rows)
-
-    match layout.split_scheme:
-        case SplitScheme.ROW:
-            return on_rows(sample)
-        case SplitScheme.COLUMN:
-            return across(sample)
-        case SplitScheme.ALTERNATE:
-            return lax.cond(number % 2 == 1, on_rows, across, sample)
-
-
-def _scan_displaced(
-    loop: LoopSpec, params: Params, inputs: CallInputs, state: Any, stale: Stale, xs: StepInputs
+def run_steps(
+    on: On,
+    spec: StepsSpec,
+    params: NamedParams,
+    inputs: CallInputs,
+    state: Any,
+    stale: Stale,
+    pieces: tuple[StepInputs, ...],
 ) -> tuple[Any, Stale]:
-    def body(carry, constants):
-        (state, stale), (x, times) = carry, constants
-        exchange = loop.strategy(stale, loop.layout.rows, loop.layout.bands, x.step_ratio)
-        predict = partial(loop.unet.module(params).predict, exchange=exchange)
-        return (_step(loop, predict, inputs, state, x, times), exchange.finish()), None
+    """Runs the stage `steps`; arguments as there.
 
-    return _scan(body, (state, stale), _step_constants(loop, params, inputs, xs))
+    Args:
+        on: Where the call runs.
+        spec: What is static.
+        params: The models' parameters.
+        inputs: On the devices.
+        state: On the devices.
+        stale: On the devices.
+        pieces: On the host.
+    """
+    return on.run(STEPS, spec, params, inputs, state, stale, on.put(pieces, spec.loop.layout.sharding(P())))
 
 
-def _step_constants(loop: LoopSpec, params: Params, inputs: CallInputs, xs: StepInputs) -> tuple[StepInputs, Times]:
-    """`xs`, and `UNet.times` of all steps, `[steps, branches * images, c]` each.
+def _run_piece(
+    loop: LoopSpec, rule: StepRule, params: NamedParams, inputs: CallInputs, state: Any, stale: Stale, xs: StepInputs
+) -> tuple[Any, Stale]:
+    """Runs the steps of one rule, on one device. Of steps that read nothing only the last publishes: no empty state is needed."""
+    constants = _step_constants(loop, params, inputs, xs)
+
+    def step(state: Any, stale: Stale, constants: tuple[StepInputs, dict[str, Times]]) -> tuple[Any, Stale]:
+        x, times = constants
+        exchange = rule.exchange(loop.layout, stale, x)
+        return _step(loop, rule, params, inputs, state, x, times, exchange), exchange.finish()
+
+    if rule.reads:
+        return _scan(lambda carry, constants: step(*carry, constants), (state, stale), constants)
+    quiet = constants if not rule.publishes else jax.tree.map(lambda a: a[:-1], constants)
+    state = _scan(lambda state, constants: step(state, {}, constants)[0], state, quiet)
+    if not rule.publishes:
+        return state, {}
+    return step(state, {}, jax.tree.map(lambda a: a[-1], constants))
+
+
+def _step_constants(
+    loop: LoopSpec, params: NamedParams, inputs: CallInputs, xs: StepInputs
+) -> tuple[StepInputs, dict[str, Times]]:
+    """`xs`, and each model's `times` of all steps, `[steps, branches * images, c]` each.
 
     Computed for all steps of a program together, so that its weights are read once.
     """
-    times, conditioning = loop.unet.module(params).times, _merge_lead_axes(inputs.conditioning)
+    modules = loop.models.modules(params)
     samples = inputs.weights.shape[0] * inputs.keys.shape[0]
 
-    def of_step(timestep: Float[Array, ""]) -> Times:
-        return times(jnp.broadcast_to(timestep, samples), conditioning, loop.dtype)
+    def of_step(timestep: Float[Array, ""]) -> dict[str, Times]:
+        timesteps = jnp.broadcast_to(timestep, samples)
+        return {
+            name: module.times(timesteps, merge_lead_axes(inputs.conditioning[name]), loop.dtype)
+            for name, module in modules.items()
+        }
 
     return xs, jax.vmap(of_step)(xs.scheduler.timestep)
 
 
-def _merge_lead_axes(branches_and_images: Any) -> Any:
-    """Merges the first two axes of every leaf, branches and images."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), branches_and_images)
-
-
-def _scan(body, carry, xs):
+def _scan(step: Callable[[Any, Any], Any], carry: Any, constants: Any) -> Any:
     """`lax.scan` without outputs. Without steps the body is not compiled."""
-    return lax.scan(body, carry, xs)[0] if jax.tree.leaves(xs)[0].shape[0] else carry
+    if not jax.tree.leaves(constants)[0].shape[0]:
+        return carry
+    return lax.scan(lambda carry, x: (step(carry, x), None), carry, constants)[0]
 
 
 def _step(
     loop: LoopSpec,
-    predict: Callable[[Array, Times, dict[str, KeysValues]], Array],
+    rule: StepRule,
+    params: NamedParams,
     inputs: CallInputs,
     state: Any,
     x: StepInputs,
-    times: Times,
+    times: Mapping[str, Times],
+    exchange: Exchange,
 ) -> Any:
     """One denoising step of one patch.
 
     Args:
-        loop: The loop.
-        predict: The UNet on this patch, called with sample, times and context.
+        loop: What is static.
+        rule: How the step is made.
+        params: The models' parameters.
         inputs: The inputs of the call.
         state: The scheduler's state.
         x: The constants of this step.
-        times: `UNet.times` of this step.
+        times: Each model's `times` of this step.
+        exchange: Of this step.
 
     Returns:
         The scheduler's next state.
@@ -434,12 +316,16 @@ def _step(
     sample = loop.scheduler.scale_input(state.latents, step).astype(loop.dtype)
     if loop.layout.guided:
         sample = vary_over_cfg(sample)
-    output = predict(jnp.tile(sample, (branches, 1, 1, 1)), times, _merge_lead_axes(inputs.conditioning.context))
+    modules: dict[str, nnx.Module] = loop.models.modules(params)
+    context = {name: merge_lead_axes(each.context) for name, each in inputs.conditioning.items()}
+    sample = jnp.tile(sample, (branches, 1, 1, 1))
+    output = rule.predictor(modules, sample, times, context, exchange, number)
     output = output.astype(jnp.float32).reshape(branches, images, *output.shape[1:])
     noise = None
     if loop.scheduler.needs_noise:
         noise = band_noise(inputs.keys, number, first_row(shape[0], loop.layout.rows), tuple(shape))
-    return loop.scheduler.update(state, _guide(loop.layout, inputs, output), step, noise)
+    state = loop.scheduler.update(state, _guide(loop.layout, inputs, output), step, noise)
+    return loop.after_update.update(state, x, inputs.after_update)
 
 
 def _guide(layout: Layout, inputs: CallInputs, output: Float[Array, "k b h w c"]) -> Float[Array, "b h w c"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -10,6 +12,18 @@ from jaxtyping import Array, Float, Key, UInt32
 from distrijax.parallel.collectives import first_row
 from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import DATA
+
+
+class Stream(enum.IntEnum):
+    """Where the numbers of an image's noise begin, by what a call begins with; so no two passes over an image share noise.
+
+    The stream's own number is the noise that the call begins with, and the numbers after it are those of its steps.
+    """
+
+    TEXT = 0
+    """A call that begins with noise alone."""
+    IMAGE = 2**30
+    """A call, or a second pass, that begins with an image to which noise is added."""
 
 
 def image_keys(seeds: UInt32[Array, "b 3"]) -> Key[Array, "b"]:
@@ -36,7 +50,7 @@ def band_noise(
 
     Args:
         keys: The random key of each image, `[b]`.
-        number: Which noise of the image: 0 is the starting noise, and each step has its own number.
+        number: Which noise of the image (`Stream`).
         first: The index in the image of the first row.
         shape: Rows, columns and channels.
 
@@ -54,17 +68,20 @@ def band_noise(
     return jax.vmap(image)(keys)
 
 
-def draw_latents(layout: Layout, channels: int, keys: Key[Array, "images"]) -> Float[Array, "b h w c"]:
-    """The starting noise, `[b, h, w, channels]` with padding. Each device draws its own band.
+def draw_latents(
+    layout: Layout, channels: int, keys: Key[Array, "images"], stream: Stream = Stream.TEXT
+) -> Float[Array, "b h w c"]:
+    """The noise that a call begins with, `[b, h, w, channels]` with padding. Each device draws its own band.
 
     Args:
         layout: Layout of the call.
         channels: Of the latents.
         keys: The images' random keys.
+        stream: The stream of the call's noise.
     """
     rows, columns = layout.bands.rows_per_device, layout.padded_shape[1]
 
     def band(keys):
-        return band_noise(keys, 0, first_row(rows, layout.rows), (rows, columns, channels))
+        return band_noise(keys, int(stream), first_row(rows, layout.rows), (rows, columns, channels))
 
     return jax.shard_map(band, mesh=layout.mesh, in_specs=P(DATA), out_specs=layout.latents)(keys)

@@ -62,7 +62,7 @@ def load_scheduler(
 
     Raises:
         CheckpointError: A class or a value is not supported.
-        InvalidArgument: `name` or an option does not exist.
+        InvalidArgument: `name` or an option does not exist, or an option has another value than those allowed.
     """
     source = config.get("_class_name")
     if name is None:
@@ -80,7 +80,12 @@ def load_scheduler(
             raise InvalidArgument(
                 f"{key} is not an option that {kind.diffusers_name} uses; remove it or use: {allowed}"
             )
-    return kind.from_config({**config, **decided, **options})
+    config = {**config, **decided}
+    try:
+        return kind.from_config({**config, **options})
+    except CheckpointError as error:
+        kind.from_config(config)  # raises unless an option is to blame
+        raise InvalidArgument(str(error)) from None
 
 
 def _class_named(diffusers_name: Any) -> type[Scheduler]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from distrijax.errors import CheckpointError
@@ -16,21 +16,17 @@ STEMS = {
 }
 """Names, without suffix, of files with a model's weights, by format (the suffix); earlier formats are preferred."""
 
-LOADABLE = (".safetensors",)
-"""The formats that are loaded without conversion."""
-
 MAX_LISTED = 8
 """Most names that an error lists for each problem."""
 
 
-def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str] = LOADABLE) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files with a model's weights: one file, or the shards that its index names.
 
     Args:
         folder: The model's.
         variant: Of the weights, such as "fp16"; where the folder has none of it the plain ones are taken, as in diffusers
             (see `check_variant`).
-        formats: Keys of `STEMS`; the first one that is present is taken.
 
     Raises:
         CheckpointError: If there are no such files, or the index names files in other folders.
@@ -38,44 +34,40 @@ def weight_files(folder: Path, variant: str | None = None, formats: Sequence[str
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a checkpoint in the diffusers layout")
     for each in (variant, None):
-        if (files := _files_of(folder, each, formats)) is not None:
+        if (files := _files_of(folder, each)) is not None:
             return files
-    raise no_weights(str(folder), _weight_names(folder), variant, formats)
+    raise no_weights(str(folder), _weight_names(folder), variant)
 
 
-def check_variant(folder: Path, parts: Iterable[str], variant: str | None, formats: Sequence[str] = LOADABLE) -> None:
+def check_variant(folder: Path, parts: Iterable[str], variant: str | None) -> None:
     """Checks that a folder has weights of a variant.
 
     Args:
         folder: The pipeline's folder.
         parts: Its subfolders that are needed.
         variant: Of the weights, such as "fp16"; None is none.
-        formats: Keys of `STEMS`.
 
     Raises:
         CheckpointError: If the parts have weights, but none of the variant.
     """
     folders = [folder / part for part in parts if (folder / part).is_dir()]
     found = [name for each in folders for name in _weight_names(each)]
-    if variant and found and all(_files_of(each, variant, formats) is None for each in folders):
-        raise no_weights(str(folder), found, variant, formats)
+    if variant and found and all(_files_of(each, variant) is None for each in folders):
+        raise no_weights(str(folder), found, variant)
 
 
-def no_weights(where: str, found: Iterable[str], variant: str | None, formats: Sequence[str]) -> CheckpointError:
+def no_weights(where: str, found: Iterable[str], variant: str | None) -> CheckpointError:
     """The error for a model without the weights that are wanted.
 
     Args:
         where: The model's folder or hub id.
         found: Names of the files with weights that it has.
         variant: The variant that is wanted.
-        formats: The formats that are wanted.
     """
     names = sorted(set(found))
     listed = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
-    wanted = " or ".join(end.removeprefix(".") for end in formats) + (f" of variant {variant!r}" if variant else "")
+    wanted = " or ".join(end.removeprefix(".") for end in STEMS) + (f" of variant {variant!r}" if variant else "")
     advice = "give a variant that it has" if names else "fetch its weights"
-    if names and not any(name.endswith(tuple(formats)) for name in names):
-        advice = "convert the model first: python -m distrijax.convert FOLDER DESTINATION"
     return CheckpointError(f"{where} has no {wanted} (found: {listed or 'no weights'}); {advice}")
 
 
@@ -83,10 +75,10 @@ def _weight_names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.suffix in STEMS]
 
 
-def _files_of(folder: Path, variant: str | None, formats: Sequence[str]) -> list[Path] | None:
+def _files_of(folder: Path, variant: str | None) -> list[Path] | None:
     """The files with weights of exactly this variant; None if there are none."""
-    for end in formats:
-        for stem in STEMS[end]:
+    for end, stems in STEMS.items():
+        for stem in stems:
             for index in _index_names(stem + end, variant):
                 if (folder / index).exists():
                     return _shards(folder, index)

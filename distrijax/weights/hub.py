@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from distrijax.errors import CheckpointError
-from distrijax.weights.files import LOADABLE, STEMS, no_weights
+from distrijax.weights.files import STEMS, no_weights
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,7 @@ def find(
     parts: Iterable[str],
     index: str = "model_index.json",
     file: str | None = None,
-    formats: Sequence[str] = LOADABLE,
+    weights: bool = True,
     variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -85,7 +85,7 @@ def find(
         parts: Subfolders of a pipeline that are needed; "" for a model that is not in a subfolder.
         index: A file that the repository must have.
         file: The path of a single file, if `name` is a repository and only this file is wanted.
-        formats: Keys of `STEMS`; earlier ones are preferred.
+        weights: Whether weights are needed, or configurations alone.
         variant: Of the weights, such as "fp16"; parts without it are taken without variant.
         revision: A branch, tag or commit; takes precedence over that of `name`.
         token: Of the hub; None takes the one that is logged in.
@@ -116,7 +116,7 @@ def find(
     if files is None:
         options["local_files_only"], needed = True, [index]
     else:
-        needed = needed_files(files, tuple(parts), formats, variant, index=index, name=str(name))
+        needed = needed_files(files, tuple(parts), weights, variant, index=index, name=str(name))
     return Path(_ask_hub(name, partial(snapshot_download, remote.repository, allow_patterns=needed, **options)))
 
 
@@ -131,20 +131,20 @@ def _listing(repository: str, **options) -> list[str] | None:
 
 
 def needed_files(
-    files: Sequence[str], parts: Sequence[str], formats: Sequence[str], variant: str | None, *, index: str, name: str
+    files: Sequence[str], parts: Sequence[str], weights: bool, variant: str | None, *, index: str, name: str
 ) -> list[str]:
     """The files of a repository that a model consists of; as in diffusers, parts without the variant are taken without it.
 
     Args:
         files: The paths of all files.
         parts: The subfolders that are needed.
-        formats: Keys of `STEMS`, earlier ones preferred; empty if only configurations are needed.
+        weights: Whether weights are needed, in the first format of `STEMS` that a part has, or configurations alone.
         variant: Of the weights.
         index: A file that the repository must have.
         name: The model's name, for errors.
 
     Raises:
-        CheckpointError: If a part has no weights in these formats, or no part has weights of the variant.
+        CheckpointError: If a part has no weights, or no part has weights of the variant.
     """
     if index not in files:
         single = [file for file in files if file.endswith((".safetensors", ".ckpt")) and "/" not in file]
@@ -156,33 +156,23 @@ def needed_files(
     for part in parts:
         inside = [file for file in files if PurePosixPath(file).parent == PurePosixPath(part)]
         needed += [file for file in inside if file.endswith((".json", ".txt"))]
-        if formats:
-            needed += _choose_weights(inside, part, formats, variant, name)
+        if weights:
+            needed += _choose_weights(inside, part, variant, name)
         found += _weight_file_names(inside)
-        has_variant = has_variant or any(_is_weight_file(file, kind, variant) for file in inside for kind in formats)
-    if variant and found and formats and not has_variant:
-        raise no_weights(name, found, variant, formats)
+        has_variant = has_variant or any(_is_weight_file(file, kind, variant) for file in inside for kind in STEMS)
+    if variant and found and weights and not has_variant:
+        raise no_weights(name, found, variant)
     return needed
 
 
-def _choose_weights(
-    inside: Sequence[str], part: str, formats: Sequence[str], variant: str | None, name: str
-) -> list[str]:
+def _choose_weights(inside: Sequence[str], part: str, variant: str | None, name: str) -> list[str]:
     """The files with the weights to take among the files `inside` a part; none for a part that is not a model."""
-    files = {
-        (each, kind): [file for file in inside if _is_weight_file(file, kind, each)]
-        for each in (variant, None)
-        for kind in STEMS
-    }
-    present = [kind for kind in STEMS if files[variant, kind] or files[None, kind]]
-    chosen = next((files[each, kind] for each in (variant, None) for kind in formats if files[each, kind]), [])
-    if present and not chosen:
-        raise CheckpointError(
-            f"{name} has the weights of {part} only as {', '.join(present)}; convert it first: "
-            f"python -m distrijax.convert {name} FOLDER{f' --variant {variant}' if variant else ''}"
-        )
+    files = (
+        [file for file in inside if _is_weight_file(file, kind, each)] for each in (variant, None) for kind in STEMS
+    )
+    chosen = next(filter(None, files), [])
     if not chosen and "config.json" in (PurePosixPath(file).name for file in inside):
-        raise no_weights(f"{name}/{part}".rstrip("/"), _weight_file_names(inside), variant, formats)
+        raise no_weights(f"{name}/{part}".rstrip("/"), _weight_file_names(inside), variant)
     return chosen
 
 

@@ -1,6 +1,7 @@
-"""Loads a model's safetensors, in a folder of the diffusers layout, onto the devices, one tensor at a time.
+"""Fills a model with a checkpoint's tensors, on the devices, one tensor at a time.
 
-Of each tensor only the blocks that devices of this process hold are read; names, shapes and types are checked in the header.
+Names, shapes and types are checked before the first tensor is read. Of each tensor only the blocks that devices of this process
+hold are read.
 
 Modules have diffusers' names, so four rules map a checkpoint's tensors to parameters:
 
@@ -12,9 +13,8 @@ Modules have diffusers' names, so four rules map a checkpoint's tensors to param
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from distrijax.errors import CheckpointError
-from distrijax.weights.files import summary, weight_files
+from distrijax.weights.files import summary
 from distrijax.weights.names import (
     IGNORED,
     ParamPath,
@@ -36,8 +35,11 @@ from distrijax.weights.names import (
     to_native,
     to_pytorch,
 )
+from distrijax.weights.tensors import FLOATS, Block, Shape, Tensor
 
 Module = TypeVar("Module", bound=nnx.Module)
+Problems = dict[str, list[str]]
+"""Names of tensors by what is wrong with them."""
 
 
 class Values(Protocol):
@@ -45,70 +47,90 @@ class Values(Protocol):
 
     shape: tuple[int, ...]
 
-    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray: ...
+    def __getitem__(self, block: Block) -> np.ndarray: ...
 
 
 Place = Callable[[ParamPath, Values], jax.Array]
 """Puts a parameter on the devices, given its path in the module."""
 
-FLOATING = ("F64", "F32", "F16", "BF16")
-"""Types of weights that are loaded, by their names in safetensors files."""
 
-EIGHT_BITS, EIGHT_BIT_PROBLEM = ("F8_E4M3", "F8_E5M2"), "8-bit"
-"""Types of weights that only `distrijax.convert` reads, and the name of the problem in errors."""
-
-
-def load_module(module: Module, folder: Path, *, variant: str | None, dtype: jnp.dtype, place: Place) -> Module:
-    """A module with the weights of a folder: completely, or not at all.
+def load_module(module: Module, tensors: Mapping[str, Tensor], what: str, *, dtype: jnp.dtype, place: Place) -> Module:
+    """A module with a checkpoint's tensors: completely, or not at all.
 
     Each tensor is read, cast and placed before the next one, so the host never holds two.
 
     Args:
         module: Of shapes (`layers.abstract`).
-        folder: The model's.
-        variant: Of the weights; see `weight_files`.
+        tensors: The model's, by name, in PyTorch's axis order.
+        what: Where they come from, for errors.
         dtype: To cast to.
         place: Puts each parameter on the devices.
 
     Raises:
-        CheckpointError: If tensors are missing, unexpected, duplicate, of the wrong shape or type, or not finite; one error
-            lists all of them. NaN and infinity are found by the process that reads them, which may be one of several.
+        CheckpointError: Before anything is read, if tensors are missing, unexpected or of the wrong shape or type; one error
+            lists all of them. After it, if tensors are not finite, which the process finds that reads them.
     """
     graph, abstract = nnx.split(module)
     wanted = {checkpoint_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
-    filled: dict[str, jax.Array] = {}
-    seen: set[str] = set()
-    problems: dict[str, list[str]] = {}
-    for name, tensor in read_tensors(weight_files(folder, variant)):
+    held = {current_name(name): tensor for name, tensor in tensors.items()}
+    check_tensors(held, ((path, leaf.shape) for path, leaf in wanted.values()), what)
+    broken = []
+    for name, tensor in held.items():
         if name in IGNORED:
             continue
-        problem, detail = ("duplicate", name) if name in seen else _problem(name, tensor, wanted)
-        seen.add(name)
-        if not problem:
-            path, _ = wanted[name]
-            stored = Stored(tensor, path[-1], dtype)
-            filled[name] = place(path, stored)
-            if not stored.finite:
-                problem, detail = "not finite", name
-        if problem:
-            problems.setdefault(problem, []).append(detail)
-        if problems:  # loading goes on only to report everything
-            filled.clear()
-    missing = [name for name in wanted if name not in seen]
-    if missing:
-        problems["missing"] = missing
-    if problems.keys() == {EIGHT_BIT_PROBLEM}:
-        command = "`python -m distrijax.convert SOURCE DESTINATION --dtype float16`"
-        raise CheckpointError(
-            f"{folder} has 8-bit weights, which cannot be loaded; convert them, {command}: {summary(problems)}"
-        )
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not contain the model that its config.json describes; fetch the folder again: {summary(problems)}"
-        )
-    for name, (_, leaf) in wanted.items():
-        leaf.set_value(filled[name])
+        path, leaf = wanted[name]
+        stored = Stored(tensor, path[-1], dtype)
+        leaf.set_value(place(path, stored))
+        if not stored.finite:
+            broken.append(name)
+    if broken:
+        raise _refused(what, {"not finite": broken})
     return nnx.merge(graph, abstract)
+
+
+def stored_shapes(params: Iterable[tuple[ParamPath, Shape]]) -> dict[str, Shape]:
+    """The shapes of parameters by their names in a checkpoint, in PyTorch's axis order."""
+    return {
+        checkpoint_name(path): tuple(shape[axis] for axis in np.argsort(native_axes(path[-1], len(shape))))
+        for path, shape in params
+    }
+
+
+def check_tensors(tensors: Mapping[str, Tensor], params: Iterable[tuple[ParamPath, Shape]], what: str) -> None:
+    """Checks that a model's tensors are those of its config; no weight is read.
+
+    Args:
+        tensors: By `current_name`.
+        params: The paths of the model's parameters, and their shapes.
+        what: Where the tensors come from, for the error.
+
+    Raises:
+        CheckpointError: If tensors are missing, unexpected or of the wrong shape or type; one error lists all of them.
+    """
+    needed = stored_shapes(params)
+    found = {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
+    both = [name for name in found if name in needed]
+    floats = ", ".join(dtype.name for dtype in FLOATS)
+    problems = {
+        "missing": [name for name in needed if name not in found],
+        "unexpected": [name for name in found if name not in needed],
+        "of the wrong shape": [
+            f"{name} is {list(found[name].shape)} and should be {list(needed[name])}"
+            for name in both
+            if found[name].shape != needed[name]
+        ],
+        f"of a type other than {floats}": [
+            f"{name} is {found[name].dtype}" for name in both if found[name].dtype not in FLOATS
+        ],
+    }
+    if any(problems.values()):
+        raise _refused(what, {problem: names for problem, names in problems.items() if names})
+
+
+def _refused(what: str, problems: Problems) -> CheckpointError:
+    return CheckpointError(
+        f"{what} does not hold the model that its config.json describes; fetch it again: {summary(problems)}"
+    )
 
 
 def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, stem: str, dtype: np.dtype) -> None:
@@ -130,93 +152,42 @@ def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, ste
     save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
-class FileTensor:
-    """A tensor in an open safetensors file, in PyTorch's axis order.
-
-    Attributes:
-        shape: Its shape.
-        kind: Its type, by the file's name for it.
-    """
-
-    def __init__(self, tensors: safe_open, name: str, file: Path):
-        self._file, self._content = file, tensors.get_slice(name)
-        self.shape, self.kind = tuple(self._content.get_shape()), self._content.get_dtype()
-
-    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
-        """A copy of a block."""
-        with _reading(self._file):
-            return self._content[block]
-
-
 class Stored:
-    """A parameter in a file, in this project's axis order; reads, casts and checks only the blocks that are asked for.
+    """A tensor of a checkpoint in this project's axis order; reads, casts and checks only the blocks that are asked for.
 
     Attributes:
         shape: The parameter's shape.
         finite: Whether everything read so far is finite.
     """
 
-    def __init__(self, tensor: FileTensor, leaf: str, dtype: jnp.dtype):
+    def __init__(self, tensor: Tensor, leaf: str, dtype: jnp.dtype):
         self._tensor, self._leaf, self._dtype = tensor, leaf, dtype
         self._axes = native_axes(leaf, len(tensor.shape))
+        self._whole: np.ndarray | None = None
         self.shape = tuple(tensor.shape[axis] for axis in self._axes)
         self.finite = True
 
-    def __getitem__(self, block: tuple[slice, ...]) -> np.ndarray:
-        sizes = tuple(len(range(*part.indices(length))) for part, length in zip(block, self.shape, strict=True))
-        if 0 in sizes:  # safetensors refuses an empty block at the end of an axis
-            return np.zeros(sizes, self._dtype)
-        stored = self._tensor[tuple(block[axis] for axis in np.argsort(self._axes))]
+    def __getitem__(self, block: Block) -> np.ndarray:
+        stored = self._read(tuple(block[axis] for axis in np.argsort(self._axes)))
         self.finite = self.finite and finite(stored)
         return to_native(self._leaf, stored).astype(self._dtype, copy=False)
 
-
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, FileTensor]]:
-    """Names (by `current_name`) and tensors of safetensors files; read each tensor before asking for the next one.
-
-    Args:
-        files: The files.
-
-    Raises:
-        CheckpointError: If a file is missing or not a complete safetensors file.
-    """
-    for file in files:
-        if file.exists() and not file.is_file():
-            raise CheckpointError(f"{file} is a folder or a pipe; put the weights file there")
-        with _reading(file), safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield current_name(name), FileTensor(tensors, name, file)
+    def _read(self, block: Block) -> np.ndarray:
+        """A block; what can't be cut along its first axis is read once for all blocks."""
+        sizes = tuple(len(range(*part.indices(length))) for part, length in zip(block, self._tensor.shape, strict=True))
+        cut = self._tensor.cut and sizes[:1] != self._tensor.shape[:1]
+        if self._whole is None and (cut or sizes == self._tensor.shape):
+            return self._tensor[block]
+        if self._whole is None:
+            self._whole = self._tensor.read()
+        return self._whole[block]
 
 
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Raises DistriError if a file cannot be read."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is named by the index but does not exist; fetch the missing shard") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a complete safetensors file ({error}); fetch it again") from None
-
-
-def finite(tensor: np.ndarray) -> bool:
+def finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite; by the exponent bits, several times faster than isfinite in 16 bits."""
-    info = jnp.finfo(tensor.dtype)
-    bits = tensor.view(np.dtype(f"u{tensor.itemsize}"))
+    if array.dtype.itemsize == 1:  # some of these types have no infinity
+        return bool(np.isfinite(array.astype(np.float16)).all())
+    info = jnp.finfo(array.dtype)
+    bits = array.view(np.dtype(f"u{array.itemsize}"))
     exponent = bits.dtype.type(((1 << info.nexp) - 1) << info.nmant)
     return not np.any((bits & exponent) == exponent)
-
-
-def _problem(name: str, tensor: FileTensor, wanted: dict) -> tuple[str | None, str]:
-    """The problem with a tensor according to the file's header, None if there is none, and what to list for it."""
-    if name not in wanted:
-        return "unexpected", name
-    path, leaf = wanted[name]
-    needed = to_pytorch(path[-1], np.broadcast_to(0, leaf.shape)).shape
-    if tensor.shape != needed:
-        return "of the wrong shape", f"{name} is {list(tensor.shape)} and should be {list(needed)}"
-    if tensor.kind in EIGHT_BITS:
-        return EIGHT_BIT_PROBLEM, f"{name} is {tensor.kind}"
-    if tensor.kind not in FLOATING:
-        return f"of a type other than {', '.join(FLOATING)}", f"{name} is {tensor.kind}"
-    return None, name

@@ -32,6 +32,7 @@ from distrijax.parallel.collectives import all_gather_flat
 from distrijax.parallel.mesh import CFG, EVERY_AXIS, PATCH
 from distrijax.parallel.processes import blocks_to_devices
 from distrijax.parallel.programs import Params
+from distrijax.parallel.stages import with_shardings
 from distrijax.weights.load import Place, Values
 from distrijax.weights.names import ParamPath
 
@@ -365,32 +366,9 @@ class Model(NamedTuple):
     @classmethod
     def of(cls, config: Any, form: ModelLayout, mesh: Mesh, dtype: Any) -> Model:
         """A model of which no weight has been read."""
-        return cls(config, form, placed(mesh, form.specs, form.abstract_params(mesh.shape, dtype)))
+        shardings = tuple(NamedSharding(mesh, spec) for spec in form.specs)
+        return cls(config, form, with_shardings(form.abstract_params(mesh.shape, dtype), shardings))
 
     @property
     def dtype(self) -> np.dtype:
         return self.params[0].dtype
-
-
-def placed(mesh: Mesh, specs: Any, arguments: Any) -> Any:
-    """Shapes with their shardings on a mesh.
-
-    Args:
-        mesh: The mesh.
-        specs: A tree of specs; one spec stands for all leaves of the part of `arguments` in its place.
-        arguments: A tree of arrays or shapes.
-
-    Returns:
-        A tree of `jax.ShapeDtypeStruct` with shardings, of the structure of `arguments`.
-    """
-
-    def place(spec: P, part: Any) -> Any:
-        sharding = NamedSharding(mesh, spec)
-
-        def leaf(value: Any) -> jax.ShapeDtypeStruct:
-            dtype = jax.dtypes.canonicalize_dtype(value.dtype, allow_extended_dtype=True)
-            return jax.ShapeDtypeStruct(value.shape, dtype, sharding=sharding)
-
-        return jax.tree.map(leaf, part)
-
-    return jax.tree.map(place, specs, arguments, is_leaf=lambda spec: isinstance(spec, P))

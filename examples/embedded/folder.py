@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from distrijax.convert.layouts.folder import read_model
 from distrijax.json_config import read_json
 from distrijax.models.vae import AutoencoderKL, VAEConfig
 from distrijax.weights.load import load_module, save_module
@@ -57,8 +58,8 @@ def read_part(folder: Path, name: str, module: nnx.Module) -> nnx.Module:
     abstract = nnx.eval_shape(lambda: module)
     return load_module(
         abstract,
-        folder / name,
-        variant=None,
+        read_model(folder / name),
+        str(folder / name),
         dtype=jnp.float32,
         place=lambda _, stored: jnp.asarray(stored[_all(stored)]),
     )

@@ -82,7 +82,7 @@ def test_latency_refuses_wrong_flags_in_one_line(flags, told):
 def test_what_is_not_installed_is_told_before_anything_is_measured(monkeypatch):
     for module in ("matplotlib", "diffusers"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(latency, "find_model", lambda *_: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(latency, "open_model", lambda *_: pytest.fail("the model was looked for"))
     monkeypatch.setattr(convert_file, "random_checkpoint", lambda *_: pytest.fail("the file was made"))
     with refuses("--plot", "matplotlib", "`eval`", error=SystemExit):
         latency.main(["--plot", "x.png"])
@@ -123,11 +123,13 @@ import json, os, sys
 words = [word for word in sys.argv[1:] if word != "--no-split-batch"]
 flags = dict(zip(words[::2], words[1::2]))
 assert len(os.sched_getaffinity(0)) == 1
-print("a library says something", file=sys.stderr)
+print("a library says something")
+print("and something", file=sys.stderr)
 if flags["--process-id"] == "0":
     names = "mesh", "model", "warmup_steps", "sync_mode", "dtype", "image_size", "num_inference_steps"
     seconds = 2 / int(flags["--num-processes"])
-    print(json.dumps({**dict.fromkeys(names), "loop_s": seconds, "end_to_end_s": seconds, "compile_s": 1}))
+    row = {**dict.fromkeys(names), "loop_s": seconds, "end_to_end_s": seconds, "compile_s": 1}
+    open(flags["--output"], "w").write(json.dumps(row))
 """
 """Of latency.py: twice as fast in two processes, each of which may use one core."""
 

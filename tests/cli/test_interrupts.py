@@ -211,7 +211,7 @@ def join(*rest, **options):
 jax.distributed.initialize = join
 processes.initialize("127.0.0.1:1", 2, 1, timeout=300)
 """,
-    "compiling": "programs.compiled = stay\nprograms.Programs('cpu')(lambda static, params, x: x + 1, None, (), array())",
+    "compiling": "programs.compiled = stay\nprograms.Programs('cpu')(programs.Stage(lambda *each: each[-1]), None, (), array())",
     "running": """
 def endless(static, params, x):
     return jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: (x @ x).clip(1, 1), x)
@@ -221,7 +221,7 @@ def told(*arguments, **options):
     pathlib.Path("reached").touch()
     return launch(*arguments, **options)
 programs._launches.__class__.__call__ = told
-programs.Programs("cpu")(endless, None, (), array())
+programs.Programs("cpu")(programs.Stage(endless), None, (), array())
 """,
 }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from distrijax.convert.checkpoint import Checkpoint
+from distrijax.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # these import torch, which may be missing: the fixtures that use them are skipped then
     from lora_files import Weights

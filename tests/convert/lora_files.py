@@ -25,7 +25,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_pipeline import load_torch_pipeline
 
-from distrijax.convert.tensors import Tensors
+from distrijax.weights.tensors import Tensors
 
 Weights = dict[str, dict[str, np.ndarray]]
 CLOSE = 5e-6

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from original_layouts import clip, open_clip, prefixed, unet, vae
 
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.layouts.original import from_original
-from distrijax.convert.tensors import Tensors, of_array
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.tensors import Tensors, of_array
 
 FAMILIES = ("sd1", "sd2", "sdxl", "refiner")
 

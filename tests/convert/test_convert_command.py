@@ -17,8 +17,7 @@ import latency
 import numpy as np
 import pytest
 import torch
-from facts import refuses, says
-from filelock import FileLock
+from facts import says
 from flax_model import flax_folder
 from oracle import psnr
 from PIL import Image
@@ -28,8 +27,6 @@ from tiny_pipeline import load_torch_pipeline
 
 from distrijax.cli import evaluate, generate
 from distrijax.convert.__main__ import main
-from distrijax.convert.cache import _locked, prepared
-from distrijax.convert.sources import Recipe
 
 PAIRS = [
     *itertools.product(("diffusers", "single", "flax"), ("diffusers", "single")),
@@ -227,11 +224,7 @@ def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, ca
             "--format diffusers",
             "single",
         ],
-        "nowhere.safetensors OUT --format orbax --max-shard-size 5GB": [
-            "--max-shard-size",
-            "--format diffusers",
-            "orbax",
-        ],
+        "no OUT --format orbax --max-shard-size 5GB": ["--max-shard-size", "--format diffusers", "orbax"],
         "MODEL . --force": ["DESTINATION", re.compile(r" \.[ ,;]")],
         "MODEL .. --force": ["DESTINATION", re.compile(r" \.\.[ ,;]")],
         "MODEL OUT.safetensors --format orbax": ["--format", "orbax", "folder"],
@@ -247,16 +240,6 @@ def test_wrong_flags_are_refused_in_a_sentence(model, tmp_path, monkeypatch, fla
     given = [flag.replace("MODEL", str(model)).replace("OUT", str(tmp_path / "out")) for flag in flags.split()]
     says(refused(*given), *told)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_variant_of_some_parts_is_converted_with_the_others_plain(model, tmp_path):
-    folder = shutil.copytree(model, tmp_path / "model")
-    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    unet.rename(unet.with_suffix(".fp16.safetensors"))
-    convert(folder, tmp_path / "out", "--variant", "fp16")
-    assert same(tmp_path / "out", model)
-    told = refused(folder, tmp_path / "no", "--variant", "bf16")
-    says(told, "safetensors", "bin", "msgpack", "variant", "bf16")
 
 
 STYLED = "unet.mid_block.attentions.0.proj_in"
@@ -290,102 +273,39 @@ def test_a_lora_that_is_too_much_for_16_bits_is_named_and_nothing_is_written(mod
     assert {*tmp_path.iterdir()} == held
 
 
-def test_a_lora_that_is_too_much_leaves_no_model_in_the_cache(half, style, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with refuses("style.safetensors", "1e+09", "float16"):
-        prepared(Recipe(str(half), loras=((str(style), 1e9),)))
-    assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "distrijax" / "converted").iterdir())
-
-
-def test_a_failed_conversion_lets_others_begin(tmp_path, monkeypatch):
-    kept: list[FileLock] = []  # a lock that nobody refers to any more is released by itself
-    monkeypatch.setattr("distrijax.convert.cache.FileLock", lambda path: kept.append(FileLock(path)) or kept[-1])
-    with pytest.raises(RuntimeError), _locked(tmp_path / "model"):
-        raise RuntimeError
-    assert not kept[0].is_locked
-    with FileLock(tmp_path / "model.lock", blocking=False):
-        pass
-
-
-@pytest.mark.parametrize("flag", ["source", "unet", "vae"])
-def test_a_folder_that_holds_no_model_is_refused_before_it_is_hashed(model, tmp_path, monkeypatch, flag):
-    monkeypatch.setattr("distrijax.convert.cache.digest", None)
-    recipe = Recipe(**{"source": str(model), flag: str(tmp_path)})
-    index = "model_index.json" if flag == "source" else "config.json"
-    with refuses(f"{tmp_path}/{index}", "folder", "diffusers"):
-        prepared(recipe)
-
-
 CALL = ["--devices", "1", "--image-size", "64", "--num-inference-steps", "1"]
 
 
-class Loaded(Exception):
-    """In place of a pipeline: the folder that it would have been loaded from."""
-
-
-@pytest.fixture
-def loaded(tmp_path, monkeypatch):
-    """Finds the folder from which `generate` loads a pipeline, with a cache of its own."""
+def test_generate_takes_a_single_file_and_says_in_the_picture_what_was_merged(
+    model, single, style, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def load(folder: Path, *_, **__) -> None:
-        raise Loaded(folder)
-
-    def run(*flags: object) -> Path:
-        with monkeypatch.context() as patch:
-            patch.setattr(generate, "load_pipeline", load)
-            with pytest.raises(Loaded) as found:
-                generate.main([*CALL, *map(str, flags)])
-        return found.value.args[0]
-
-    return run
-
-
-def test_generate_takes_a_single_file_and_converts_it_once(model, single, loaded, tmp_path, monkeypatch):
-    converted = tmp_path / "cache" / "distrijax" / "converted"
-    assert loaded("--model", model) == model
-    assert not converted.exists()
-    made = loaded("--model", single, "--config", model)
-    assert [path for path in converted.iterdir() if path.is_dir()] == [made]
-    assert same(made, model)
-    moved = shutil.copy(single, tmp_path / "elsewhere.safetensors")
-    monkeypatch.setattr("distrijax.convert.cache.write_folder", None)  # what is there is taken
-    assert loaded("--model", moved, "--config", model) == made
-
-
-@pytest.mark.parametrize("obstacle", ["distrijax", "distrijax/digests", "distrijax/converted"])
-def test_a_cache_that_cannot_be_made_is_told_in_a_sentence(single, tmp_path, monkeypatch, obstacle):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / obstacle).parent.mkdir(exist_ok=True)
-    (tmp_path / obstacle).touch()  # a file, where a folder is needed
-    with refuses(str(tmp_path), re.compile(r"\(.*\)"), "XDG_CACHE_HOME"):
-        prepared(Recipe(str(single)))
-
-
-def test_generate_merges_what_it_is_given_and_says_so_in_the_picture(model, style, loaded, tmp_path):
-    base, name = weights(model), f"{STYLED}.weight"
-    styled = weights(loaded("--model", model, "--lora", f"{style}:0.5"))
-    assert styled.keys() == base.keys()
-    assert {each for each in base if not np.array_equal(styled[each], base[each])} == {name}
-    np.testing.assert_allclose(styled[name], base[name] + 0.5, rtol=1e-6)
-    unet = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
-    save_file(unet | {name.removeprefix("unet."): styled[name]}, tmp_path / "unet.safetensors")
-    replaced = weights(loaded("--model", model, "--unet", tmp_path / "unet.safetensors"))
-    assert replaced.keys() == base.keys() and all(np.array_equal(replaced[each], styled[each]) for each in base)
+    monkeypatch.setattr(generate, "keep_compiled_programs", lambda: None)
+    made = []
+    load = generate.load_pipeline
+    monkeypatch.setattr(
+        generate, "load_pipeline", lambda *given, **named: made.append(load(*given, **named)) or made[-1]
+    )
     image = tmp_path / "image.png"
-    generate.main([*CALL, "--model", str(model), "--lora", f"{style}:0.5", "--output", str(image)])
+    flags = ["--config", str(model), "--lora", f"{style}:0.5", "--output", str(image)]
+    generate.main([*CALL, "--model", str(single), *flags])
     with Image.open(image) as written:
         says(written.text["loras"], "style.safetensors", 0.5)
+        assert written.text["model"] == str(single)
+    convert(model, tmp_path / "copy", "--lora", f"{style}:0.5")
+    generate.main([*CALL, "--model", str(tmp_path / "copy"), "--output", str(image)])
+    merged, copy = made
+    assert all(map(np.array_equal, merged._unet.params, copy._unet.params))
+    assert not (tmp_path / "cache").exists()
 
 
-def test_the_other_scripts_take_a_single_file_as_well(model, single, tmp_path, monkeypatch):
+def test_the_other_scripts_take_a_single_file_as_well(model, single, monkeypatch):
     assert len(jax.devices()) == 8  # else the script would have as many as it asks for
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(latency, "keep_compiled_programs", lambda: None)
     timed = []
-    monkeypatch.setattr(latency, "measure", lambda arguments, prepared, devices: timed.append(prepared.folder) or {})
+    monkeypatch.setattr(latency, "measure", lambda arguments, model, devices: timed.append(model) or {})
     flags = ["--model", str(single), "--config", str(model)]
     latency.main([*flags, "--devices", "1", "2"])
     job = evaluate.read_job(evaluate.parse(flags), evaluate.scene_prompts(1))
-    assert timed == [job.model] * 2 and same(job.model, model)
-    assert job.name == str(job.model)
+    assert {each.what for each in (*timed, job.model)} == {str(single)} == {job.name}
+    assert job.additions == {"config": str(model)}

@@ -20,7 +20,7 @@ from original_layouts import original, unread
 from tensor_files import read_all, refusal, small, torch_bytes, written
 
 from distrijax.convert.layouts.original import from_original
-from distrijax.convert.tensors import of_array
+from distrijax.weights.tensors import of_array
 
 
 class Harm:

@@ -16,11 +16,11 @@ import torch
 from facts import one_sentence, refuses, says
 from tensor_files import Arrays, arrays, of_torch, small, torch_bytes, torch_state, written
 
-from distrijax.convert.files import open_tensors
-from distrijax.convert.readers.safetensors_files import read_metadata, write_safetensors
+from distrijax.convert.files import metadata_of, open_tensors
+from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.readers.torch_files import LEGACY
-from distrijax.convert.tensors import Tensor, of_array
 from distrijax.errors import DistriError
+from distrijax.weights.tensors import Tensor, of_array
 
 NAMED = torch_state()
 
@@ -131,9 +131,9 @@ def test_flax_arrays_in_pieces(tmp_path, monkeypatch, limit):
 def test_safetensors_written_are_those_of_the_library(tmp_path):
     path = tmp_path / "written"
     tensors = {name: of_array(array) for name, array in reversed(arrays().items())}
-    write_safetensors(tensors, path, {"format": "np"})
-    assert path.read_bytes() == safetensors.numpy.save(arrays(), metadata={"format": "np"})
-    assert read_metadata(path) == {"format": "np"}
+    write_safetensors(tensors, path)
+    assert path.read_bytes() == safetensors.numpy.save(arrays(), metadata={"format": "pt"})
+    assert metadata_of(path) == {"format": "pt"}
     check_same(path, arrays())
 
 
@@ -158,6 +158,19 @@ def test_tensors_are_read_when_they_are_asked_for(tmp_path, content):
     path.unlink()
     with refuses(str(path), "No such file"):
         next(iter(tensors.values())).read()
+
+
+@pytest.mark.parametrize("content", small().values(), ids=small())
+def test_blocks_are_those_of_the_whole(tmp_path, content):
+    """Empty ones and those at both ends of the axes among them."""
+    rng = np.random.default_rng(0)
+    for tensor in open_tensors(written(tmp_path, content)).values():
+        whole = tensor.read()
+        half = tensor.rows(1, tensor.shape[0])
+        for start, stop in [(0, 0), (3, 3), (0, 3), *np.sort(rng.integers(0, 5, (20, 2)))]:
+            block = tuple(slice(min(start, n), min(stop, n)) for n in tensor.shape)
+            np.testing.assert_array_equal(tensor[block], whole[block])
+            np.testing.assert_array_equal(half[block], whole[1:][block])
 
 
 @pytest.mark.parametrize("content", small().values(), ids=small())

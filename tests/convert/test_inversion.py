@@ -20,13 +20,13 @@ from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 from transformers import CLIPTokenizer as TorchTokenizer
 
 from distrijax.convert.adapters.inversion import Embedding, with_embeddings
-from distrijax.convert.checkpoint import Checkpoint
 from distrijax.convert.complete import check_complete
-from distrijax.convert.tensors import Tensors, of_array
 from distrijax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from distrijax.models.layers import abstract
 from distrijax.models.tokenizer import CLIPTokenizer
+from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.load import load_module
+from distrijax.weights.tensors import Tensors, of_array
 
 PROMPTS = [
     "a red <thing> on a table",
@@ -58,7 +58,7 @@ def written(checkpoint: Checkpoint, part: str, folder: Path) -> tuple[CLIPTokeni
     config = CLIPTextConfig.from_dict(checkpoint.configs[part])
     module = abstract(partial(CLIPTextEncoder, config, with_projection=projected, penultimate=projected))
     place = lambda _, values: jnp.asarray(everything(values))  # noqa: E731
-    loaded = load_module(module, names[part], variant=None, dtype=jnp.float32, place=place)
+    loaded = load_module(module, checkpoint.tensors[part], part, dtype=jnp.float32, place=place)
     return CLIPTokenizer.from_folder(names["tokenizer"]), loaded
 
 
@@ -85,7 +85,7 @@ def test_prompts_with_the_word_embed_as_in_diffusers(sd, tiny_sd_checkpoints, tm
     }[kind]
     word = None if kind == "diffusers" else "<thing>"
     ours = with_embeddings(sd, [Embedding(tensors, "a file", word)])
-    check_complete(ours, "with the word")
+    check_complete(ours)
     tokenizer, encoder = written(ours, "text_encoder", tmp_path)
 
     pipe = load_torch_pipeline(tiny_sd_checkpoints[1])
@@ -98,7 +98,7 @@ def test_prompts_with_the_word_embed_as_in_diffusers(sd, tiny_sd_checkpoints, tm
 def test_words_for_both_encoders_of_sdxl_embed_as_in_diffusers(xl, tiny_checkpoint, tmp_path):
     learned = {"clip_l": vectors(2, TEXT_WIDTH), "clip_g": vectors(4, TEXT_WIDTH)}
     ours = with_embeddings(xl, [Embedding(of(**learned), "a file", "<thing>")])
-    check_complete(ours, "with the word")
+    check_complete(ours)
     pipe = load_torch_pipeline(tiny_checkpoint)
     for (name, array), suffix in zip(learned.items(), ("", "_2"), strict=True):
         part = f"text_encoder{suffix}"

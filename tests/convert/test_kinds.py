@@ -13,7 +13,7 @@ from distrijax import DistriError
 from distrijax.convert.kinds import Kind, recognise
 from distrijax.convert.layouts.families import FAMILIES
 from distrijax.convert.layouts.original import from_original
-from distrijax.convert.tensors import of_array
+from distrijax.weights.tensors import of_array
 
 UNET = "model.diffusion_model."
 SD1 = {
@@ -67,7 +67,7 @@ def test_parts_and_additions_are_recognised_and_no_whole_model(case):
         Kind.UNET: ["UNet", "--unet"],
         Kind.VAE: ["VAE", "--vae"],
         Kind.LORA: ["LoRA", "--lora"],
-        Kind.EMBEDDING: ["embedding", "--textual-inversion"],
+        Kind.EMBEDDING: ["embedding", "--embedding"],
     }[kind]
     with refuses("file", *told) as error:
         from_original(unread(shapes), "file")

@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d
 
 from distrijax.convert.adapters.lora import Lora, with_loras
 from distrijax.convert.adapters.merging import LORA, Change, merged
-from distrijax.convert.tensors import Tensor, of_array
+from distrijax.weights.tensors import Tensor, of_array
 
 
 def test_diffusers_file_of_three_models_merges_as_by_peft(xl, xl_file, xl_expected):

@@ -16,10 +16,10 @@ from lora_files import CLOSE, Weights
 from peft import LoraConfig, get_peft_model
 from tiny_pipeline import load_torch_pipeline
 
-from distrijax.convert.cache import fingerprint
-from distrijax.convert.checkpoint import Checkpoint
-from distrijax.convert.sources import Found, Recipe, assemble
+from distrijax.convert.sources import assemble
 from distrijax.weights import hub
+from distrijax.weights.checkpoint import Checkpoint
+from distrijax.weights.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def peft_adapter(tiny_sd_checkpoints, tmp_path_factory) -> tuple[Path, Weights]:
 
 def assembled(model: Path, *loras: Path | str) -> Checkpoint:
     recipe = Recipe(str(model), loras=tuple((str(lora), 1.0) for lora in loras))
-    return assemble(recipe, Found.of(recipe))[0]
+    return assemble(recipe)[0]
 
 
 @pytest.mark.parametrize("file", ["", "adapter_model.safetensors"])
@@ -87,13 +87,3 @@ def test_pefts_adapter_without_alpha_is_merged_with_a_warning(tiny_sd_checkpoint
 def test_a_folder_without_a_lora_is_refused(tiny_sd_checkpoints, tmp_path):
     with refuses(str(tmp_path), "pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         assembled(tiny_sd_checkpoints[1], tmp_path)
-
-
-def test_another_alpha_is_another_model_in_the_cache(tiny_sd_checkpoints, peft_adapter, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = shutil.copytree(peft_adapter[0], tmp_path / "style")
-    recipe = Recipe(str(tiny_sd_checkpoints[1]), loras=((str(folder / "adapter_model.safetensors"), 1.0),))
-    before = fingerprint(recipe, Found.of(recipe))
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
-    assert fingerprint(recipe, Found.of(recipe)) != before

@@ -12,7 +12,7 @@ from facts import refuses
 from lora_files import random_lora
 
 from distrijax.convert.adapters.lora import Lora, with_loras
-from distrijax.convert.tensors import of_array
+from distrijax.weights.tensors import of_array
 
 
 def test_lora_of_another_model_is_refused_with_its_tensors(xl, sd):

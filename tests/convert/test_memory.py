@@ -28,7 +28,7 @@ import os, sys
 from pathlib import Path
 import tensorstore, msgpack, orbax.checkpoint
 from distrijax.convert.files import open_tensors
-from distrijax.convert.readers.orbax_files import open_model
+from distrijax.convert.readers.orbax_files import open_orbax
 
 def most():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -36,7 +36,7 @@ def most():
 
 path = Path(sys.argv[1])
 before = most()
-tensors = open_model(path) if path.is_dir() else open_tensors(path)
+tensors = open_orbax(path) if path.is_dir() else open_tensors(path)
 count = sum(tensor.read().shape is not None for tensor in tensors.values())
 print(count, most() - before)
 """

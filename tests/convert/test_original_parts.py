@@ -9,7 +9,7 @@ from original_layouts import unread, vae
 from small_originals import convert, same_bytes, small
 
 from distrijax.convert.layouts.original_parts import unet_from, vae_from
-from distrijax.convert.tensors import of_array
+from distrijax.weights.tensors import of_array
 
 PARTS = ("model.diffusion_model.", "diffusion_model.", "")
 

@@ -11,7 +11,7 @@ from original_layouts import prefixed, vae
 from small_originals import CONFIG, FAMILIES, convert, small
 
 from distrijax.convert.layouts.original import to_original
-from distrijax.convert.tensors import of_array
+from distrijax.weights.tensors import of_array
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,8 +12,8 @@ from original_layouts import averages, original, unread
 from small_originals import CONFIG, FAMILIES, FILES, convert, same_bytes, small
 
 from distrijax.convert.layouts.original import convert_original, from_original, to_original
-from distrijax.convert.tensors import Tensors, of_array
 from distrijax.schedulers import load_scheduler
+from distrijax.weights.tensors import Tensors, of_array
 
 LOSSES = ("--config FOLDER",)
 """What a warning of them tells at least."""
@@ -136,13 +136,10 @@ UNI_PC = {"_class_name": "UniPCMultistepScheduler"}
             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
             "rescale_betas_zero_snr True, scheduler: timestep_spacing 'trailing'",
         ),
-        ("sd2", {"rescale_betas_zero_snr": None, "timestep_spacing": "leading"}, None),
         ("sd1", {"set_alpha_to_one": True, "steps_offset": 0}, "set_alpha_to_one True, scheduler: steps_offset 0"),
         ("sd1", EULER, "timestep_spacing 'linspace'"),  # by its class, and PNDM's is another
         ("sd1", {"_class_name": "LCMScheduler", "timestep_spacing": "trailing"}, None),  # which LCM does not heed
-        ("sd1", UNI_PC | {"timestep_spacing": "trailing"}, "timestep_spacing 'trailing'"),
         ("sd1", UNI_PC | {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
-        ("sdxl", {"timestep_spacing": "trailing"}, "timestep_spacing 'trailing'"),
         ("sdxl", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),  # no marker says it of epsilon
         ("sdxl", {"set_alpha_to_one": True}, None),  # which Euler does not heed
         ("sdxl", DDIM | {"set_alpha_to_one": True}, "set_alpha_to_one True"),

@@ -15,9 +15,8 @@ from oracle import psnr
 from tiny_pipeline import TEXT_WIDTH, UNET, load_torch_pipeline, save_tiny_pipeline, save_tiny_sd_pipeline
 
 from distrijax import DistriConfig, load_pipeline
-from distrijax.convert.files import open_tensors
-from distrijax.convert.layouts.folder import from_folder, write_folder
-from distrijax.convert.layouts.original import from_original, to_original
+from distrijax.convert.layouts.folder import from_folder
+from distrijax.convert.layouts.original import to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
 
 CALL = {
@@ -85,13 +84,10 @@ def test_diffusers_generates_the_same_from_the_single_file(case):
     assert wanted.std() > 0.05
 
 
-def test_this_package_generates_the_same_from_the_single_file(case, tmp_path):
-    given = from_folder(case.folder)
-    checkpoint = from_original(open_tensors(case.file), "file", config=given.configs, files=given.files)
-    write_folder(checkpoint, tmp_path)
+def test_this_package_generates_the_same_from_the_single_file(case):
     noise = torch.randn(1, 4, 8, 8)
     wanted = torch_picture(load_torch_pipeline(case.folder), noise)
-    pipe = load_pipeline(tmp_path, DistriConfig(devices=1))
+    pipe = load_pipeline(case.file, DistriConfig(devices=1), config=case.folder)
     pipe.set_progress_bar_config(disable=True)
     got = pipe(**CALL, latents=noise.numpy(), output_type="np").images
     assert psnr(got, wanted) > 50

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from test_tokenizer import PADDINGS, TEXTS, assert_equal_to_transformers, random_texts
 
-from distrijax.convert.layouts.vocabulary import SIZE, merges, tokenizer_files
+from distrijax.convert.layouts.vocabulary import SIZE, tokenizer_files
 from distrijax.models.tokenizer import CLIPTokenizer
 
 
@@ -33,14 +31,3 @@ def test_ids_are_clips(folder):
     assert tokenizer.vocab_size == SIZE == 49408
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 0)
     assert tokenizer(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
-
-
-def test_files_are_those_of_a_diffusers_folder():
-    files = tokenizer_files("tokenizer_2", pad_token="!")
-    names = {"vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"}
-    assert files.keys() == {f"tokenizer_2/{name}" for name in names}
-    vocabulary = json.loads(files["tokenizer_2/vocab.json"])
-    assert sorted(vocabulary.values()) == list(range(SIZE))
-    assert json.loads(files["tokenizer_2/special_tokens_map.json"])["pad_token"] == "!"
-    lines = files["tokenizer_2/merges.txt"].decode().splitlines()
-    assert lines[0].startswith("#version") and lines[1:] == merges() and len(merges()) == 48894

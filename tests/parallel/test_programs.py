@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from distrijax import DistriError
-from distrijax.parallel.programs import OPTIONS, Programs, check_memory, compiled
+from distrijax.parallel.programs import OPTIONS, Programs, Stage, check_memory, compiled
 
 
 def slow_sum(static, params, x):
@@ -27,18 +27,18 @@ def slow_sum(static, params, x):
 def test_programs_on_virtual_devices_end_before_the_next_begins():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(np.ones((8, 20_000), np.float32), NamedSharding(mesh, P("x")))
-    result = Programs("cpu")(slow_sum, None, (), x)
+    result = Programs("cpu")(Stage(slow_sum), None, (), x)
     assert result.is_ready()
 
 
 def test_a_program_that_was_prepared_of_shapes_is_not_compiled_again():
     programs, x = Programs("cpu"), jax.device_put(np.ones(3, np.float32), sharding())
     double, shape = (lambda static, params, x: static * x), jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    programs.prepare(double, 2, (), shape)
+    programs.prepare(Stage(double), 2, (), shape)
     assert programs.count == 1
-    np.testing.assert_array_equal(programs(double, 2, (), x), 2 * x)
+    np.testing.assert_array_equal(programs(Stage(double), 2, (), x), 2 * x)
     assert programs.count == 1
-    np.testing.assert_array_equal(programs(double, 3, (), x), 3 * x)
+    np.testing.assert_array_equal(programs(Stage(double), 3, (), x), 3 * x)
     assert programs.count == 2
     assert programs.blocked_seconds <= programs.compile_seconds + 1
 
@@ -49,10 +49,10 @@ def test_products_have_the_precision_that_the_caller_has_set():
     def square(static, params, x):
         return x @ x
 
-    programs(square, None, (), x)
+    programs(Stage(square), None, (), x)
     with jax.default_matmul_precision("highest"):
-        programs(square, None, (), x)
-        programs(square, None, (), x)
+        programs(Stage(square), None, (), x)
+        programs(Stage(square), None, (), x)
     texts = [program.result().as_text() for program in programs._compiled.values()]
     assert ["operand_precision={highest,highest}" in text for text in texts] == [False, True]
 
@@ -63,9 +63,9 @@ def test_what_fails_to_compile_in_the_background_fails_where_it_is_called():
     def wrong(static, params, x):
         raise DistriError("never")
 
-    programs.prepare(wrong, None, (), x)
+    programs.prepare(Stage(wrong), None, (), x)
     with refuses("never"):
-        programs(wrong, None, (), x)
+        programs(Stage(wrong), None, (), x)
     assert programs.count == 0
 
 
@@ -78,7 +78,7 @@ def test_whoever_waits_for_what_fails_to_compile_is_told_the_same():
 
     def call(_):
         with refuses("never"):
-            programs(wrong, None, (), x)
+            programs(Stage(wrong), None, (), x)
 
     with ThreadPoolExecutor(2) as callers:
         list(callers.map(call, range(2)))
@@ -90,7 +90,7 @@ def test_programs_that_jax_is_told_not_to_compile_are_refused():
         jax.disable_jit(),
         refuses("jax_disable_jit"),
     ):
-        programs(slow_sum, None, (), x)
+        programs(Stage(slow_sum), None, (), x)
 
 
 @dataclasses.dataclass
@@ -130,7 +130,7 @@ def test_an_option_of_ours_that_xla_does_not_have_is_left_out_with_a_warning():
 def test_options_that_xla_does_not_have_are_refused(options, told):
     x = jax.device_put(np.ones(3, np.float32), sharding())
     with refuses("XLA", "compiler option", told):
-        Programs("cpu", options)(lambda static, params, x: x + 1, None, (), x)
+        Programs("cpu", options)(Stage(lambda static, params, x: x + 1), None, (), x)
 
 
 def sharding() -> NamedSharding:

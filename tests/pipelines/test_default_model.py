@@ -19,6 +19,7 @@ from tiny_pipeline import load_torch_pipeline
 from distrijax import DEFAULT_MODEL, DistriConfig, DistriSDXLPipeline
 from distrijax.cli.fidelity.scenes import found, held_out_example
 from distrijax.parallel.exchange import WholeImage
+from distrijax.parallel.stages import OnDevices
 
 PROMPTS = (
     "a large red circle at the top left and a small blue square on the right, on a striped yellow background",
@@ -64,7 +65,7 @@ def theirs():
 @torch.inference_mode()
 def test_text_encoders_are_those_of_torch(one_device, theirs):
     tokens, _, pooled, _ = theirs.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
-    ours = one_device._prompts((PROMPTS, PROMPTS))
+    ours = one_device._prompts(OnDevices(one_device.programs), (PROMPTS, PROMPTS))
     assert relative_error(ours.tokens, tokens.numpy()) < 1e-5
     assert relative_error(ours.pooled, pooled.numpy()) < 1e-5
 

@@ -11,7 +11,7 @@ import pytest
 from facts import refuses
 
 from distrijax import DistriConfig, DistriSDXLPipeline
-from distrijax.parallel.programs import MAX_PROGRAMS, Programs
+from distrijax.parallel.programs import MAX_PROGRAMS, Programs, Stage
 
 CALL = {"prompt": "a red circle", "num_inference_steps": 3, "output_type": "latent"}
 FEW = 100
@@ -111,7 +111,7 @@ def kept(programs: Programs) -> list[int]:
 def test_the_program_that_was_not_used_for_longest_gives_way():
     programs, x = Programs("cpu", max_programs=2), one()
     for static in (1, 2, 1, 3):
-        programs(add, static, (), x)
+        programs(Stage(add), static, (), x)
     assert kept(programs) == [1, 3]
 
 
@@ -120,14 +120,14 @@ def test_a_program_in_use_does_not_give_way():
     programs, x, other = Programs("cpu", max_programs=1), one(), one()
 
     def outer(static, params, x):
-        programs(add, 5, (), other)  # while this one compiles
+        programs(Stage(add), 5, (), other)  # while this one compiles
         return x
 
-    programs(outer, 1, (), x)
+    programs(Stage(outer), 1, (), x)
     with programs._in_use(next(iter(programs._compiled))):
-        programs(add, 2, (), x)
+        programs(Stage(add), 2, (), x)
         assert kept(programs) == [1, 2]
-    programs(add, 3, (), x)
+    programs(Stage(add), 3, (), x)
     assert kept(programs) == [3]
 
 

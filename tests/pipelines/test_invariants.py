@@ -17,19 +17,18 @@ import numpy as np
 import pytest
 import torch
 from calls import PROMPT, generated, trajectory
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from marks import slow
 from oracle import relative_error
 from tiny_pipeline import load_torch_pipeline
 
 from distrijax import Compression, DistriConfig, DistriSDXLPipeline, Parallelism, SplitScheme, SyncMode
+from distrijax.config import StepKind
 from distrijax.parallel.displaced import STRATEGIES, SeparateGN
 from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import MeshPlan, plan_mesh
-from distrijax.parallel.processes import to_devices
-from distrijax.sampling import denoise
+from distrijax.sampling.denoise import StepsSpec, run_steps
 from distrijax.sampling.noise import draw_latents
+from distrijax.sampling.steps import plan_steps
 
 IMAGE = {"height": 136, "width": 64, "num_inference_steps": 4}
 CALL = IMAGE | {"num_images_per_prompt": 2}
@@ -82,12 +81,11 @@ def one_device_is_torch_diffusers(case: Case, request) -> None:
 
 def one_device_runs_the_synchronous_program(case: Case, request) -> None:
     """Whatever the mode: what `one_device_is_torch_diffusers` says of full_sync then holds of every mode."""
-    plan, form = MeshPlan(1, 1, 1).build(jax.devices()[:1]), object()
+    plan = MeshPlan(1, 1, 1).build(jax.devices()[:1])
     config = DistriConfig(**case.setting, **MESHES[case.mesh], warmup_steps=WARM_UP)
     layout = Layout(plan, guided=True, latent=ROWS_COLUMNS)
     mode, exact = (
-        denoise.loop_of(each, layout, form, None, np.float32, IMAGE["num_inference_steps"])
-        for each in (config, DistriConfig(sync_mode="full_sync"))
+        plan_steps(each, layout, IMAGE["num_inference_steps"]) for each in (config, DistriConfig(sync_mode="full_sync"))
     )
     assert mode == exact
 
@@ -100,21 +98,19 @@ def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
     """A displaced step that sees what the step before saw answers as that did."""
     pipe, seen = case.own, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipe, "_denoise", lambda *arguments: seen.append(arguments) or arguments[2])
+        patch.setattr(pipe, "_denoise", lambda *arguments: seen.append(arguments) or arguments[4])
         generated(pipe, **CALL)
-    ((loop, inputs, state, xs, *_),) = seen
-    once = to_devices(jax.tree.map(lambda column: column[:1], xs), NamedSharding(pipe.mesh, P()))
+    ((on, loop, plan, inputs, state, xs, *_),) = seen
 
-    def step(function, *stale):
+    def step(kind, stale):
         """How far the programs of the call itself, which may overwrite the state, move the latents."""
-        begun = jax.tree.map(jnp.copy, state)
-        donate = tuple(range(1, 2 + len(stale)))
-        after, stale = pipe.programs(function, loop, pipe._unet.params, inputs, begun, *stale, once, donate=donate)
+        begun, spec = jax.tree.map(jnp.copy, state), StepsSpec(loop, (plan.rules[kind],))
+        after, stale = run_steps(on, spec, pipe._params, inputs, begun, stale, (xs.part(0, 1),))
         return np.asarray(after.latents - state.latents)[:, : ROWS_COLUMNS[0]], stale
 
-    wanted, stale = step(denoise.warm_up)
-    got, _ = step(denoise.displaced, stale)
-    assert relative_error(got, wanted) < ROUNDED[loop.strategy.compress]
+    wanted, stale = step(StepKind.SYNCHRONOUS, {})
+    got, _ = step(StepKind.DISPLACED, stale)
+    assert relative_error(got, wanted) < ROUNDED[plan.rules[StepKind.DISPLACED].strategy.compress]
     count = pipe.programs.count
     generated(pipe, **CALL)
     assert pipe.programs.count == count  # these were its programs

@@ -17,6 +17,7 @@ from flax import nnx
 
 from distrijax import DistriConfig, DistriSDPipeline, plan_mesh
 from distrijax.config import Parallelism
+from distrijax.convert.sources import open_checkpoint
 from distrijax.models.clip import CLIPTextEncoder
 from distrijax.models.families import SD, default_size
 from distrijax.models.vae import AutoencoderKL
@@ -149,7 +150,8 @@ def test_the_configs_of_stable_diffusion_are_read(version, tmp_path):
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         (tmp_path / name / file).write_text(json.dumps(config))
     (tmp_path / "tokenizer").mkdir()
-    configs = read_configs(tmp_path)
+    (tmp_path / "tokenizer" / "merges.txt").touch()
+    configs = read_configs(open_checkpoint(tmp_path, weights=False))
     large, second = version in ("2.0", "2.1"), version.startswith("2")
     assert default_size(configs.family, configs.unet, configs.vae) == ((768, 768) if large else (512, 512))
     assert type(configs.scheduler) is (DDIM if large else PNDM)
@@ -175,9 +177,9 @@ def test_old_scheduler_configs_are_corrected_as_in_diffusers(tiny_sd_checkpoints
     del config["steps_offset"]
     file.write_text(json.dumps(config | {"clip_sample": True}))
     theirs = StableDiffusionPipeline.from_pretrained(folder).scheduler.config
-    ours = read_configs(folder).scheduler
+    ours = read_configs(open_checkpoint(folder)).scheduler
     assert (ours.steps_offset, ours.clip_sample) == (theirs.steps_offset, theirs.clip_sample) == (1, False)
-    assert read_configs(folder, "euler").scheduler.steps_offset == 1
+    assert read_configs(open_checkpoint(folder), "euler").scheduler.steps_offset == 1
 
 
 def test_a_variant_of_some_parts_is_loaded_as_in_diffusers(tiny_sd_checkpoints, tmp_path):
@@ -196,7 +198,7 @@ def test_a_model_without_a_size_has_its_familys(tiny_sd_checkpoints, tmp_path):
     folder = shutil.copytree(tiny_sd_checkpoints[1], tmp_path / "model")
     file = folder / "unet" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
-    configs = read_configs(folder)
+    configs = read_configs(open_checkpoint(folder))
     assert configs.family is SD
     assert default_size(configs.family, configs.unet, configs.vae) == (512, 512)
 
@@ -228,11 +230,12 @@ def test_a_dtype_of_torch_that_is_not_computed_in_is_refused_by_its_name():
     [(True, np.float16, np.float32), (False, np.float16, np.float16), (True, jnp.bfloat16, jnp.bfloat16)],
 )
 def test_a_vae_that_overflows_in_float16_is_float32(force_upcast, dtype, wanted, tiny_checkpoint):
-    configs = read_configs(tiny_checkpoint)
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    configs = read_configs(checkpoint)
     configs = configs._replace(vae=dataclasses.replace(configs.vae, force_upcast=force_upcast))
     mesh = plan_mesh(DistriConfig(), 1).build(jax.devices()[:1])
     outline = abstract_components(
-        tiny_checkpoint,
+        checkpoint,
         configs,
         dtype=np.dtype(dtype),
         mesh=mesh,

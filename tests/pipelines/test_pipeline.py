@@ -23,6 +23,9 @@ from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 
 from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
 from distrijax.pipelines.call import image_seeds
+from distrijax.sampling.begin import BEGIN
+from distrijax.sampling.denoise import STEPS
+from distrijax.sampling.steps import SynchronousSteps
 from distrijax.schedulers import with_class
 
 EMBEDDINGS = {
@@ -342,8 +345,8 @@ def test_a_call_whose_steps_are_all_exact_keeps_nothing_for_a_next_one(shallow_c
     count = pipe.programs.count
     pipe(**call)
     assert pipe.programs.count == count
-    ran = {function.__name__ for function, *_ in pipe.programs._compiled}
-    assert "synchronous_steps" in ran and not {"warm_up", "displaced"} & ran
+    (rules,) = (static.rules for stage, static, *_ in pipe.programs._compiled if stage is STEPS)
+    assert rules == (SynchronousSteps(),)
 
 
 @slow
@@ -396,10 +399,7 @@ def test_another_scheduler_compiles_the_loop_again_and_nothing_else(one, monkeyp
     before = set(one.programs._compiled)
     monkeypatch.setattr(one, "scheduler", with_class(one.scheduler, "euler-ancestral"))
     generated(one, kind="np")
-    assert {function.__name__ for function, *_ in one.programs._compiled.keys() - before} == {
-        "initial_state",
-        "synchronous_steps",
-    }
+    assert {stage for stage, *_ in one.programs._compiled.keys() - before} == {BEGIN, STEPS}
 
 
 def test_numpys_whole_numbers_are_as_good_as_pythons(stale):

@@ -17,7 +17,7 @@ def read(
     prompts: Prompts, negative_prompts: Prompts = (None, None), given: Embeddings | None = None, *, zeros: bool = True
 ):
     """The branches of guidance of a model with two encoders, which are not needed."""
-    encoder = PromptEncoder((), (), pooled=True, zeros_for_empty=zeros, everywhere=None, programs=None)
+    encoder = PromptEncoder((), (), pooled=True, zeros_for_empty=zeros, everywhere=None)
     return encoder.read(prompts, negative_prompts, given, None, guided=True)
 
 

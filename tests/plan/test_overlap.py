@@ -15,6 +15,7 @@ from facts import refuses, says
 from PIL import Image
 
 from distrijax import DEFAULT_MODEL, DistriConfig, load_scheduler
+from distrijax.convert.sources import open_checkpoint
 from distrijax.models.unet_config import SDXL_BASE
 from distrijax.models.vae import SDXL_VAE
 from distrijax.parallel.programs import OPTIONS
@@ -396,7 +397,7 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
 @pytest.mark.parametrize("force_upcast", [False, True])
 def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monkeypatch):
     monkeypatch.setattr(projection, "compile_only_devices", lambda _, count: jax.devices()[:count])
-    configs = read_configs(DEFAULT_MODEL)
+    configs = read_configs(open_checkpoint(DEFAULT_MODEL, weights=False))
     vae = dataclasses.replace(configs.vae, force_upcast=force_upcast)
     half, full = (
         compile_decoder(

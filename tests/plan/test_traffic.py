@@ -15,8 +15,9 @@ from marks import slow, slow_but
 from unet_configs import BASE, FULL_BASE
 
 from distrijax import DistriConfig, plan_mesh
+from distrijax.convert.sources import open_checkpoint
 from distrijax.models.unet_config import UNetConfig
-from distrijax.parallel.programs import compiled, options_for, trace
+from distrijax.parallel.programs import compiled, options_for
 from distrijax.pipelines.loading import read_configs
 from distrijax.plan.overlap import HloProgram, array_bytes
 from distrijax.plan.traffic import Traffic, main_step, traffic
@@ -97,17 +98,16 @@ QUICK = [{}, {"parallelism": "tensor"}]
 )
 def test_received_bytes_are_those_of_the_compiled_program(settings, shallow_checkpoint):
     config = DistriConfig(**{"devices": 4, "warmup_steps": 0} | settings)
-    unet, scheduler = read_configs(shallow_checkpoint).unet, load_scheduler(DDIM)
+    unet, scheduler = read_configs(open_checkpoint(shallow_checkpoint)).unet, load_scheduler(DDIM)
     shape = {"latent": (16, 16), "dtype": jnp.float32}
     step = main_step(
         config, unet, scheduler, plan_mesh(config, config.devices), devices=jax.devices()[: config.devices], **shape
     )
-    lowered = trace(step.function, step.loop, *step.placed(), donate=step.donate).lower()
-    program = compiled(lowered, options_for("cpu"), {})
+    program = compiled(step.trace().lower(), options_for("cpu"), {})
     planned = traffic(config, unet, scheduler, devices=config.devices, **shape)
     # each transfer of a compiled program is rounded
     assert sum(planned.received.values()) == pytest.approx(received_by_hlo(program.as_text()), rel=1e-5)
-    _, _, _, *stale, _ = program.args_info[0]
+    _, _, _, stale, _ = program.args_info[0]
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(stale)) // config.devices
     assert sum(planned.stale.values()) == kept
 

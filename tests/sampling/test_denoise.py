@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +17,14 @@ from distrijax.models.unet import Conditioning
 from distrijax.parallel.displaced import Displaced, Strategy
 from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import MeshPlan
-from distrijax.pipelines.run import initial_state
 from distrijax.sampling import denoise
-from distrijax.sampling.denoise import CallInputs, LoopSpec
-from distrijax.sampling.noise import band_noise, draw_latents, image_keys
+from distrijax.sampling.begin import BeginSpec, FromLatents, begin
+from distrijax.sampling.condition import guidance_weights
+from distrijax.sampling.denoise import CallInputs, LoopSpec, StepsSpec
+from distrijax.sampling.noise import Stream, band_noise, draw_latents, image_keys
+from distrijax.sampling.steps import DisplacedSteps, StepInputs, SynchronousSteps
 from distrijax.schedulers import SCHEDULERS, State, load_scheduler
+from distrijax.weights.models import UNET, Models
 from distrijax.weights.sharding import ModelLayout, Replicated
 
 ONE = MeshPlan(1, 1, 1)
@@ -114,29 +116,40 @@ class Call:
     ):
         mesh = plan.build(jax.devices()[: plan.devices])
         leaves, structure = jax.tree.flatten(Model(jnp.float32(0.5)) if model is None else model)
-        self.params = tuple(leaves)
+        self.params = {UNET: tuple(leaves)}
         arrays = tuple((index,) for index in range(len(leaves)))
         form = ModelLayout(structure, paths=(), shapes=(), layouts=(Replicated(),) * len(leaves), arrays=arrays)
-        self.loop = LoopSpec(Layout(mesh, guided, SHAPE[1:3]), form, scheduler, dtype, Strategy(Displaced))
+        self.loop = LoopSpec(Layout(mesh, guided, SHAPE[1:3]), Models.of(unet=form), scheduler, dtype)
         branches = 2 if guided else 1
         said = normal(2, *SHAPE[::3], seed=5) if said is None else said
-        weights = np.float32(denoise.guidance_weights(scale, guided=guided))
+        weights = guidance_weights(scale, guided=guided)
         self.inputs = CallInputs(
-            Conditioning({}, said[-branches:].astype(dtype)),
+            {UNET: Conditioning({}, said[-branches:].astype(dtype))},
             weights,
             None if rescale is None else np.float32(rescale),
             keys(),
         )
 
-    def run(self, function, *arguments):
-        return jax.jit(function, static_argnums=0)(self.loop, self.params, self.inputs, *arguments)
+    def run(self, rules, state, *pieces, stale=None):
+        """The state, and what the last step published, after pieces of steps by these rules."""
+        program = jax.jit(denoise.steps, static_argnums=0)
+        return program(StepsSpec(self.loop, rules), self.params, self.inputs, state, stale or {}, pieces)
+
+    def exact(self, state, piece):
+        return self.run((EXACT,), state, piece)[0]
 
 
-def steps(first: int, last: int) -> denoise.StepInputs:
+STRATEGY = Strategy(Displaced)
+EXACT, WARM_UP, DISPLACED = (
+    SynchronousSteps(),
+    SynchronousSteps(publishing=STRATEGY.publishing),
+    DisplacedSteps(STRATEGY),
+)
+
+
+def steps(first: int, last: int) -> StepInputs:
     """The steps from `first` to before `last`."""
-    return jax.tree.map(
-        lambda column: column[first:last], denoise.StepInputs.of(Step(np.linspace(900, 0, 8, dtype=np.float32)))
-    )
+    return StepInputs.of(Step(np.linspace(900, 0, 8, dtype=np.float32))).part(first, last)
 
 
 def start() -> State:
@@ -181,7 +194,7 @@ def test_starting_noise_is_bit_identical_on_every_mesh(plan, guided):
 def test_guidance_goes_beyond_the_text_branch(plan):
     said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
     call = Call(plan, Still(), model=Prompt(), said=said, scale=5.0)
-    result = call.run(denoise.synchronous_steps, Seen(start().latents, start().latents), steps(0, 1))
+    result = call.exact(Seen(start().latents, start().latents), steps(0, 1))
     np.testing.assert_allclose(result.output, np.full(SHAPE, 1.0 + 5.0 * (3.0 - 1.0)), rtol=1e-6)
 
 
@@ -189,7 +202,7 @@ def test_guidance_goes_beyond_the_text_branch(plan):
 def test_without_guidance_the_text_branch_is_the_output(plan):
     said = np.stack([np.full(SHAPE[::3], 1.0), np.full(SHAPE[::3], 3.0)]).astype(np.float32)
     call = Call(plan, Still(), model=Prompt(), said=said, guided=False, scale=1.0)
-    result = call.run(denoise.synchronous_steps, Seen(start().latents, start().latents), steps(0, 1))
+    result = call.exact(Seen(start().latents, start().latents), steps(0, 1))
     np.testing.assert_array_equal(result.output, np.full(SHAPE, 3.0))
 
 
@@ -197,11 +210,11 @@ def test_without_guidance_the_text_branch_is_the_output(plan):
 def test_guidance_rescale_equals_diffusers(plan):
     state = Seen(start().latents, start().latents)
     scale, rescale = 4.0, 0.7
-    text = Call(ONE, Still(), guided=False).run(denoise.synchronous_steps, state, steps(0, 1)).output
-    guided = Call(ONE, Still(), scale=scale).run(denoise.synchronous_steps, state, steps(0, 1)).output
+    text = Call(ONE, Still(), guided=False).exact(state, steps(0, 1)).output
+    guided = Call(ONE, Still(), scale=scale).exact(state, steps(0, 1)).output
     text, guided = (torch.from_numpy(np.moveaxis(np.array(value), -1, 1)) for value in (text, guided))
     wanted = nhwc(rescale_noise_cfg(guided, text, guidance_rescale=rescale))
-    got = Call(plan, Still(), scale=scale, rescale=rescale).run(denoise.synchronous_steps, state, steps(0, 1)).output
+    got = Call(plan, Still(), scale=scale, rescale=rescale).exact(state, steps(0, 1)).output
     assert relative_error(got, wanted) < 1e-5
     assert relative_error(got, nhwc(guided)) > 0.01
 
@@ -210,32 +223,32 @@ def test_guidance_rescale_equals_diffusers(plan):
 @EVERY_MESH
 def test_synchronous_steps_with_noise_are_those_of_one_device(plan, guided):
     scheduler = Add(needs_noise=True)
-    wanted = Call(ONE, scheduler, guided=guided).run(denoise.synchronous_steps, start(), steps(0, 4))
-    got = Call(plan, scheduler, guided=guided).run(denoise.synchronous_steps, start(), steps(0, 4))
+    wanted = Call(ONE, scheduler, guided=guided).exact(start(), steps(0, 4))
+    got = Call(plan, scheduler, guided=guided).exact(start(), steps(0, 4))
     assert relative_error(got.latents, wanted.latents) < 1e-5
 
 
 @EVERY_MESH
 def test_displaced_step_with_the_same_input_gives_the_synchronous_output(plan):
     call = Call(plan, Still())
-    before, stale = call.run(denoise.warm_up, Seen(start().latents, 0 * start().latents), steps(0, 2))
+    before, stale = call.run((WARM_UP,), Seen(start().latents, 0 * start().latents), steps(0, 2))
     again = jax.tree.map(lambda column: np.repeat(column, 3, 0), steps(1, 2))
-    after, _ = call.run(denoise.displaced, Seen(before.latents, 0 * before.output), stale, again)
+    after, _ = call.run((DISPLACED,), Seen(before.latents, 0 * before.output), again, stale=stale)
     assert relative_error(after.output, before.output) < 1e-5
 
 
 def test_chunks_and_the_whole_loop_give_the_same_numbers():
     call = Call(MeshPlan(2, 2, 2), Add(needs_noise=True))
-    whole = call.run(denoise.whole, start(), steps(0, 3), steps(3, 8))
-    state, stale = call.run(denoise.warm_up, start(), steps(0, 3))
-    state, stale = call.run(denoise.displaced, state, stale, steps(3, 4))
-    state, stale = call.run(denoise.displaced, state, stale, steps(4, 8))
+    whole, _ = call.run((WARM_UP, DISPLACED), start(), steps(0, 3), steps(3, 8))
+    state, stale = call.run((WARM_UP,), start(), steps(0, 3))
+    state, stale = call.run((DISPLACED,), state, steps(3, 4), stale=stale)
+    state, stale = call.run((DISPLACED,), state, steps(4, 8), stale=stale)
     assert relative_error(state.latents, whole.latents) < 1e-6
     one_by_one = start()
     for i in range(3):
-        one_by_one, stale = call.run(denoise.warm_up, one_by_one, steps(i, i + 1))
+        one_by_one, stale = call.run((WARM_UP,), one_by_one, steps(i, i + 1))
     for i in range(3, 8):
-        one_by_one, stale = call.run(denoise.displaced, one_by_one, stale, steps(i, i + 1))
+        one_by_one, stale = call.run((DISPLACED,), one_by_one, steps(i, i + 1), stale=stale)
     assert relative_error(one_by_one.latents, whole.latents) < 1e-6
 
 
@@ -243,8 +256,8 @@ def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
     def difference(plan):
         call = Call(plan, Add(rate=0.5))
         return relative_error(
-            call.run(denoise.whole, start(), steps(0, 1), steps(1, 4)).latents,
-            call.run(denoise.synchronous_steps, start(), steps(0, 4)).latents,
+            call.run((WARM_UP, DISPLACED), start(), steps(0, 1), steps(1, 4))[0].latents,
+            call.exact(start(), steps(0, 4)).latents,
         )
 
     assert difference(MeshPlan(1, 1, 4)) > 1e-3
@@ -253,29 +266,25 @@ def test_displaced_steps_differ_from_synchronous_ones_where_there_are_bands():
 
 def test_state_and_guidance_are_float32_when_the_model_is_bfloat16():
     call = Call(MeshPlan(1, 2, 2), Still(), model=Prompt(), dtype=jnp.bfloat16)
-    result = jax.eval_shape(
-        lambda *a: denoise.synchronous_steps(call.loop, call.params, call.inputs, *a),
-        Seen(start().latents, start().latents),
-        steps(0, 1),
-    )
+    result = jax.eval_shape(call.exact, Seen(start().latents, start().latents), steps(0, 1))
     assert {leaf.dtype for leaf in result} == {jnp.dtype(jnp.float32)}
 
 
 def test_latents_stay_cut_by_rows():
     call = Call(MeshPlan(2, 2, 2), load_scheduler({"_class_name": "EulerDiscreteScheduler"}))
     table, sigma = call.loop.scheduler.schedule(4)
-    xs = denoise.StepInputs.of(table)
+    xs = StepInputs.of(table)
     state = call.loop.scheduler.init(jnp.asarray(normal(*SHAPE)), np.float32(sigma))
-    result = call.run(denoise.synchronous_steps, state, xs).latents
+    result = call.exact(state, xs).latents
     assert {shard.data.shape for shard in result.addressable_shards} == {(1, 4, *SHAPE[2:])}
 
 
 @pytest.mark.parametrize(("guided", "sums"), [(True, 1), (False, 0)])
 def test_a_step_sums_over_the_branches_once_and_gathers_only_what_layers_ask_for(guided, sums):
     call = Call(MeshPlan(1, 2, 4), Add(), guided=guided)
-    _, stale = jax.eval_shape(lambda *a: denoise.warm_up(call.loop, call.params, call.inputs, *a), start(), steps(0, 1))
-    program = jax.jit(lambda *a: denoise.displaced(call.loop, call.params, call.inputs, *a))
-    text = program.lower(start(), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stale), steps(1, 4)).as_text()
+    _, stale = jax.eval_shape(lambda *a: call.run((WARM_UP,), *a), start(), steps(0, 1))
+    program = jax.jit(lambda stale, *a: call.run((DISPLACED,), *a, stale=stale))
+    text = program.lower(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), stale), start(), steps(1, 4)).as_text()
     assert text.count("stablehlo.all_reduce") == sums
     assert text.count("stablehlo.all_gather") == 1  # moments
     assert text.count("stablehlo.collective_permute") == 2  # one row up, one row down
@@ -292,23 +301,23 @@ jax.tree_util.register_static(Timed)
 def test_what_depends_on_the_timestep_alone_is_computed_before_the_loop():
     call = Call(ONE, Still(), model=Timed(), guided=False)
     state, few = Seen(start().latents, start().latents), steps(2, 6)
-    result = call.run(denoise.synchronous_steps, state, few)
-    wanted = np.sinh(few.scheduler.timestep[-1] / 1000) + call.inputs.conditioning.embedding[0]
+    result = call.exact(state, few)
+    wanted = np.sinh(few.scheduler.timestep[-1] / 1000) + call.inputs.conditioning[UNET].embedding[0]
     np.testing.assert_allclose(result.output, np.broadcast_to(wanted[:, None, None], SHAPE), rtol=1e-6)
-    program = str(jax.make_jaxpr(partial(denoise.synchronous_steps, call.loop))(call.params, call.inputs, state, few))
+    program = str(jax.make_jaxpr(call.exact)(state, few))
     before, loop = program.split(" scan[")
     assert " sinh " in before and " sinh " not in loop
 
 
 def test_the_pace_is_the_next_stride_over_the_previous_one():
     """PNDM repeats a timestep; there, and at both ends, nothing is known."""
-    steps = denoise.StepInputs.of(Step(np.array([900.0, 800, 800, 600, 500, 250])))
+    steps = StepInputs.of(Step(np.array([900.0, 800, 800, 600, 500, 250])))
     np.testing.assert_allclose(steps.step_ratio, [1, 1, 1, 0.5, 2.5, 1])
     np.testing.assert_array_equal(steps.number, np.arange(1, 7))
 
 
 def test_a_schedule_that_begins_later_has_no_pace_yet_and_goes_on_with_the_numbers_of_its_steps():
-    steps = denoise.StepInputs.of(Step(np.array([600.0, 500, 250])), start=3)
+    steps = StepInputs.of(Step(np.array([600.0, 500, 250])), start=3)
     np.testing.assert_allclose(steps.step_ratio, [1, 2.5, 1])
     np.testing.assert_array_equal(steps.number, [4, 5, 6])
 
@@ -320,8 +329,7 @@ def test_the_rest_of_a_schedule_goes_on_with_the_noise_of_the_whole(name):
 
     def run(state, first, last):
         steps, _ = scheduler.schedule(6, first)
-        xs = jax.tree.map(lambda column: column[: last - first], denoise.StepInputs.of(steps, first))
-        return call.run(denoise.synchronous_steps, state, xs)
+        return call.exact(state, StepInputs.of(steps, first).part(0, last - first))
 
     state = scheduler.init(jnp.asarray(start().latents), np.float32(scheduler.schedule(6)[1]))
     whole = run(state, 0, 6).latents
@@ -335,10 +343,21 @@ def test_a_call_begins_with_an_image_and_the_images_own_noise_on_any_mesh(plan, 
     layout, scheduler = call.loop.layout, call.loop.scheduler
     step = jax.tree.map(lambda column: column[0], scheduler.schedule(8, 4)[0])
     image, seeds = jnp.asarray(normal(*SHAPE, seed=2)), np.array([[1, 0, 0], [2, 0, 0]], np.uint32)
-    begin = jax.jit(initial_state, static_argnums=0)
-    made_keys, state = begin((call.loop, SHAPE[-1]), (), seeds, np.float32(1), None, (image, step))
-    expected = scheduler.add_noise(image, band_noise(made_keys, 0, 0, SHAPE[1:]), step)
+    run = jax.jit(begin, static_argnums=0)
+    spec = BeginSpec(layout, scheduler, SHAPE[-1], FromLatents)
+    made_keys, state = run(spec, (), seeds, None, image, step)
+    expected = scheduler.add_noise(image, band_noise(made_keys, int(Stream.IMAGE), 0, SHAPE[1:]), step)
     assert relative_error(state.latents, expected) < 1e-6
     assert state.latents.sharding.is_equivalent_to(layout.sharding(layout.latents), 4)
-    given = begin((call.loop, SHAPE[-1]), (), seeds, np.float32(1), jnp.zeros(SHAPE), (image, step))[1]
+    given = run(spec, (), seeds, jnp.zeros(SHAPE), image, step)[1]
     np.testing.assert_allclose(given.latents, step.image_scale * image, rtol=1e-6)
+
+
+def test_no_two_passes_over_an_image_share_noise():
+    text, image = (StepInputs.of(Step(np.linspace(900, 0, 1000)), stream=stream).number for stream in Stream)
+    drawn = {*text.tolist(), *image.tolist(), *map(int, Stream)}
+    assert len(drawn) == 2 * 1000 + 2
+    np.testing.assert_array_equal(text % 2, image % 2)  # naive_patch alternates alike
+    first = draw_latents(Layout(ONE.build(jax.devices()[:1]), False, (8, 4)), 3, keys())
+    again = draw_latents(Layout(ONE.build(jax.devices()[:1]), False, (8, 4)), 3, keys(), Stream.IMAGE)
+    assert relative_error(again, first) > 1

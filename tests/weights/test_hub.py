@@ -17,9 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from distrijax.models.families import PARTS
-from distrijax.pipelines.loading import find_folder
 from distrijax.weights import hub
-from distrijax.weights.files import STEMS
 from distrijax.weights.hub import Remote, find, parse_remote
 
 STEM = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "safety_checker/model")
@@ -75,9 +73,6 @@ def test_of_parts_without_the_variant_the_plain_weights_are_fetched(repository):
     fetched = repository(files)
     find("owner/model", parts=PARTS, variant="fp16")
     both = {"model_index.json", "text_encoder/config.json", "text_encoder/model.safetensors", files[1]}
-    assert set(fetched) == {*both, "vae/diffusion_pytorch_model.safetensors"}
-    fetched.clear()
-    find("owner/model", parts=PARTS, variant="fp16", formats=tuple(STEMS))
     assert set(fetched) == {*both, "vae/diffusion_pytorch_model.fp16.bin"}
 
 
@@ -96,11 +91,6 @@ def test_of_parts_without_the_variant_the_plain_weights_are_fetched(repository):
             ["owner/model/vae", "safetensors", "'bf16'", "model.fp16.safetensors"],
         ),
         (["unet/config.json", "model_index.json"], "fp16", ["owner/model/unet", "safetensors", "no weights"]),
-        (
-            ["vae/pytorch_model.fp16.bin", "vae/model.safetensors", "unet/model.safetensors", "model_index.json"],
-            "fp16",
-            ["owner/model", "safetensors", "'fp16'", "model.safetensors", "pytorch_model.fp16.bin"],
-        ),
     ],
 )
 def test_weights_that_are_not_there_are_told_before_any_is_fetched(repository, files, variant, told):
@@ -110,11 +100,9 @@ def test_weights_that_are_not_there_are_told_before_any_is_fetched(repository, f
     assert not fetched
 
 
-def test_configurations_are_fetched_without_weights(repository, tmp_path, monkeypatch):
+def test_configurations_are_fetched_without_weights(repository):
     fetched = repository(SD15)
-    monkeypatch.chdir(tmp_path)
-    Path("somewhere").mkdir()
-    assert find_folder("owner/model", variant="fp16", weights=False) == Path("somewhere")
+    assert find("owner/model", parts=PARTS, variant="fp16", weights=False) == Path("somewhere")
     assert sorted(fetched) == sorted([*TEXTS, "model_index.json"])
 
 
@@ -128,14 +116,11 @@ def test_shards_of_the_variant_are_fetched_with_their_index(repository, name):
     assert sorted(fetched) == sorted(["model_index.json", index, f"text_encoder/{name}"])
 
 
-def test_other_formats_are_fetched_where_they_can_be_converted_and_there_is_no_better_one(repository):
+def test_other_formats_are_fetched_where_there_is_no_better_one(repository):
     files = ["model_index.json", "unet/diffusion_pytorch_model.bin", "vae/diffusion_flax_model.msgpack"]
     files += ["vae/diffusion_pytorch_model.bin"]
     fetched = repository(files)
-    with refuses("unet", ".bin", "distrijax.convert"):
-        find("owner/model", parts=PARTS)
-    assert not fetched
-    find("owner/model", parts=PARTS, formats=tuple(STEMS))
+    find("owner/model", parts=PARTS)
     assert sorted(fetched) == sorted(file for file in files if "flax" not in file)
 
 
@@ -195,12 +180,6 @@ def test_a_hub_id_whose_owner_is_also_a_folder_here_is_told_how_to_be_fetched(re
 def test_a_file_is_fetched_alone(monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", lambda repository, file, **_: f"/cache/{repository}/{file}")
     assert find("hf://owner/model/a.safetensors", parts=PARTS) == Path("/cache/owner/model/a.safetensors")
-
-
-def test_a_file_where_a_folder_is_needed_says_what_to_do(tmp_path):
-    (tmp_path / "a.safetensors").touch()
-    with refuses("a.safetensors", "python -m distrijax.convert"):
-        find_folder(tmp_path / "a.safetensors", variant=None, revision=None, token=None)
 
 
 @pytest.mark.parametrize(

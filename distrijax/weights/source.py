@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from distrijax.convert.tensors import Shape, Tensor
-from distrijax.errors import DistriError
+from distrijax.errors import CheckpointError
+from distrijax.weights.tensors import Block, Shape, Tensor
 
 
 class Source:
     """A regular file; every read is checked against the size that it had first. It is open only while it is read.
 
-    Raises DistriError if it is not there or not a regular file, and on a read beyond its end.
+    Raises CheckpointError if it is not there or not a regular file, and on a read beyond its end.
     """
 
     def __init__(self, path: Path):
@@ -28,10 +28,10 @@ class Source:
         try:
             status = path.stat()
         except (OSError, ValueError) as error:
-            raise DistriError(f"{path} can't be read ({reason(error)}); give a file that is there") from None
+            raise CheckpointError(f"{path} can't be read ({reason(error)}); give a file that is there") from None
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            raise DistriError(f"{path} is {kind}; give the file that holds the tensors")
+            raise CheckpointError(f"{path} is {kind}; give the file that holds the tensors")
         self.size = status.st_size
 
     @contextmanager
@@ -66,28 +66,40 @@ class Source:
         """The tensor at a place of the file."""
         if offset + math.prod(shape) * dtype.itemsize > self.size:
             raise self.broken("file", f"it ends at byte {self.size}, within a tensor")
-        return Tensor(shape, dtype, partial(self.array, offset, shape, dtype))
+        row = math.prod(shape[1:]) * dtype.itemsize
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            return self.array(offset + start * row, (stop - start, *shape[1:]), dtype)
+
+        cut = partial(cut_rows, shape, rows) if shape else None
+        return Tensor(shape, dtype, partial(self.array, offset, shape, dtype), cut)
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise DistriError(f"{self.path} can't be read ({reason(error)}); check the file and its disk") from None
+            raise CheckpointError(f"{self.path} can't be read ({reason(error)}); check the file and its disk") from None
 
     @contextmanager
     def parsed_as(self, kind: str) -> Iterator[None]:
         """Turns what a parser raises into the sentence for a damaged file."""
         try:
             yield
-        except DistriError:
+        except CheckpointError:
             raise
         except Exception as error:  # libraries raise classes of their own
             raise self.broken(kind, reason(error)) from None
 
-    def broken(self, kind: str, why: str) -> DistriError:
+    def broken(self, kind: str, why: str) -> CheckpointError:
         """The error for a damaged file."""
-        return DistriError(f"{self.path} is not a whole {kind} ({why}); fetch it again")
+        return CheckpointError(f"{self.path} is not a whole {kind} ({why}); fetch it again")
+
+
+def cut_rows(shape: Shape, rows: Callable[[int, int], np.ndarray], block: Block) -> np.ndarray:
+    """A block of a tensor of which the rows (along the first axis) that it lies in are read."""
+    start, stop, _ = block[0].indices(shape[0])
+    return rows(start, max(start, stop))[:, *block[1:]]
 
 
 def checked_shape(dimensions: object) -> Shape:

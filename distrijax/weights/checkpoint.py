@@ -1,0 +1,42 @@
+"""A pipeline's parts, as in a folder of the diffusers layout, before any weights are read.
+
+sources (folder, single file, hub)  --->  Checkpoint  --->  devices; or a folder, a single file, orbax
+                                             ^
+                  LoRA, embeddings, another VAE or UNet: functions from a Checkpoint to a Checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from distrijax.weights.tensors import Tensors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The parts of a pipeline, by their names in the diffusers layout (`unet`, `vae`, `text_encoder`, ...).
+
+    Attributes:
+        index: The content of model_index.json.
+        configs: The config.json (scheduler_config.json) of each part that has one.
+        tensors: Of each model, with PyTorch's names and layouts; empty where only configurations were asked for.
+        files: Of the tokenizers, by path: `tokenizer/vocab.json`.
+        what: Where it comes from, for errors.
+    """
+
+    index: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+    tensors: dict[str, Tensors]
+    files: dict[str, bytes]
+    what: str = "the checkpoint"
+
+    def with_tensors(self, part: str, tensors: Tensors) -> Checkpoint:
+        """With other weights of one part."""
+        return dataclasses.replace(self, tensors={**self.tensors, part: tensors})
+
+    def files_of(self, folder: str) -> dict[str, bytes]:
+        """The files of a tokenizer's folder, by name."""
+        return {
+            name.removeprefix(f"{folder}/"): data for name, data in self.files.items() if name.startswith(f"{folder}/")
+        }

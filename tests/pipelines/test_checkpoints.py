@@ -1,0 +1,136 @@
+"""Checkpoints of every kind, with all that goes on top: what is loaded is what a converted copy gives, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from facts import refuses
+from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
+from tiny_pipeline import TEXT_WIDTH
+
+from distrijax import CheckpointError, DistriConfig, DistriSDPipeline, InvalidArgument, load_pipeline
+from distrijax.convert.__main__ import main as convert
+from distrijax.convert.layouts.folder import from_folder
+from distrijax.convert.layouts.original import to_original
+from distrijax.convert.readers.safetensors_files import write_safetensors
+from distrijax.convert.sources import open_checkpoint
+from distrijax.pipelines.build import Pipeline
+
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+WORD = "<thing>"
+
+
+@pytest.fixture(scope="module", params=["xl", 1, 2])
+def folder(request, tiny_checkpoint, tiny_sd_checkpoints, tmp_path_factory) -> Path:
+    """A model in float16, as most are."""
+    source = tiny_checkpoint if request.param == "xl" else tiny_sd_checkpoints[request.param]
+    half = tmp_path_factory.mktemp("half") / "folder"
+    convert([str(source), str(half), "--dtype", "float16"])
+    return half
+
+
+@pytest.fixture(scope="module")
+def single(folder) -> Path:
+    """The same model as a single file."""
+    with pytest.warns():  # of configs that such a file can't hold
+        write_safetensors(to_original(from_folder(folder)), folder.parent / "single.safetensors")
+    return folder.parent / "single.safetensors"
+
+
+@pytest.fixture(scope="module")
+def additions(folder, single) -> dict[str, object]:
+    """Two LoRAs, an embedding, and a VAE out of a single file, for `load_pipeline`."""
+    random, made = np.random.default_rng(0), folder.parent
+    width = from_folder(folder).tensors["unet"][LAYER.removeprefix("unet.") + ".weight"].shape[0]
+    for name in ("a", "b"):
+        factors = {"lora_A": random.standard_normal((2, width)), "lora_B": random.standard_normal((width, 2))}
+        tensors = {f"{LAYER}.{role}.weight": factor.astype(np.float32) for role, factor in factors.items()}
+        save_file(tensors, made / f"{name}.safetensors")
+    vectors = random.standard_normal((2, TEXT_WIDTH)).astype(np.float32)
+    both = (folder / "text_encoder_2").exists()
+    save_file({"clip_l": vectors, "clip_g": vectors} if both else {WORD: vectors}, made / "word.safetensors")
+    return {
+        "loras": [made / "a.safetensors", (made / "b.safetensors", 0.3)],
+        "embeddings": {made / "word.safetensors": WORD},
+        "vae": single,
+    }
+
+
+def flags(additions: dict[str, object]) -> list[str]:
+    """The same for a command."""
+    (first, (second, weight)), ((file, word),) = additions["loras"], additions["embeddings"].items()
+    loras = ["--lora", str(first), "--lora", f"{second}:{weight}"]
+    return [*loras, "--embedding", f"{file}:{word}", "--vae", str(additions["vae"])]
+
+
+def params(pipe: Pipeline) -> list[np.ndarray]:
+    models = (pipe._unet, pipe._vae, *pipe._prompts.encoders)
+    return [np.asarray(array) for model in models for array in model.params]
+
+
+def assert_same(one: Pipeline, other: Pipeline) -> None:
+    for got, wanted in zip(params(one), params(other), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got.view(np.uint8), wanted.view(np.uint8))
+    for got, wanted in zip(one._prompts.tokenizers, other._prompts.tokenizers, strict=True):
+        np.testing.assert_array_equal(got([f"a {WORD} on a table"]), wanted([f"a {WORD} on a table"]))
+    assert (one.unet_config, one.vae_config, one.scheduler) == (other.unet_config, other.vae_config, other.scheduler)
+
+
+SETTINGS = {
+    "one device": {"devices": 1},
+    "sharded flat": {"devices": 4, "shard_weights": True},
+    "by channels": {"devices": 4, "parallelism": "tensor"},
+}
+
+
+def test_a_single_file_and_what_is_on_top_load_as_a_converted_copy_does(folder, single, additions, tmp_path):
+    convert([str(folder), str(tmp_path / "copy"), *flags(additions)])
+    torch.save(load_torch(single), tmp_path / "single.ckpt")
+    for settings in SETTINGS.values():
+        config = DistriConfig(**settings)
+        copy = load_pipeline(tmp_path / "copy", config)
+        for source, given in (
+            (folder, {}),
+            (single, {"config": folder}),
+            (tmp_path / "single.ckpt", {"config": folder}),
+        ):
+            assert_same(load_pipeline(source, config, **given, **additions), copy)
+            if len(jax.tree.leaves(settings)) > 1:  # of the other sources, reading is the same on every mesh
+                break
+
+
+def test_what_is_opened_is_loaded_several_times(folder, single):
+    config = DistriConfig(devices=1)
+    checkpoint = open_checkpoint(folder)
+    one, other = (load_pipeline(checkpoint, config, dtype="bfloat16") for _ in range(2))
+    assert_same(one, other)
+    assert_same(type(one).from_single_file(single, config, config=str(folder), dtype="bfloat16"), one)
+    with refuses("vae", "variant", "open_checkpoint", error=InvalidArgument):
+        load_pipeline(checkpoint, config, vae="x", variant="fp16")
+
+
+def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
+    folder, config = tiny_sd_checkpoints[1], DistriConfig(devices=1)
+    for given, told in (
+        ({"loras": 3}, ["loras", 3]),
+        ({"loras": [("a", 1, 2)]}, ["loras"]),
+        ({"loras": {"a": "much"}}, ["a"]),
+        ({"vae": 5}, ["vae", 5]),
+        ({"ema": True}, ["folder", "--ema"]),
+    ):
+        with refuses(*told):
+            DistriSDPipeline.from_pretrained(folder, config, **given)
+    with pytest.raises(TypeError, match="lora"):
+        load_pipeline(folder, config, lora="a")
+    (tmp_path / "empty").mkdir()
+    for name, index in (("vae", "config.json"), ("unet", "config.json")):
+        with refuses(f"{tmp_path / 'empty'}/{index}", "folder", error=CheckpointError):
+            load_pipeline(folder, config, **{name: tmp_path / "empty"})
+    with refuses("prediction_type", "noise", error=InvalidArgument):
+        load_pipeline(folder, config, scheduler_options={"prediction_type": "noise"})
