@@ -49,7 +49,11 @@ def keep_compiled_programs() -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes programs of which JAX did not write what it writes last: when they were used."""
+    """Removes programs of which JAX did not write what it writes last: when they were used.
+
+    Args:
+        folder: JAX's cache of compiled programs.
+    """
     with FileLock(folder / ".lockfile", timeout=WAIT):  # JAX's own
         for path in folder.glob("*-cache"):
             if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():
