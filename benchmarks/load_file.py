@@ -6,8 +6,9 @@
 The benchmark writes the folder in the diffusers layout and then the single file (names and shapes of Stable Diffusion XL, random
 weights, float16, 6.9 GB) to --folder, one after the other, which needs free space for one of them, and removes both. Each repeat
 loads a pipeline on one device in a process of its own. `load_seconds` is the time of `load_pipeline`, `seconds` that of the whole
-process, imports included. `peak_gb` is the process's largest resident memory, pages of mapped files included; `own_gb` leaves
-those out (as Linux reports it, sampled every 20 ms). The files are in the page cache, as far as it has room.
+process, imports included, and `cpu_seconds` the processor time of its threads, which other processes disturb less. `peak_gb` is the
+process's largest resident memory, pages of mapped files included; `own_gb` leaves those out (as Linux reports it, sampled every
+20 ms). The files are in the page cache, as far as it has room.
 """
 
 from __future__ import annotations

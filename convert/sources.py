@@ -29,8 +29,6 @@ from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.recipe import Recipe
 from distrijax.weights.tensors import Tensors
 
-Config = dict[str, Any]
-
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING_FILE = "learned_embeds.safetensors"
 """What diffusers calls them, and PEFT: taken where only a repository is named, or for a LoRA a folder."""
@@ -101,8 +99,8 @@ def _source(source: Path, recipe: Recipe, find: Callable[..., Path]) -> tuple[Ch
 
 
 def _model(
-    path: Path, what: str, taken_from: Callable[[Tensors, str], tuple[Config, Tensors]]
-) -> tuple[Config, Tensors]:
+    path: Path, what: str, taken_from: Callable[[Tensors, str], tuple[dict[str, Any], Tensors]]
+) -> tuple[dict[str, Any], Tensors]:
     """The config and the tensors of one model: out of a file, or of a folder with its own config.json."""
     if path.is_dir():
         return read_json(path / "config.json"), read_model(path)

@@ -120,7 +120,7 @@ def save_tiny_sd_pipeline(folder: Path, version: int, *, seed: int = 0, schedule
         tokenizers = _train_tokenizers({"tokenizer": padding}, texts)
         torch.manual_seed(seed)
         parts = {
-            "unet": UNet2DConditionModel(**SD_UNETS[version], **unet),
+            "unet": UNet2DConditionModel(**(SD_UNETS[version] | unet)),
             "vae": AutoencoderKL(**SD_VAE),
             "text_encoder": CLIPTextModel(_text_config(tokenizers["tokenizer"], hidden_act=hidden_act)),
         }

@@ -43,13 +43,15 @@ def from_folder(folder: Path, *, variant: str | None = None, weights: bool = Tru
         raise CheckpointError(
             f"{folder} has no unet and vae in its model_index.json; a pipeline of Stable Diffusion is needed"
         )
+    known = (*MODELS, *TOKENIZERS, "scheduler")
+    if absent := [part for part in there if part in known and not (folder / part).is_dir()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; give a complete pipeline")
     if weights:
         check_variant(folder, models, variant)
-    others = [part for part in there if part not in (*MODELS, *TOKENIZERS, "scheduler")]
     configs = {part: _without_flax(read_json(folder / part / "config.json")) for part in models}
     configs["scheduler"] = _without_flax(read_json(folder / "scheduler" / "scheduler_config.json"))
     return Checkpoint(
-        index={**index, **{part: [None, None] for part in others}},
+        index={**index, **{part: [None, None] for part in there if part not in known}},
         configs=configs,
         tensors={part: read_model(folder / part, variant=variant) for part in models} if weights else {},
         files={name: data for part in TOKENIZERS if part in there for name, data in _files(folder, part).items()},

@@ -19,8 +19,8 @@ from distrijax.errors import warn
 MOST = 4 << 30
 """Bytes of the folder; the programs that were used least recently are removed."""
 
-UNREADABLE = r"Error reading persistent compilation cache entry for '(?P<program>[^']+)'"
-"""How JAX's warning begins."""
+UNREADABLE = r"Error reading persistent compilation cache entry for '(?P<program>[^']+)': (?!Timeout)"
+"""How JAX's warning begins, but that another process held the folder for too long."""
 
 WAIT = 10.0
 """Seconds to wait for another process that reads or writes."""
@@ -49,7 +49,11 @@ def keep_compiled_programs() -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes programs of which JAX did not write what it writes last: when they were used."""
+    """Removes programs of which JAX did not write what it writes last: when they were used.
+
+    Args:
+        folder: JAX's cache of compiled programs.
+    """
     with FileLock(folder / ".lockfile", timeout=WAIT):  # JAX's own
         for path in folder.glob("*-cache"):
             if not path.with_name(f"{path.name.removesuffix('-cache')}-atime").exists():

@@ -233,7 +233,16 @@ def _labels(name: str, prompts: Prompts) -> list[str]:
 
 
 def encode_text(static, params, ids):
-    """Encodes all prompts on every device: they are few, and all devices of a branch need them."""
+    """Encodes all prompts on every device: they are few, and all devices of a branch need them.
+
+    Args:
+        static: The encoder's layout, the mesh, and the number of last layers to skip.
+        params: The encoder's parameters.
+        ids: Token ids, `[prompts, length]`.
+
+    Returns:
+        What the encoder returns, the same on every device.
+    """
     form, mesh, clip_skip = static
 
     def local(params, ids):

@@ -1,6 +1,8 @@
 """What must hold in every mode and parallelism, whatever else they do: one test for each invariant and setting it applies to.
 
-Small random weights; the embedded model's trained ones have tests of their own.
+Small random weights, in a UNet of two levels, for each setting compiles programs of its own. More levels: test_any_size.py has
+synchronous steps on uneven bands, tests/models/test_unet.py a displaced step, and tests/parallel/test_exchange.py the exchanges of
+every mode. The embedded model's trained weights are in test_default_model.py.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ DISPLACED = {name: PATCH[name] for name in PATCH if name != "full_sync"}
 POOLED = {name: it for name, it in DISPLACED.items() if not issubclass(STRATEGIES[it["sync_mode"]], SeparateGN)}
 
 SOME = {name: DISPLACED[name] for name in ("corrected_async_gn", "extrapolated and int4")}
+DEFAULT = {name: DISPLACED[name] for name in ("corrected_async_gn",)}
 
 ROUNDED = {None: 1e-5, Compression.INT8: 2e-3, Compression.INT4: 2e-3 * 255 / 15}
 """How near its fixed point an exchange comes: the fewer the levels of what it rounds, the less."""
@@ -108,6 +111,9 @@ def the_synchronous_answer_is_a_fixed_point(case: Case, request) -> None:
     wanted, stale = step(StepKind.SYNCHRONOUS, {})
     got, _ = step(StepKind.DISPLACED, stale)
     assert relative_error(got, wanted) < ROUNDED[plan.rules[StepKind.DISPLACED].strategy.compress]
+    count = pipe.programs.count
+    generated(pipe, **CALL)
+    assert pipe.programs.count == count  # these were its programs
 
 
 def first_steps_are_synchronous(case: Case, request) -> None:
@@ -149,6 +155,11 @@ IMAGES_APART = {
     the_same_seed_gives_the_same_bits: (SOME | EXACT, ["2 x 2 x 2"]),
 }
 """Different images on different devices: how rows are exchanged does not depend on them."""
+BRANCHES_TOGETHER = {
+    the_synchronous_answer_is_a_fixed_point: (DEFAULT, ["3 patches"]),
+    first_steps_are_synchronous: (DEFAULT, ["3 patches"]),
+}
+"""Both guidance branches on each device: they are images of a batch to the exchanges."""
 QUICK = [("full_sync", "one device"), ("full_sync", "2 x 4"), ("extrapolated and int4", "2 x 4")]
 
 
@@ -183,7 +194,7 @@ def cases() -> Iterator:
     """Setting by setting, for the sake of `pipe`."""
     found = [
         (name, mesh, invariant)
-        for applies in (APPLIES, IMAGES_APART)
+        for applies in (APPLIES, IMAGES_APART, BRANCHES_TOGETHER)
         for invariant, (settings, meshes) in applies.items()
         for name in settings
         for mesh in meshes
