@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,12 @@ from tiny_pipeline import TEXT_WIDTH
 
 from distrijax import CheckpointError, DistriConfig, DistriSDPipeline, InvalidArgument, load_pipeline
 from distrijax.convert.__main__ import main as convert
-from distrijax.convert.layouts.folder import from_folder
+from distrijax.convert.layouts.folder import from_folder, write_folder
 from distrijax.convert.layouts.original import to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.sources import open_checkpoint
 from distrijax.pipelines.build import Pipeline
+from distrijax.weights.recipe import Recipe
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 WORD = "<thing>"
@@ -113,6 +116,8 @@ def test_what_is_opened_is_loaded_several_times(folder, single):
     assert_same(type(one).from_single_file(single, config, config=str(folder), dtype="bfloat16"), one)
     with refuses("vae", "variant", "open_checkpoint", error=InvalidArgument):
         load_pipeline(checkpoint, config, vae="x", variant="fp16")
+    with refuses("weights", error=InvalidArgument):
+        load_pipeline(open_checkpoint(folder, weights=False), config)
 
 
 def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
@@ -134,3 +139,21 @@ def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
             load_pipeline(folder, config, **{name: tmp_path / "empty"})
     with refuses("prediction_type", "noise", error=InvalidArgument):
         load_pipeline(folder, config, scheduler_options={"prediction_type": "noise"})
+
+
+def test_a_lora_on_weights_of_8_bits_is_not_rounded_away(tiny_sd_checkpoints, tmp_path):
+    kind, name = np.dtype(ml_dtypes.float8_e4m3fn), LAYER.removeprefix("unet.") + ".weight"
+    model = from_folder(tiny_sd_checkpoints[1])
+    short = {
+        part: {each: tensor.then(lambda array: array.astype(kind), dtype=kind) for each, tensor in held.items()}
+        for part, held in model.tensors.items()
+    }
+    write_folder(dataclasses.replace(model, tensors=short), tmp_path / "short")
+    width = short["unet"][name].shape[0]
+    factors = {"lora_A": np.full((1, width), 1e-2, np.float32), "lora_B": np.full((width, 1), 1e-2, np.float32)}
+    save_file({f"{LAYER}.{role}.weight": factor for role, factor in factors.items()}, tmp_path / "lora.safetensors")
+    checkpoint = open_checkpoint(Recipe(tmp_path / "short", loras=[tmp_path / "lora.safetensors"]))
+    merged = checkpoint.tensors["unet"][name].read()
+    wanted = short["unet"][name].read().astype(np.float32) + np.float32(1e-4)
+    np.testing.assert_array_equal(merged, wanted.astype(np.float16))
+    load_pipeline(checkpoint, DistriConfig(devices=1))
