@@ -130,7 +130,8 @@ class Pipeline(Runner):
     def prepare(self, *prompts: Any, **arguments: Any) -> None:
         """Starts to compile, in the background, the programs of a call with these arguments; nothing is computed.
 
-        It is the call run dry: a call with the same arguments, whatever its prompts and seeds, compiles nothing more.
+        It is the call run dry: a call with the same arguments, whatever its prompts say and its seeds are, compiles
+        nothing more.
 
         Args:
             *prompts: As in a call; may be left out.

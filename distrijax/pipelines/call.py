@@ -17,6 +17,7 @@ from distrijax.errors import InvalidArgument
 from distrijax.pipelines.prompt import Embeddings, Prompt, Texts
 from distrijax.sampling.begin import Begin, FromNoise
 from distrijax.sampling.denoise import AfterUpdate, NoHook
+from distrijax.sampling.predict import PREDICT_NOISE, Predictor
 from distrijax.schedulers import Scheduler
 from distrijax.validate import check_choice, finite_number, host_array, positive, scalar
 
@@ -143,12 +144,14 @@ class Call:
         """The arguments of a call as it was written.
 
         Args:
-            *positional: Of `POSITIONAL`.
+            *positional: Of `POSITIONAL`; or the arguments as one object of this class, alone.
             **named: The others.
 
         Raises:
             InvalidArgument: For arguments that there are not, and for those that cannot be used.
         """
+        if len(positional) == 1 and isinstance(positional[0], cls) and not named:
+            return positional[0]
         names = [field.name for field in dataclasses.fields(cls)]
         if len(positional) > len(cls.POSITIONAL):
             raise InvalidArgument(
@@ -205,19 +208,19 @@ class Request(NamedTuple):
     Attributes:
         call: Its arguments.
         size: Height and width of the images in pixels.
-        guided: Whether an unconditional branch runs beside the conditional one.
         branches: The prompts of each branch of guidance, as `PromptEncoder.read` returns them.
         time_ids: SDXL's micro-conditioning of each branch; None for models without.
         begin: Where the call begins.
+        predictor: What steps predict with at the latents' size, where the UNet is divided into patches.
         after_update: What follows each update of the scheduler.
     """
 
     call: Call
     size: Size
-    guided: bool
     branches: Sequence[Texts | Embeddings | None]
     time_ids: Sequence[Sequence[float]] | None = None
     begin: Begin = FromNoise()
+    predictor: Predictor = PREDICT_NOISE
     after_update: AfterUpdate = NoHook()
 
     @property

@@ -142,7 +142,7 @@ class Runner:
         )
         loop = LoopSpec(layout, self._models, scheduler, self.dtype, type(request.after_update))
         sizes = self._deep_sizes(call, layout, steps.timestep)
-        plan = plan_steps(self.config, layout, len(steps.timestep), sizes)
+        plan = plan_steps(self.config, layout, len(steps.timestep), sizes, request.predictor)
         self._warn_of_idle_options(layout, plan)
         check_images(request.images, self.mesh.shape[DATA])
         self._check_agreement(request, scheduler)
@@ -189,9 +189,8 @@ class Runner:
         keys, state = run_begin(on, layout, loop.scheduler, channels, begin, seeds, latents, steps, sigma)
         prompt = self._prompt_inputs(request, embeddings)
         conditioning = run_condition(on, layout, loop.models, self._params, prompt)
-        inputs = call_inputs(
-            on, layout, conditioning, keys, call.guidance_scale, call.guidance_rescale, request.after_update
-        )
+        arrays = request.after_update.arrays(on, layout, begin, steps)
+        inputs = call_inputs(on, layout, conditioning, keys, call.guidance_scale, call.guidance_rescale, arrays)
         xs = StepInputs.of(steps, begin.start, begin.stream)
         with watched(on, layout, call, xs) as after:
             state = self._denoise(on, loop, plan, inputs, state, xs, call, after)
@@ -237,7 +236,10 @@ class Runner:
             return {name: repr(getattr(call, name)) for name in names} | {
                 "prompt": request.branches,
                 "latents": () if call.latents is None else host_array(call.latents, "latents"),
-                "image": vars(request.begin),
+                "begin": (type(request.begin).__name__, request.begin.facts()),
+                "after_update": (type(request.after_update).__name__, request.after_update.facts()),
+                "height": request.size[0],
+                "width": request.size[1],
                 "callback_on_step_end": call.callback_on_step_end is None,
                 "sizes": request.time_ids,
                 "config": self.config,

@@ -163,7 +163,11 @@ class SizedKind(NamedTuple):
 
 
 def plan_steps(
-    config: DistriConfig, layout: Layout, steps: int, sizes: Sequence[tuple[int, int] | None] | None = None
+    config: DistriConfig,
+    layout: Layout,
+    steps: int,
+    sizes: Sequence[tuple[int, int] | None] | None = None,
+    predictor: Predictor = PREDICT_NOISE,
 ) -> StepPlan:
     """The steps of a call: the one place that chooses their kinds.
 
@@ -174,6 +178,7 @@ def plan_steps(
         layout: The layout of the latents.
         steps: Number of steps.
         sizes: Of each step, rows and columns of the deep part's map; None for those of the latents.
+        predictor: What steps predict with at the latents' size.
     """
     sizes = [None] * steps if sizes is None else sizes
     kinds = config.step_kinds(steps)
@@ -187,10 +192,12 @@ def plan_steps(
         strategy = None
 
     def rule(kind: StepKind, size: tuple[int, int] | None) -> StepRule:
-        predictor = _predictor(layout, size)
+        predicts = predictor if size is None else _shrunk(layout, size)
+        if layout.parallelism is Parallelism.NAIVE_PATCH:
+            predicts = IndependentPatches(layout)
         if kind is StepKind.DISPLACED:
-            return DisplacedSteps(strategy, predictor)
-        return SynchronousSteps(predictor, strategy and strategy.publishing)
+            return DisplacedSteps(strategy, predicts)
+        return SynchronousSteps(predicts, strategy and strategy.publishing)
 
     named = [kind if size is None else SizedKind(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
     return StepPlan(
@@ -198,9 +205,5 @@ def plan_steps(
     )
 
 
-def _predictor(layout: Layout, size: tuple[int, int] | None) -> Predictor:
-    if layout.parallelism is Parallelism.NAIVE_PATCH:
-        return IndependentPatches(layout)
-    if size is None:
-        return PREDICT_NOISE
+def _shrunk(layout: Layout, size: tuple[int, int]) -> Predictor:
     return ShrinkDeep(layout.latent, size, layout.bands, Bands.among(size[0], layout.patches, levels=layout.levels))

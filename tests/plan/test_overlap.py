@@ -394,25 +394,6 @@ def test_the_command_tells_what_a_step_would_take(tmp_path, capsys):
         assert image.width > 1000
 
 
-@compiler
-def test_the_command_projects_a_whole_image(capsys):
-    """At four times the trained area: two kinds of steps at the trained size, two at the full one."""
-    flags = ["--model", str(DEFAULT_MODEL), "--devices", "4", "--image-size", "512", "--no-baseline"]
-    plan_command.main([*flags, "--num-inference-steps", "12", "--warmup-steps", "1"])
-    lines = capsys.readouterr().out.splitlines()
-    told = [re.search(r"(\d+) x (\w+)(.*): projection (\S+) ms", line) for line in lines if line.startswith("image")]
-    kinds = [(match[2], "256x256" in match[3]) for match in told]
-    assert kinds == [("synchronous", True), ("displaced", True), ("synchronous", False), ("displaced", False)]
-    counts, milliseconds = ([kind(match[index]) for match in told] for kind, index in ((int, 1), (float, 4)))
-    assert sum(counts) == 12 and counts[0] == 2 and counts[2] == 1
-    assert milliseconds[1] < milliseconds[3]
-    steps, decoding, image = map(float, re.findall(r"(\S+) s (?:for|an)", lines[-1]))
-    assert steps == pytest.approx(
-        sum(count * each / 1000 for count, each in zip(counts, milliseconds, strict=True)), rel=0.02
-    )
-    assert image == pytest.approx(steps + decoding, rel=0.02)
-
-
 @pytest.mark.parametrize("force_upcast", [False, True])
 def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monkeypatch):
     monkeypatch.setattr(projection, "compile_only_devices", lambda _, count: jax.devices()[:count])
