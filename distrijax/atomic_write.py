@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ from types import FrameType
 
 from distrijax.errors import DistriError, InvalidArgument
 from distrijax.interrupts import undone
+
+_numbers = itertools.count()
 
 
 @contextmanager
@@ -33,9 +36,10 @@ def atomic_write(destination: Path, *, replace: bool = True, durable: bool = Fal
     """
     if destination.exists() and not replace:
         raise InvalidArgument(f"{destination} exists; choose another name, or --force to replace it")
-    beside, old = (
-        destination.with_name(f".{destination.name}.{threading.get_native_id()}{end}") for end in ("", ".old")
+    number = (
+        f"{threading.get_native_id()}-{next(_numbers)}"  # short, for a name may be as long as the file system takes
     )
+    beside, old = (destination.with_name(f".{number}{end}") for end in (".new", ".old"))
 
     def restore() -> None:
         if old.exists() and not destination.exists():

@@ -82,7 +82,7 @@ def open_model(arguments: argparse.Namespace, *, weights: bool = True) -> tuple[
         CheckpointError: If it could not be found, fetched or read.
         InvalidArgument: For wrong flags.
     """
-    recipe = Recipe.of(arguments.model or str(DEFAULT_MODEL), arguments)
+    recipe = Recipe.of(str(DEFAULT_MODEL) if arguments.model is None else arguments.model, arguments)
     return recipe, open_checkpoint(recipe, token=arguments.token, offline=arguments.offline, weights=weights)
 
 

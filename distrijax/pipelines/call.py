@@ -68,8 +68,8 @@ class Call:
         negative_prompt: What images should not show; one for all prompts or one for each. Default: "", or embeddings of zeros
             for an SDXL checkpoint, unless its model_index.json sets `force_zeros_for_empty_prompt` to false.
         num_images_per_prompt: Images of each prompt.
-        seed: Of the noise: one for all images (image i draws from its i-th stream), or one for each image. The noise is
-            the same on any mesh and, unlike that of diffusers' generator, in every call.
+        seed: Of the noise: one for all images (image i draws from its i-th stream), or one for each image; an integer, or a
+            key of `jax.random`. The noise is the same on any mesh and, unlike that of diffusers' generator, in every call.
         latents: Starting noise [images, channels, height/f, width/f] in place of the seed's, normally distributed; f is
             the VAE's factor (8).
         prompt_embeds: Token embeddings [prompts, tokens, width] in place of `prompt`, as `encode_prompt` returns them.
@@ -100,7 +100,7 @@ class Call:
     guidance_rescale: float = 0.0
     negative_prompt: Prompt | None = None
     num_images_per_prompt: int = 1
-    seed: int | Sequence[int] = 0
+    seed: int | jax.Array | Sequence[int | jax.Array] = 0
     latents: Any = None
     prompt_embeds: Any = None
     negative_prompt_embeds: Any = None
@@ -234,25 +234,56 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in np.round(images * 255).astype(np.uint8)]
 
 
-def image_seeds(seed: int | Sequence[int], images: int) -> np.ndarray:
+def image_seeds(seed: Any, images: int) -> np.ndarray:
     """Seeds and streams for `noise.image_keys`, [images, 3]: stream i of the one seed, or stream 0 of each image's own seed.
 
     Args:
-        seed: One seed, or one for each image.
+        seed: One seed, or one for each image: integers or JAX keys. `jax.random.key(3)` is the seed 3.
         images: Number of images.
 
     Raises:
         InvalidArgument: For a wrong number of seeds, and for one that is not an integer from 0 to 2**63 - 1.
     """
+    if isinstance(seed, list | tuple) and seed and all(map(_is_key, seed)):
+        keys = [_words_of(key) for key in seed]
+        return _seed_parts([each for key in keys for each in key], [0] * images, images)
+    if _is_key(seed):
+        keys = _words_of(seed)
+        alone = len(keys) == 1 and not _key_axes(seed)
+        return _seed_parts(keys * images if alone else keys, range(images) if alone else [0] * images, images)
     several = isinstance(seed, list | tuple | range) or getattr(seed, "ndim", 0) > 0
     seeds, streams = (list(map(scalar, seed)), [0] * images) if several else ([scalar(seed)] * images, range(images))
-    if len(seeds) != images:
-        raise InvalidArgument(f"seed has {len(seeds)} entries for {images} images; give one, or one for each image")
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise InvalidArgument(f"seed is {value!r}; give an integer from 0 to 2**63 - 1")
-    parts = [(s & 0xFFFFFFFF, s >> 32, stream) for s, stream in zip(seeds, streams, strict=True)]
-    return np.array(parts, np.uint32)
+            raise InvalidArgument(f"seed is {value!r}; give an integer from 0 to 2**63 - 1, or a key of jax.random")
+    return _seed_parts([(value >> 32, value & 0xFFFFFFFF) for value in seeds], streams, images)
+
+
+def _seed_parts(words: Sequence[tuple[int, int]], streams: Sequence[int], images: int) -> np.ndarray:
+    """The result of `image_seeds`, of the high and low half of each seed."""
+    if len(words) != images:
+        raise InvalidArgument(f"seed has {len(words)} entries for {images} images; give one, or one for each image")
+    return np.array([(low, high, stream) for (high, low), stream in zip(words, streams, strict=True)], np.uint32)
+
+
+def _is_key(seed: Any) -> bool:
+    """Whether this is a key of jax.random, or an array of keys: typed, or as `jax.random.PRNGKey` makes them."""
+    if not isinstance(seed, jax.Array):
+        return False
+    typed = jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    return typed or (seed.dtype == np.uint32 and seed.ndim >= 1 and seed.shape[-1] == 2)
+
+
+def _key_axes(key: jax.Array) -> int:
+    """Axes of an array of keys; 0 of a single key."""
+    return key.ndim if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key.ndim - 1
+
+
+def _words_of(key: jax.Array) -> list[tuple[int, int]]:
+    """High and low half of the seed of each key; other generators than Threefry have more words, which repeat these."""
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(key) if typed else key)
+    return [(int(high), int(low)) for high, low, *_ in data.reshape(-1, data.shape[-1])]
 
 
 def given_latents(latents: Any, needed: tuple[int, int, int, int]) -> np.ndarray:

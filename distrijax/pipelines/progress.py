@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Self
 
 import jax
@@ -26,7 +27,8 @@ class Progress:
     """
 
     def __init__(self, total: int, **settings: Any):
-        self._bar = tqdm(total=total, **settings)
+        nowhere = sys.stderr is None and "file" not in settings  # as in a service
+        self._bar = tqdm(total=total, **({"disable": True} if nowhere else settings))
         self._running: tuple[int, jax.Array] | None = None
 
     def __enter__(self) -> Self:
