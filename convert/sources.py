@@ -70,29 +70,44 @@ def assemble(
 
     Raises CheckpointError for what is not found, is no model, or does not fit together.
     """
-    find = partial(hub.find, token=token, offline=offline)
-    source = find_source(recipe, token=token, offline=offline)
-    loras = [_lora(_find_lora(file, find), file, weight) for file, weight in recipe.loras]
-    checkpoint, mapping = _source(source, recipe, find)
-    for what, taken_from, replaced in ((recipe.unet, unet_from, with_unet), (recipe.vae, vae_from, with_vae)):
-        if what is not None:
-            config, tensors = _model(find(what, parts=("",), index="config.json"), what, taken_from)
+    found = _find_all(recipe, token=token, offline=offline)
+    loras = [_lora(found[f"lora {file}"], file, weight) for file, weight in recipe.loras]
+    checkpoint, mapping = _source(found["model"], recipe, found.get("config"))
+    for part, taken_from, replaced in (("unet", unet_from, with_unet), ("vae", vae_from, with_vae)):
+        if part in found:
+            what = getattr(recipe, part)
+            config, tensors = _model(found[part], what, taken_from)
             checkpoint = replaced(checkpoint, tensors, what, config)
-    embeddings = [_embedding(find(file, parts=(), file=EMBEDDING_FILE), file, word) for file, word in recipe.embeddings]
+    embeddings = [_embedding(found[f"embedding {file}"], file, word) for file, word in recipe.embeddings]
     checkpoint = with_embeddings(with_loras(checkpoint, loras), embeddings)
-    return dataclasses.replace(checkpoint, what=recipe.source), mapping
+    return dataclasses.replace(checkpoint, what=recipe.source, found=found), mapping
 
 
-def _source(source: Path, recipe: Recipe, find: Callable[..., Path]) -> tuple[Checkpoint, list[Mapped]]:
+def _find_all(recipe: Recipe, *, token: str | bool | None, offline: bool) -> dict[str, Path]:
+    """`Checkpoint.found` of a recipe."""
+    find = partial(hub.find, token=token, offline=offline)
+    found = {"model": find_source(recipe, token=token, offline=offline)}
+    if found["model"].is_dir():
+        alone = ("ema", "config", "prediction_type")
+        if given := [name for name in alone if getattr(recipe, name)]:
+            raise InvalidArgument(
+                f"{recipe.source} is a folder, which has its own configurations; leave out {' and '.join(given)}"
+            )
+    elif recipe.config:
+        found["config"] = find(recipe.config, parts=PARTS, weights=False)
+    for part in ("unet", "vae"):
+        if (what := getattr(recipe, part)) is not None:
+            found[part] = find(what, parts=("",), index="config.json")
+    found |= {f"lora {file}": _find_lora(file, find) for file, _ in recipe.loras}
+    return found | {f"embedding {file}": find(file, parts=(), file=EMBEDDING_FILE) for file, _ in recipe.embeddings}
+
+
+def _source(source: Path, recipe: Recipe, config: Path | None) -> tuple[Checkpoint, list[Mapped]]:
     """The source alone. In a folder all tensors stay what they are."""
     if not source.is_dir():
-        given = read_files(find(recipe.config, parts=PARTS, weights=False)) if recipe.config else ({}, None)
+        given = read_files(config) if config else ({}, None)
         options = {"ema": recipe.ema, "prediction_type": recipe.prediction_type}
         return convert_original(open_tensors(source), recipe.source, config=given[0], files=given[1], **options)
-    if recipe.ema or recipe.config or recipe.prediction_type:
-        raise InvalidArgument(
-            f"{recipe.source} is a folder, which has its own configurations; leave out --ema, --config and --prediction-type"
-        )
     checkpoint = from_folder(source, variant=recipe.variant)
     names = [f"{part}.{name}" for part, tensors in checkpoint.tensors.items() for name in tensors]
     return checkpoint, [Mapped(name, (name,), SAME) for name in names]

@@ -8,6 +8,7 @@ sources (folder, single file, hub)  --->  Checkpoint  --->  devices; or a folder
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from distrijax.weights.tensors import Tensors
@@ -23,6 +24,8 @@ class Checkpoint:
         tensors: Of each model, with PyTorch's names and layouts; empty where only configurations were asked for.
         files: Of the tokenizers, by path: `tokenizer/vocab.json`.
         what: Where it comes from, for errors.
+        found: Where the files and folders that it was opened from are on this machine, by what they are: `model`, `vae`,
+            `lora FILE`, ...
     """
 
     index: dict[str, Any]
@@ -30,6 +33,7 @@ class Checkpoint:
     tensors: dict[str, Tensors]
     files: dict[str, bytes]
     what: str = "the checkpoint"
+    found: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def with_tensors(self, part: str, tensors: Tensors) -> Checkpoint:
         """With other weights of one part."""

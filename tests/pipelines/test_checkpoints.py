@@ -127,7 +127,7 @@ def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
         ({"loras": [("a", 1, 2)]}, ["loras"]),
         ({"loras": {"a": "much"}}, ["a"]),
         ({"vae": 5}, ["vae", 5]),
-        ({"ema": True}, ["folder", "--ema"]),
+        ({"ema": True}, ["folder", "ema"]),
     ):
         with refuses(*told):
             DistriSDPipeline.from_pretrained(folder, config, **given)
