@@ -80,7 +80,7 @@ def assemble(
             checkpoint = replaced(checkpoint, tensors, what, config)
     embeddings = [_embedding(found[f"embedding {file}"], file, word) for file, word in recipe.embeddings]
     checkpoint = with_embeddings(with_loras(checkpoint, loras), embeddings)
-    return dataclasses.replace(checkpoint, what=recipe.source, found=found), mapping
+    return dataclasses.replace(checkpoint, what=recipe.source, recipe=recipe, found=found), mapping
 
 
 def _find_all(recipe: Recipe, *, token: str | bool | None, offline: bool) -> dict[str, Path]:

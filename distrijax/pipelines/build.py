@@ -100,7 +100,8 @@ class Pipeline(Runner):
         )
         configs = read_configs(checkpoint, scheduler, scheduler_options, needed=cls.family)
         model = (configs.family.name, configs.unet, configs.vae, configs.text_encoders)
-        check_agreement(devices, lambda: {**versions(), "config": config, "model": repr(model), "dtype": dtype.name})
+        facts = {"config": config, "model": repr(model), "dtype": dtype.name}
+        check_agreement(devices, lambda: {**versions(), **facts, **checkpoint.recipe.facts})
         mesh = plan_mesh(config, len(devices), branches=configs.unet.branches).build(devices)
         warm_up_collectives(mesh)
         components = abstract_components(

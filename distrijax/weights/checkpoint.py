@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from distrijax.weights.recipe import Recipe
 from distrijax.weights.tensors import Tensors
 
 
@@ -24,6 +25,7 @@ class Checkpoint:
         tensors: Of each model, with PyTorch's names and layouts; empty where only configurations were asked for.
         files: Of the tokenizers, by path: `tokenizer/vocab.json`.
         what: Where it comes from, for errors.
+        recipe: What it was made of; by default of a source alone.
         found: Where the files and folders that it was opened from are on this machine, by what they are: `model`, `vae`,
             `lora FILE`, ...
     """
@@ -33,6 +35,7 @@ class Checkpoint:
     tensors: dict[str, Tensors]
     files: dict[str, bytes]
     what: str = "the checkpoint"
+    recipe: Recipe = dataclasses.field(default_factory=lambda: Recipe("the checkpoint"))
     found: dict[str, Path] = dataclasses.field(default_factory=dict)
 
     def with_tensors(self, part: str, tensors: Tensors) -> Checkpoint:

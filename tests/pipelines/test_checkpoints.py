@@ -21,6 +21,7 @@ from distrijax.convert.layouts.folder import from_folder, write_folder
 from distrijax.convert.layouts.original import to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.sources import open_checkpoint
+from distrijax.pipelines import build
 from distrijax.pipelines.build import Pipeline
 from distrijax.weights.recipe import Recipe
 
@@ -139,6 +140,40 @@ def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
             load_pipeline(folder, config, **{name: tmp_path / "empty"})
     with refuses("prediction_type", "noise", error=InvalidArgument):
         load_pipeline(folder, config, scheduler_options={"prediction_type": "noise"})
+
+
+class Compared(Exception):
+    """Instead of the rest of loading."""
+
+
+def test_processes_compare_what_is_on_top_of_the_model(tiny_sd_checkpoints, tmp_path, monkeypatch):
+    folder, here, there = tiny_sd_checkpoints[1], tmp_path / "here", tmp_path / "there"
+    for made in (here, there):
+        made.mkdir()
+        for word in ("a", "b"):
+            save_file({word: np.ones((1, TEXT_WIDTH), np.float32)}, made / f"{word}.safetensors")
+
+    def compared(_, facts):
+        found.update(facts())
+        raise Compared
+
+    def facts_of(**additions) -> dict[str, object]:
+        found.clear()
+        with pytest.raises(Compared):
+            load_pipeline(folder, DistriConfig(devices=1), **additions)
+        return dict(found)
+
+    found: dict[str, object] = {}
+    monkeypatch.setattr(build, "check_agreement", compared)
+    alike = [facts_of(embeddings={made / "a.safetensors": "<a>"}, vae=f"{folder}/vae") for made in (here, there)]
+    assert alike[0] == alike[1]
+    for other, name in (
+        ({"embeddings": {here / "b.safetensors": "<a>"}, "vae": f"{folder}/vae"}, "embeddings"),
+        ({"embeddings": {here / "a.safetensors": "<b>"}, "vae": f"{folder}/vae"}, "embeddings"),
+        ({"embeddings": {here / "a.safetensors": "<a>"}}, "vae"),
+    ):
+        differing = facts_of(**other)
+        assert {each for each, value in alike[0].items() if differing[each] != value} == {name}
 
 
 def test_a_lora_on_weights_of_8_bits_is_not_rounded_away(tiny_sd_checkpoints, tmp_path):
