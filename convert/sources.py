@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -26,7 +26,7 @@ from distrijax.json_config import read_json
 from distrijax.models.families import PARTS
 from distrijax.weights import hub
 from distrijax.weights.checkpoint import Checkpoint
-from distrijax.weights.recipe import Recipe
+from distrijax.weights.recipe import Additions, Recipe, check_names
 from distrijax.weights.tensors import Tensors
 
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
@@ -35,26 +35,47 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 
 
 def open_checkpoint(
-    source: str | Path | Recipe, *, token: str | bool | None = None, offline: bool = False, weights: bool = True
+    source: str | Path | Recipe,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    **additions: Unpack[Additions],
 ) -> Checkpoint:
     """A checkpoint with all that goes on top of it; nothing of its weights is read but names and shapes.
 
     Args:
-        source: Its name, or a recipe.
+        source: Its name, or a recipe, which has all that goes on top.
+        variant: Of the weight files in a folder, such as "fp16".
+        revision: The hub's branch, tag or commit.
         token: Of the hub.
         offline: Whether to use only what was fetched from the hub before.
         weights: Whether its weights are needed, or configurations alone.
+        **additions: How a single file is read, and what goes on top of the checkpoint.
 
     Raises:
         CheckpointError: For what is not found, is no model, or does not fit together.
+        InvalidArgument: For arguments that there are not or that cannot be used.
     """
-    recipe = source if isinstance(source, Recipe) else Recipe(source)
+    check_names(additions, open_checkpoint)
+    recipe = _recipe(source, variant=variant, revision=revision, **additions)
     if not weights and not recipe.additions.keys() - {"variant", "revision"}:
         options = {"revision": recipe.revision, "token": token, "offline": offline}
         folder = hub.find(recipe.source, parts=PARTS, weights=False, **options)
         if (folder / "model_index.json").is_file():
             return from_folder(folder, weights=False)
     return assemble(recipe, token=token, offline=offline)[0]
+
+
+def _recipe(source: str | Path | Recipe, **given: Any) -> Recipe:
+    """The recipe that is given, or that its parts make."""
+    if not isinstance(source, Recipe):
+        return Recipe(source, **given)
+    if fixed := [name for name, value in given.items() if value]:
+        raise InvalidArgument(f"{', '.join(fixed)} is given beside a recipe; put it into the recipe")
+    return source
 
 
 def find_source(recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Path:

@@ -18,7 +18,7 @@ from distrijax.parallel.processes import check_agreement, versions, warm_up_coll
 from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.parallel.stages import Dry, On, OnDevices
 from distrijax.pipelines.call import Call, PipelineOutput, Request, Size
-from distrijax.pipelines.loading import abstract_components, opened, read_components, read_configs
+from distrijax.pipelines.loading import abstract_components, check_arguments, opened, read_components, read_configs
 from distrijax.pipelines.prompt import Embeddings, Prompts
 from distrijax.pipelines.run import After, Runner
 from distrijax.sampling.begin import put_latents
@@ -83,6 +83,7 @@ class Pipeline(Runner):
             CheckpointError: For a checkpoint that is incomplete or of another family, and what does not fit on top of it.
             InvalidArgument: For other arguments that cannot be used, such as more devices than JAX shows.
         """
+        check_arguments(additions, cls.from_pretrained)
         config = DistriConfig() if distri_config is None else distri_config
         if not isinstance(config, DistriConfig):
             raise InvalidArgument(
@@ -149,7 +150,7 @@ class Pipeline(Runner):
 
     def _prepare_first(self, compile_for: Mapping[str, Any]) -> None:
         """`prepare`, of arguments in a mapping."""
-        if not isinstance(compile_for, Mapping):
+        if not isinstance(compile_for, Mapping) or not all(isinstance(name, str) for name in compile_for):
             raise InvalidArgument(
                 f"compile_for is {compile_for!r:.60}; give a dict of arguments of the pipeline's call"
             )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from distrijax.errors import InvalidArgument
-from distrijax.validate import flag
+from distrijax.validate import check_argument, flag
 
 _TAIL = re.compile(r"(.+):([^/\\:]+)")
 """A file and what stands after its last colon; a colon before a slash belongs to hf:// or a drive."""
@@ -110,6 +111,22 @@ class Recipe:
         return {
             name: repr(value) for name, value in {**values, **parts, "loras": loras, "embeddings": embeddings}.items()
         }
+
+
+def check_names(given: Mapping[str, Any], function: Callable) -> None:
+    """Checks that a function that takes `Additions` beside its own parameters has arguments of these names.
+
+    Args:
+        given: Arguments by name.
+        function: The function.
+
+    Raises:
+        InvalidArgument: For the first one that it lacks; the error tells the nearest one.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    own = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    for name in given:
+        check_argument(name, (*own, *Additions.__annotations__), function.__name__)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -117,6 +117,9 @@ def test_what_is_opened_is_loaded_several_times(folder, single):
     assert_same(type(one).from_single_file(single, config, config=str(folder), dtype="bfloat16"), one)
     with refuses("vae", "variant", "open_checkpoint", error=InvalidArgument):
         load_pipeline(checkpoint, config, vae="x", variant="fp16")
+    adapted = open_checkpoint(folder, vae=folder / "vae")
+    assert adapted.recipe == Recipe(folder, vae=folder / "vae")
+    assert_same(load_pipeline(adapted, config, dtype="bfloat16"), one)
     with refuses("weights", error=InvalidArgument):
         load_pipeline(open_checkpoint(folder, weights=False), config)
 
@@ -132,8 +135,21 @@ def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
     ):
         with refuses(*told):
             DistriSDPipeline.from_pretrained(folder, config, **given)
-    with pytest.raises(TypeError, match="lora"):
-        load_pipeline(folder, config, lora="a")
+    for given, told in (
+        ({"lora": "a"}, ["lora", "loras"]),
+        ({"torch_dtype": "float32"}, ["torch_dtype", "dtype"]),
+        ({"scheduler_option": {}}, ["scheduler_options"]),
+        ({"config": config}, ["config", "distri_config"]),
+        ({"compile_for": {1: 2}}, ["compile_for", "{1: 2}"]),
+    ):
+        for load in (load_pipeline, DistriSDPipeline.from_pretrained, DistriSDPipeline.from_single_file):
+            with refuses(*told, error=InvalidArgument):
+                load(folder, **given)
+    for given, told in (({"lora": "a"}, "loras"), ({"ofline": True}, "offline")):
+        with refuses(*given, told, error=InvalidArgument):
+            open_checkpoint(folder, **given)
+    with refuses("vae", "recipe", error=InvalidArgument):
+        open_checkpoint(Recipe(folder), vae=folder / "vae")
     (tmp_path / "empty").mkdir()
     for name, index in (("vae", "config.json"), ("unet", "config.json")):
         with refuses(f"{tmp_path / 'empty'}/{index}", "folder", error=CheckpointError):
