@@ -197,7 +197,7 @@ def abstract_components(
         form = ModelLayout.of(abstract(build), parallelism, shard=shard_weights, platform=platform)
         if checkpoint.tensors:
             held = {current_name(name): tensor for name, tensor in checkpoint.tensors[name].items()}
-            check_tensors(held, zip(form.paths, form.shapes, strict=True), f"{checkpoint.what}/{name}")
+            check_tensors(held, zip(form.paths, form.shapes, strict=True), checkpoint.origin(name))
         return Model.of(config, form, mesh, dtype)
 
     def text_encoder(name: str, config: CLIPTextConfig) -> Model:
@@ -223,7 +223,7 @@ def read_components(components: Components, checkpoint: Checkpoint, family: Fami
     """
 
     def read(name: str, model: Model) -> Model:
-        place, what = model.form.make_placer(mesh), f"{checkpoint.what}/{name}"
+        place, what = model.form.make_placer(mesh), checkpoint.origin(name)
         tensors = checkpoint.tensors[name]
         module = load_module(model.form.abstract(), tensors, what, dtype=model.dtype, place=place)
         return model._replace(params=model.form.fuse_params(module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from facts import refuses
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from tiny_pipeline import TEXT_WIDTH
 
@@ -156,6 +157,19 @@ def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
             load_pipeline(folder, config, **{name: tmp_path / "empty"})
     with refuses("prediction_type", "noise", error=InvalidArgument):
         load_pipeline(folder, config, scheduler_options={"prediction_type": "noise"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_numbers_that_are_not_finite_are_told_of_the_file_that_has_them(part, tiny_sd_checkpoints, tmp_path):
+    folder, other = tiny_sd_checkpoints[1], tmp_path / "other"
+    shutil.copytree(folder / part, other)
+    (weights,) = other.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_out.bias" if part == "unet" else "decoder.conv_out.bias"][0] = np.nan
+    save_file(tensors, weights)
+    with refuses(str(other), "not finite", "conv_out.bias", error=CheckpointError) as caught:
+        load_pipeline(folder, DistriConfig(devices=1), **{part: other})
+    assert str(folder) not in str(caught.value) and "config.json" not in str(caught.value)
 
 
 class Compared(Exception):
