@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from distrijax.errors import InvalidArgument
-from distrijax.validate import choose, flag, is_whole, positive, scalar
+from distrijax.validate import choose, finite_number, flag, is_whole, positive, scalar
 
 
 class SyncMode(enum.StrEnum):
@@ -153,6 +153,33 @@ class DistriConfig:
             StepKind.SYNCHRONOUS if number <= self.warmup_steps or number in further else StepKind.DISPLACED
             for number in range(steps)
         ]
+
+
+def check_large(value: Any) -> str | tuple[tuple[float, float], ...]:
+    """Checks a call's `large`; returns "off", "auto", or pairs (timestep, factor), timesteps descending.
+
+    Args:
+        value: What the caller gave.
+
+    Raises:
+        InvalidArgument: For anything else.
+    """
+    if value in ("off", "auto"):
+        return value
+    advice = "give 'off', 'auto', or pairs of a timestep and a factor, such as [(350, 0.25), (200, 0.5)]"
+    try:
+        pairs = [] if isinstance(value, str) else [tuple(pair) for pair in value]
+    except TypeError:
+        pairs = []
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise InvalidArgument(f"large is {value!r:.100}; {advice}")
+    numbers = [tuple(finite_number(each, "large") for each in pair) for pair in pairs]
+    for timestep, factor in numbers:
+        if timestep < 0 or not 0 < factor < 1:
+            raise InvalidArgument(
+                f"large has the pair ({timestep:g}, {factor:g}); give timesteps of at least 0 and factors between 0 and 1"
+            )
+    return tuple(sorted(numbers, reverse=True))
 
 
 def _devices(value: Any) -> int | tuple | None:

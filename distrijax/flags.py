@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import enum
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
-from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode
+from distrijax.config import Compression, DistriConfig, Parallelism, SplitScheme, SyncMode, check_large
+from distrijax.errors import DistriError
 
 
 def _one_of(kind: type[enum.Enum], help: str) -> dict[str, Any]:
@@ -80,3 +81,40 @@ def settings_of(config: DistriConfig) -> dict[str, Any]:
     """
     values = {name: getattr(config, name) for name in FLAGS}
     return {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}
+
+
+def add_large_flag(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--large`.
+
+    Args:
+        parser: The parser.
+        default: Its value unless given.
+    """
+
+    class Large(argparse.Action):
+        def __call__(self, parser, namespace, values, option=None):
+            try:
+                setattr(
+                    namespace,
+                    self.dest,
+                    check_large(values[0] if len(values) == 1 and ":" not in values[0] else pairs(values)),
+                )
+            except DistriError as error:
+                parser.error(str(error))
+
+    def pairs(values: Sequence[str]) -> list[tuple[float, ...]]:
+        try:
+            return [tuple(float(number) for number in value.split(":")) for value in values]
+        except ValueError:
+            return []
+
+    parser.add_argument(
+        "--large",
+        nargs="+",
+        action=Large,
+        default=default,
+        metavar="LARGE",
+        help="auto, off, or TIMESTEP:FACTOR pairs such as 350:0.25 200:0.5: how images larger than the model was trained for "
+        "are made; at timesteps above each TIMESTEP the UNet's deep part runs at FACTOR times height and width "
+        "(default: %(default)s)",
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from distrijax.cli.options import (
     plain_errors,
 )
 from distrijax.errors import InvalidArgument
-from distrijax.flags import add_config_flags, config_of, settings_of
+from distrijax.flags import add_config_flags, add_large_flag, config_of, settings_of
 from distrijax.models.families import default_size
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG
@@ -49,6 +50,7 @@ from distrijax.parallel.processes import is_main_process
 from distrijax.pipelines.build import Pipeline
 from distrijax.pipelines.loading import Configs, read_configs
 from distrijax.plan.traffic import traffic
+from distrijax.sampling.large import deep_sizes, read_large
 from distrijax.sampling.layouts import image_layout
 from distrijax.validate import check_file
 from distrijax.weights.checkpoint import Checkpoint
@@ -96,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=5.0,
         help="how closely the image follows the prompt (default: %(default)s)",
     )
+    add_large_flag(parser, default="auto")
     add("--scheduler", choices=tuple(SCHEDULERS), help="(default: the checkpoint's)")
     parser.add_values(
         "--scheduler-option", "an option that replaces the checkpoint's, such as timestep_spacing=trailing"
@@ -141,6 +144,8 @@ def generate(arguments: argparse.Namespace) -> None:
     layout = plan_layout(arguments, config, configs, size, plan)
     print(f"mesh     {call_mesh(plan, layout)} on {plan.devices} x {device_kind()}, {dtype.name}")
     print(f"image    {describe_image(layout, arguments.batch, configs.vae.scale)}", flush=True)
+    if shrunk := describe_large(arguments, configs, layout):
+        print(f"large    {shrunk}", flush=True)
 
     call = call_arguments(arguments, size)
     start = time.perf_counter()
@@ -188,6 +193,7 @@ def call_arguments(arguments: argparse.Namespace, size: tuple[int, int]) -> dict
         "width": size[1],
         "num_inference_steps": arguments.num_inference_steps,
         "guidance_scale": arguments.guidance_scale,
+        "large": arguments.large,
     }
 
 
@@ -270,6 +276,25 @@ def describe_image(layout: Layout, batch: int, scale: int) -> str:
     size = "x".join(str(own * scale) for own, _ in sides.values())
     several = f", {batch} of them" if batch > 1 else ""
     return f"{size}{several}; each device has {each}{f'; {padding} are padding' if padding else ''}"
+
+
+def describe_large(arguments: argparse.Namespace, configs: Configs, layout: Layout) -> str:
+    """Describes the steps whose deep part runs on a smaller map; empty if there are none.
+
+    Args:
+        arguments: The parsed flags.
+        configs: The model's.
+        layout: How the image is sharded.
+    """
+    height, width = default_size(configs.family, configs.unet, configs.vae)
+    trained = height // configs.vae.scale, width // configs.vae.scale
+    timesteps = configs.scheduler.schedule(arguments.num_inference_steps)[0].timestep
+    sizes = deep_sizes(read_large(arguments.large, layout, trained), timesteps)
+    small = [(count, size) for size, count in Counter(sizes).items() if size is not None]
+    if not small:
+        return ""
+    parts = [f"{count} at {rows * configs.vae.scale}x{columns * configs.vae.scale}" for count, (rows, columns) in small]
+    return f"the model was trained at {height}x{width}: of {len(sizes)} steps the deep part makes {', '.join(parts)}"
 
 
 def output_files(output: Path, batch: int) -> list[Path]:

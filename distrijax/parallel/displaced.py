@@ -76,7 +76,7 @@ class Displaced(Synchronous):
     ):
         super().__init__(axis, bands, publishing or Publishing(self.KEEPS))
         self.stale, self.step_ratio = stale, step_ratio
-        self._moments: dict[str, Float[Array, "n b g 2"]] | None = None
+        self._moments: dict[str, Float[Array, "n b g 2"]] = {}
         self._last_kv: Float[Array, "b h w c2"] | None = None  # of the attention before this one
 
     def halo(self, name, x, above, below):
@@ -148,13 +148,13 @@ class Displaced(Synchronous):
 
     def _stale_moments(self, name: str) -> Float[Array, "n b g 2"]:
         """All patches' stale moments of a layer. One all-gather brings those of all layers, because each is only a few bytes."""
-        if self._moments is None:
+        if not self._moments:
             parts = {each: leaf for (kind, each), leaf in self.stale.items() if kind == MOMENTS}
             splits = np.cumsum([leaf.size // 2 for leaf in parts.values()])[:-1]
             own = jnp.concatenate([leaf.reshape(-1, 2) for leaf in parts.values()])
             gathered = all_patches(own, self.axis)
             pieces = zip(parts.items(), jnp.split(gathered, splits, axis=1), strict=True)
-            self._moments = {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in pieces}
+            self._moments |= {each: piece.reshape(-1, *leaf.shape) for (each, leaf), piece in pieces}
         return self._moments[name]
 
     @staticmethod

@@ -43,6 +43,7 @@ keys to an attention, and moments do not count them. What a layer computes there
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import ClassVar, Protocol
 
@@ -178,6 +179,25 @@ class Exchange(ChannelParallel, Protocol):
             size: Channels of a group.
         """
 
+    def resample(
+        self, name: str, x: Float[Array, "b h w c"], weights: Float[np.ndarray, "H R"], bands: Bands
+    ) -> Float[Array, "b q w c"]:
+        """Returns this patch's rows of a map whose every row is a weighted sum of the image's rows: a map of another height.
+
+        Args:
+            name: A name, as that of a layer.
+            x: This patch.
+            weights: For each row of the new map the weight of each of the image's rows at the level of `x`.
+            bands: How the new map is divided among the patches.
+        """
+
+    def at(self, bands: Bands) -> Exchange:
+        """Returns this exchange for layers on a map of another height; what either publishes, `finish` returns.
+
+        Args:
+            bands: How that map is divided.
+        """
+
     def exact(self) -> Exchange:
         """Returns an exchange that answers exactly, for a layer whose values must not be stale: the UNet's first."""
 
@@ -199,6 +219,12 @@ class WholeImage:
 
     def moments(self, name, x, size):
         return local_moments(x, size)
+
+    def resample(self, name, x, weights, bands):
+        return weighted_rows(x, weights)
+
+    def at(self, bands):
+        return self
 
     def channels(self, x, count):
         return x
@@ -271,6 +297,21 @@ class Synchronous(WholeImage):
     def moments(self, name, x, size):
         own = self._publish(MOMENTS, name, self._band_moments(x, size))
         return pool_moments(gather(own, self.axis), self._band_shares(x))
+
+    def resample(self, name, x, weights, bands):
+        parts, above, below = band_weights(weights, lax.axis_size(self.axis), x.shape[1], bands.rows_per_device)
+        if max(above, below) <= x.shape[1]:
+            rows = self.halo(name, x, above, below)
+        else:  # the bands lie too far apart
+            rows = gather_rows(flatten_pixels(self._without_padding(x)), self.axis).reshape(
+                x.shape[0], -1, *x.shape[2:]
+            )
+        return weighted_rows(rows, jnp.asarray(parts)[lax.axis_index(self.axis)])
+
+    def at(self, bands):
+        other = copy.copy(self)
+        other.bands = bands
+        return other
 
     def context(self, part, channels):
         return gather_channels(part)[..., :channels]
@@ -350,3 +391,45 @@ def flatten_pixels(x: Float[Array, "b ... c"]) -> Float[Array, "b t c"]:
         x: [b, h, w, c].
     """
     return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def weighted_rows(x: Float[Array, "b h w c"], weights: Float[Array | np.ndarray, "q h"]) -> Float[Array, "b q w c"]:
+    """Weighted sums of rows, in the dtype of `x`.
+
+    Args:
+        x: The rows.
+        weights: The weight of each row in each sum.
+    """
+    return jnp.einsum("qh,bhwc->bqwc", jnp.asarray(weights, x.dtype), x)
+
+
+def band_weights(
+    weights: Float[np.ndarray, "H R"], patches: int, rows: int, wanted: int
+) -> tuple[Float[np.ndarray, "patches wanted window"], int, int]:
+    """The part of `Exchange.resample`'s weights that each patch needs.
+
+    Args:
+        weights: Of the whole image, without padding.
+        patches: Number of patches.
+        rows: Rows of a patch, padding included.
+        wanted: Rows of the new map's patch, padding included.
+
+    Returns:
+        The weights of each patch's rows, which are its own and some above and below them; how many of its upper and of its lower
+        neighbour. Where a patch needs more than those have, the weights are of the rows of all patches.
+    """
+    padded = np.zeros((patches * wanted, patches * rows), np.float32)
+    padded[: weights.shape[0], : weights.shape[1]] = weights
+    bands = padded.reshape(patches, wanted, patches * rows)
+    above = below = 0
+    for patch, band in enumerate(bands):
+        used = np.flatnonzero(band.any(0))
+        if used.size:
+            above = max(above, patch * rows - used[0])
+            below = max(below, used[-1] + 1 - (patch + 1) * rows)
+    above, below = int(above), int(below)
+    if max(above, below) > rows:
+        return bands, above, below
+    spread = np.pad(bands, ((0, 0), (0, 0), (above, below)))
+    windows = [spread[patch, :, patch * rows : (patch + 1) * rows + above + below] for patch in range(patches)]
+    return np.stack(windows), above, below

@@ -93,11 +93,14 @@ class Stage(NamedTuple):
         results: The shardings of its result, of `static`: a tree in which one sharding stands for all leaves in its place. None if
             no other stage takes the result.
         donate: Indices of `arguments` whose memory the program may overwrite.
+        same: Of `static` and the arguments: which arguments have the shapes of its results, one for each; None where only
+            tracing tells the shapes.
     """
 
     function: Callable[..., Any]
     results: Callable[[Any], Any] | None = None
     donate: tuple[int, ...] = ()
+    same: Callable[[Any], tuple[int, ...] | None] | None = None
 
     @property
     def name(self) -> str:
@@ -150,6 +153,7 @@ class Programs:
         self._compiled: collections.OrderedDict[Hashable, Future[jax.stages.Compiled]] = collections.OrderedDict()
         self._running: collections.Counter[Hashable] = collections.Counter()
         self._memory_checked: set[Hashable] = set()
+        self._results: dict[Hashable, Any] = {}
         # all processes must compile in the same order: XLA may autotune kernels across them
         self._compilers = compilers(1 if jax.process_count() > 1 else 4)
 
@@ -208,6 +212,25 @@ class Programs:
                 self._memory_checked.add(key)
             return _launches(program, params, *arguments, alone=self.platform == "cpu")
 
+    def results(self, key: Hashable) -> Any:
+        """What `keep_results` kept for a program, or None.
+
+        Args:
+            key: The program's.
+        """
+        return self._results.get(key)
+
+    def keep_results(self, key: Hashable, shapes: Any) -> None:
+        """Keeps the shapes of a program's results, for as long as the program is kept.
+
+        Args:
+            key: The program's.
+            shapes: A tree of shapes.
+        """
+        with self._lock:
+            if key in self._compiled:
+                self._results[key] = shapes
+
     def cancel_pending(self) -> None:
         """Cancels the compilations that have not started."""
         with self._lock:
@@ -260,11 +283,13 @@ class Programs:
             logger.info("evicted %s: more than %d programs", key[0].name, self.max_programs)
             del self._compiled[key]
             self._memory_checked.discard(key)
+            self._results.pop(key, None)
 
     def _drop(self, key: Hashable, begun: Future) -> None:
         with self._lock:
             if self._compiled.get(key) is begun:
                 del self._compiled[key]
+                self._results.pop(key, None)
 
 
 class _Launches:

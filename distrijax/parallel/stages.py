@@ -92,6 +92,8 @@ class Described(NamedTuple):
 class Dry:
     """Describes what a call runs. What the host would read of the devices is zeros.
 
+    Stages whose results others take are traced here; all else happens in the background.
+
     Args:
         programs: Compiles what is described, in the background; None for tracing alone, where there may be no devices.
     """
@@ -104,16 +106,27 @@ class Dry:
         return with_shardings(value, sharding)
 
     def run(self, stage, static, params, *arguments):
-        if stage.results is None and self._programs is not None:
-            self._programs.prepare(stage, static, params, *arguments)
-            return None
         key = program_key(stage, static, arguments)
-        if key not in self._results:
-            traced = Described(stage, static, params, arguments).trace()
+        shapes = self._results.get(key)
+        if self._programs is not None and shapes is None:
+            shapes = self._programs.results(key)
+        if shapes is None:
+            traced, shapes = self._describe(stage, static, params, arguments)
             if self._programs is not None:
                 self._programs.prepare(stage, static, params, *arguments, traced=traced)
-            self._results[key] = with_shardings(traced.out_info, stage.results(static))
-        return self._results[key]
+                self._programs.keep_results(key, shapes)
+            self._results[key] = shapes
+        return shapes
+
+    def _describe(self, stage: Stage, static: Any, params: Any, arguments: tuple) -> tuple[Any, Any]:
+        """The traced program, if finding the shapes of the results has traced it, and these shapes."""
+        if stage.results is None:
+            return None, ()
+        shardings, same = stage.results(static), stage.same and stage.same(static)
+        if same is not None:
+            return None, with_shardings(tuple(arguments[index] for index in same), shardings)
+        traced = Described(stage, static, params, arguments).trace()
+        return traced, with_shardings(traced.out_info, shardings)
 
     def get(self, array):
         return np.broadcast_to(np.zeros((), array.dtype), array.shape)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self, Unpack
 from distrijax import interrupts
 from distrijax.config import DistriConfig
 from distrijax.errors import InvalidArgument, warn
-from distrijax.models.families import default_size
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import DATA, devices_of, plan_mesh
 from distrijax.parallel.processes import check_agreement, versions, warm_up_collectives
@@ -133,7 +132,8 @@ class Pipeline(Runner):
     def prepare(self, *prompts: Any, **arguments: Any) -> None:
         """Starts to compile, in the background, the programs of a call with these arguments; nothing is computed.
 
-        It is the call run dry: a call with the same arguments, whatever its prompts and seeds, compiles nothing more.
+        It is the call run dry: a call with the same arguments, whatever its prompts say and its seeds are, compiles
+        nothing more.
 
         Args:
             *prompts: As in a call; may be left out.
@@ -207,11 +207,6 @@ class Pipeline(Runner):
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Sets options of the tqdm progress bar, such as `disable=True`."""
         self._progress = settings
-
-    @property
-    def default_size(self) -> Size:
-        """The height and width in pixels that the model was trained for."""
-        return default_size(self.family, self.unet_config, self.vae_config)
 
     def _size(self, call: Call) -> Size:
         """Height and width of a call's images; None becomes the model's."""

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 from PIL import Image
 
+from distrijax.config import check_large
 from distrijax.errors import InvalidArgument
 from distrijax.pipelines.prompt import Embeddings, Prompt, Texts
 from distrijax.sampling.begin import Begin, FromNoise
 from distrijax.sampling.denoise import AfterUpdate, NoHook
+from distrijax.sampling.predict import PREDICT_NOISE, Predictor
 from distrijax.schedulers import Scheduler
 from distrijax.validate import check_argument, check_choice, finite_number, host_array, positive, scalar
 
@@ -46,7 +48,7 @@ class Call:
     - `callback_on_step_end` always gets the latents and nothing else, so there is no `callback_on_step_end_tensor_inputs`. An
       exception that it raises stops the call.
     - `denoising_end`, `cross_attention_kwargs`, `ip_adapter_image`, `ip_adapter_image_embeds` and `return_dict` are absent.
-    - `chunk_size` and `scheduler` are not in diffusers.
+    - `chunk_size`, `large` and `scheduler` are not in diffusers.
     - Images get no watermark.
 
     With several processes every one makes the same call, and its callback returns the same latents; only process 0 shows
@@ -78,6 +80,10 @@ class Call:
             call by an exception. A step is a call of the UNet; PNDM makes one more than `num_inference_steps`.
         chunk_size: Steps between two updates of the progress bar and two calls of the callback. None runs the loop as one
             program, or step by step with `DistriConfig.sync_steps` or a callback.
+        large: How an image larger than the model was trained for is made, so that it still shows what was asked for. "auto":
+            while the timestep is high, the deep part of the UNet runs on a map of about the trained size; only for images of
+            more than 1.6 times the trained area. "off": never. Or pairs (timestep, factor), such as
+            `[(350, 0.25), (200, 0.5)]`: by what height and width of the map shrink at timesteps above that.
         scheduler: A scheduler for this call, or a name from `distrijax.schedulers.SCHEDULERS`, which gets the options of
             the pipeline's. Default: the pipeline's.
 
@@ -101,6 +107,7 @@ class Call:
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     chunk_size: int | None = 1
+    large: str | Sequence[tuple[float, float]] = "off"
     scheduler: str | Scheduler | None = None
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("prompt",)
@@ -120,6 +127,7 @@ class Call:
                 self._set(name, positive(getattr(self, name), name))
         skipped = 0 if self.clip_skip is None else self.clip_skip
         self._set("clip_skip", positive(skipped, "clip_skip", least=0))
+        self._set("large", check_large(self.large))
         if not isinstance(self.scheduler, str | Scheduler | None):
             raise InvalidArgument(
                 f'scheduler is {self.scheduler!r:.60}; give a name, such as "euler", or a scheduler of distrijax.schedulers'
@@ -135,12 +143,14 @@ class Call:
         """The arguments of a call as it was written.
 
         Args:
-            *positional: Of `POSITIONAL`.
+            *positional: Of `POSITIONAL`; or the arguments as one object of this class, alone.
             **named: The others.
 
         Raises:
             InvalidArgument: For arguments that there are not, and for those that cannot be used.
         """
+        if len(positional) == 1 and isinstance(positional[0], cls) and not named:
+            return positional[0]
         names = [field.name for field in dataclasses.fields(cls)]
         if len(positional) > len(cls.POSITIONAL):
             raise InvalidArgument(
@@ -194,19 +204,19 @@ class Request(NamedTuple):
     Attributes:
         call: Its arguments.
         size: Height and width of the images in pixels.
-        guided: Whether an unconditional branch runs beside the conditional one.
         branches: The prompts of each branch of guidance, as `PromptEncoder.read` returns them.
         time_ids: SDXL's micro-conditioning of each branch; None for models without.
         begin: Where the call begins.
+        predictor: What steps predict with at the latents' size, where the UNet is divided into patches.
         after_update: What follows each update of the scheduler.
     """
 
     call: Call
     size: Size
-    guided: bool
     branches: Sequence[Texts | Embeddings | None]
     time_ids: Sequence[Sequence[float]] | None = None
     begin: Begin = FromNoise()
+    predictor: Predictor = PREDICT_NOISE
     after_update: AfterUpdate = NoHook()
 
     @property

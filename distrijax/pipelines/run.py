@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,16 +15,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from distrijax import interrupts
-from distrijax.config import DistriConfig, Parallelism, StepKind
+from distrijax.config import DistriConfig, Parallelism
 from distrijax.errors import InvalidArgument, NotFinite, warn
-from distrijax.models.families import Family
+from distrijax.models.families import Family, default_size
 from distrijax.parallel.displaced import strategy_of
 from distrijax.parallel.layout import Layout, check_images
 from distrijax.parallel.mesh import CFG, DATA
 from distrijax.parallel.processes import check_agreement, is_main_process, to_host
 from distrijax.parallel.programs import MAX_PROGRAMS, Programs, Stage, check_eager
 from distrijax.parallel.stages import On, OnDevices
-from distrijax.pipelines.call import Call, PipelineOutput, Request, given_latents, image_seeds, to_pil
+from distrijax.pipelines.call import Call, PipelineOutput, Request, Size, given_latents, image_seeds, to_pil
 from distrijax.pipelines.loading import Components
 from distrijax.pipelines.progress import Progress
 from distrijax.pipelines.prompt import Embeddings, PromptEncoder
@@ -31,6 +32,7 @@ from distrijax.sampling.begin import put_latents, run_begin
 from distrijax.sampling.condition import PromptInputs, run_condition
 from distrijax.sampling.decode import DECODE, DecodeSpec
 from distrijax.sampling.denoise import CallInputs, LoopSpec, StepsSpec, call_inputs, run_steps
+from distrijax.sampling.large import deep_sizes, is_large, read_large
 from distrijax.sampling.layouts import image_layout
 from distrijax.sampling.steps import StepInputs, StepPlan, plan_steps
 from distrijax.schedulers import Scheduler, State, with_class
@@ -91,6 +93,7 @@ class Runner:
         )
         self._everywhere = jax.sharding.NamedSharding(mesh, P())
         self._progress: dict[str, Any] = {}
+        self._warned_of_size = False
         self._set_components(components)
 
     def _set_components(self, components: Components) -> None:
@@ -108,6 +111,11 @@ class Runner:
     def _params(self) -> dict[str, Any]:
         """The parameters of `_models`."""
         return {UNET: self._unet.params}
+
+    @property
+    def default_size(self) -> Size:
+        """The height and width in pixels that the model was trained for."""
+        return default_size(self.family, self.unet_config, self.vae_config)
 
     @interrupts.not_lost()
     def _generate(self, request: Request) -> PipelineOutput:
@@ -133,7 +141,8 @@ class Runner:
             guided=call.guidance_scale > 1,
         )
         loop = LoopSpec(layout, self._models, scheduler, self.dtype, type(request.after_update))
-        plan = plan_steps(self.config, layout, len(steps.timestep))
+        sizes = self._deep_sizes(call, layout, steps.timestep)
+        plan = plan_steps(self.config, layout, len(steps.timestep), sizes, request.predictor)
         self._warn_of_idle_options(layout, plan)
         check_images(request.images, self.mesh.shape[DATA])
         self._check_agreement(request, scheduler)
@@ -141,6 +150,19 @@ class Runner:
         if latents is not None:
             latents = given_latents(latents, (request.images, self.vae_config.latent_channels, *layout.latent))
         return Planned(loop, plan, steps, sigma, image_seeds(call.seed, request.images), latents)
+
+    def _deep_sizes(self, call: Call, layout: Layout, timesteps: Sequence[float]) -> list[tuple[int, int] | None]:
+        """The size of the deep part at each step, as the call's `large` asks; warns of large images without it."""
+        trained = tuple(side // self.vae_config.scale for side in self.default_size)
+        if call.large == "off" and not self._warned_of_size and is_large(layout.latent, trained):
+            self._warned_of_size = True
+            height, width = self.default_size
+            warn(
+                f"the image has {math.prod(layout.latent) / math.prod(trained):.1f} times the pixels that the model was "
+                f"trained for ({height}x{width}), and is likely to repeat objects; give large='auto'"
+            )
+        shrinking = read_large(call.large, layout, trained)
+        return deep_sizes(shrinking, timesteps)
 
     def _run(
         self,
@@ -167,9 +189,8 @@ class Runner:
         keys, state = run_begin(on, layout, loop.scheduler, channels, begin, seeds, latents, steps, sigma)
         prompt = self._prompt_inputs(request, embeddings)
         conditioning = run_condition(on, layout, loop.models, self._params, prompt)
-        inputs = call_inputs(
-            on, layout, conditioning, keys, call.guidance_scale, call.guidance_rescale, request.after_update
-        )
+        arrays = request.after_update.arrays(on, layout, begin, steps)
+        inputs = call_inputs(on, layout, conditioning, keys, call.guidance_scale, call.guidance_rescale, arrays)
         xs = StepInputs.of(steps, begin.start, begin.stream)
         with watched(on, layout, call, xs) as after:
             state = self._denoise(on, loop, plan, inputs, state, xs, call, after)
@@ -215,7 +236,10 @@ class Runner:
             return {name: repr(getattr(call, name)) for name in names} | {
                 "prompt": request.branches,
                 "latents": () if call.latents is None else host_array(call.latents, "latents"),
-                "image": vars(request.begin),
+                "begin": (type(request.begin).__name__, request.begin.facts()),
+                "after_update": (type(request.after_update).__name__, request.after_update.facts()),
+                "height": request.size[0],
+                "width": request.size[1],
                 "callback_on_step_end": call.callback_on_step_end is None,
                 "sizes": request.time_ids,
                 "config": self.config,
@@ -234,7 +258,7 @@ class Runner:
             why += f" and sync_steps {list(self.config.sync_steps)}"
         names = [name for name in options if getattr(self.config, name)]
         displaced = strategy_of(self.config, layout.patches) is not None
-        if names and displaced and StepKind.DISPLACED not in plan.kinds:
+        if names and displaced and not plan.displaced:
             warn(
                 f"{', '.join(names)} has no effect: with {why} all {total} steps are synchronous; use fewer of them, or "
                 "remove it"

@@ -58,4 +58,4 @@ class DistriSDPipeline(Pipeline):
             self._prompts.given(call.negative_prompt_embeds, None, "negative_", self.dtype),
             guided=guided,
         )
-        return Request(call, size, guided, branches)
+        return Request(call, size, branches)

@@ -114,7 +114,7 @@ class DistriSDXLPipeline(Pipeline):
             (call.prompt, call.prompt_2), (call.negative_prompt, call.negative_prompt_2), *embeddings, guided=guided
         )
         if not guided:
-            return Request(call, size, guided, branches, [time_ids[""]])
+            return Request(call, size, branches, [time_ids[""]])
         if call.negative_original_size is None or call.negative_target_size is None:
             time_ids[NEGATIVE] = time_ids[""]
             if negative_sizes:
@@ -122,7 +122,7 @@ class DistriSDXLPipeline(Pipeline):
                     f"{', '.join(negative_sizes)} has no effect without both negative_original_size and "
                     "negative_target_size; give both, or remove it"
                 )
-        return Request(call, size, guided, branches, [time_ids[NEGATIVE], time_ids[""]])
+        return Request(call, size, branches, [time_ids[NEGATIVE], time_ids[""]])
 
 
 def _time_ids(size: Size, original: Size | None, crop: Size, target: Size | None, prefix: str = "") -> list[float]:

@@ -22,30 +22,38 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from distrijax.config import DistriConfig
 from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import DistriError, InvalidArgument
-from distrijax.flags import add_config_flags, config_of
+from distrijax.flags import add_config_flags, add_large_flag, config_of
+from distrijax.models.families import SDXL, default_size
 from distrijax.models.unet_config import SDXL_BASE, UNetConfig
 from distrijax.models.vae import SDXL_VAE, VAEConfig
 from distrijax.parallel.layout import check_sizes
+from distrijax.parallel.mesh import plan_mesh
 from distrijax.pipelines.loading import read_configs
+from distrijax.plan.overlap import HloProgram
 from distrijax.plan.projection import (
     LINKS,
     CompiledStep,
     Event,
     compile_decoder,
+    compile_kinds,
     compile_step,
+    decoder_seconds,
     timeline,
     total_seconds,
     waiting_seconds,
 )
 from distrijax.plan.targets import GPUS, TPUS
 from distrijax.plan.traffic import megabytes
+from distrijax.sampling.large import deep_sizes, read_large
+from distrijax.sampling.layouts import layout_of
+from distrijax.sampling.steps import SizedKind
 from distrijax.schedulers import Scheduler, load_scheduler
 from distrijax.validate import check_file, positive
 from distrijax.weights.dtypes import DTYPES
@@ -92,7 +100,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder in the diffusers layout or hub id (default: Stable Diffusion XL's UNet)")
     add("--batch", type=int, default=1, help="images of a call (default: %(default)s)")
     add("--no-guidance", action="store_true", help="no guidance, as with --guidance-scale 1")
-    add_config_flags(parser, without=("warmup_steps", "sync_steps", "split_scheme"))
+    add_config_flags(parser, without=("split_scheme",))
+    add(
+        "--num-inference-steps",
+        type=int,
+        help="project a whole image of so many steps too: compiles each kind of step, and counts decoding",
+    )
+    add_large_flag(parser, default="auto")
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="(default: %(default)s)")
     add("--link", default="nvlink", help="nvlink, pcie, network, or GB/s received (default: %(default)s)")
     add("--no-baseline", action="store_true", help="skip compiling for one device, which the speed-up is compared with")
@@ -105,8 +119,10 @@ def _report(arguments: argparse.Namespace) -> None:
     """Compiles and prints; one line for each subject."""
     devices = positive(arguments.devices, "--devices")
     link = _link(arguments.link)
-    if arguments.tpu and (link or arguments.timeline):
-        raise InvalidArgument("--link and --timeline have no effect with --tpu; leave them out, or choose a --gpu")
+    if arguments.tpu and (link or arguments.timeline or arguments.num_inference_steps is not None):
+        raise InvalidArgument(
+            "--link, --timeline and --num-inference-steps have no effect with --tpu; leave them out, or choose a --gpu"
+        )
     _check_outputs(arguments)
     run = _read_request(arguments)
     step = _compile(run, arguments, devices)
@@ -120,7 +136,8 @@ def _report(arguments: argparse.Namespace) -> None:
     print(
         f"memory   {_memory(step.memory)} of {megabytes(step.target.memory)} on each device in a step: {_kinds(step.memory)}"
     )
-    decoding = {"weights of the UNet": step.memory["weights"], **_decoding(run, arguments)}
+    decoder_memory, decoder = _decoding(run, arguments)
+    decoding = {"weights of the UNet": step.memory["weights"], **decoder_memory}
     print(f"         {_memory(decoding)} while the image is decoded: {_kinds(decoding)}")
     print(f"work     {step.flops / 1e12:.3g} TFLOP on each device and step")
     print(f"received {megabytes(step.received)} by each device and step")
@@ -129,6 +146,45 @@ def _report(arguments: argparse.Namespace) -> None:
     alone = _compile(run, arguments, 1) if devices > 1 and not arguments.no_baseline else None
     for line in _estimate(step, alone) if arguments.tpu else _projection(step, alone, link):
         print(f"projection  {line}")
+    if arguments.num_inference_steps is not None:
+        for line in _whole_image(run, arguments, decoder, link):
+            print(line, flush=True)
+
+
+def _whole_image(
+    run: _Request, arguments: argparse.Namespace, decoder: HloProgram, link: float | None
+) -> Iterator[str]:
+    """Each kind of an image's steps, and all of them with decoding; compiles each kind."""
+    total = most = 0.0
+    kinds = compile_kinds(
+        run.config, run.unet, run.scheduler, run.target, _sizes(run, arguments), **_shape(run, arguments)
+    )
+    for kind, count, step in kinds:
+        seconds = total_seconds(step.events(link))
+        total += count * seconds
+        most = max(most, sum(step.memory.values()))
+        yield (
+            f"image    {count} x {_name(kind, run)}: projection {1e3 * seconds:.3g} ms, received "
+            f"{megabytes(step.received)}, memory {_memory(step.memory)}"
+        )
+    decoding = decoder_seconds(decoder, GPUS[run.target], link)
+    yield f"projection  {total:.3g} s for all steps and {decoding:.3g} s for decoding: {total + decoding:.3g} s an image"
+
+
+def _name(kind: Any, run: _Request) -> str:
+    """A kind of step as text, with the size of its deep part where that is smaller."""
+    if not isinstance(kind, SizedKind):
+        return str(kind)
+    rows, columns = (side * run.vae.scale for side in kind.size)
+    return f"{kind.kind}, the deep part at {rows}x{columns}"
+
+
+def _sizes(run: _Request, arguments: argparse.Namespace) -> list[tuple[int, int] | None]:
+    """Of each step of an image, the size of the deep part's map."""
+    mesh = plan_mesh(run.config, arguments.devices, branches=run.unet.branches).abstract()
+    layout = layout_of(run.config, mesh, run.unet, guided=not arguments.no_guidance, latent=run.latent)
+    timesteps = run.scheduler.schedule(arguments.num_inference_steps)[0].timestep
+    return deep_sizes(read_large(arguments.large, layout, run.trained), timesteps)
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
@@ -174,49 +230,46 @@ class _Request(NamedTuple):
     vae: VAEConfig
     scheduler: Scheduler
     latent: tuple[int, int]
+    trained: tuple[int, int]
 
 
 def _read_request(arguments: argparse.Namespace) -> _Request:
     if len(arguments.image_size) > 2:
         raise InvalidArgument(f"--image-size takes H or H W, not {len(arguments.image_size)} numbers")
-    unet, vae, scheduler = SDXL_BASE, SDXL_VAE, load_scheduler({"_class_name": "EulerDiscreteScheduler"})
+    family, unet, vae = SDXL, SDXL_BASE, SDXL_VAE
+    scheduler = load_scheduler({"_class_name": "EulerDiscreteScheduler"})
     if arguments.model:
         configs = read_configs(open_checkpoint(arguments.model, weights=False))
-        unet, vae, scheduler = configs.unet, configs.vae, configs.scheduler
+        family, unet, vae, scheduler = configs.family, configs.unet, configs.vae, configs.scheduler
     height, width = arguments.image_size[0], arguments.image_size[-1]
     check_sizes(height=height, width=width, vae_scale=vae.scale)
     config = config_of(arguments)
-    return _Request(
-        arguments.tpu or arguments.gpu, config, unet, vae, scheduler, (height // vae.scale, width // vae.scale)
+    latent, trained = (
+        (rows // vae.scale, columns // vae.scale)
+        for rows, columns in ((height, width), default_size(family, unet, vae))
     )
+    return _Request(arguments.tpu or arguments.gpu, config, unet, vae, scheduler, latent, trained)
+
+
+def _shape(run: _Request, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all that is compiled has in common."""
+    return {
+        "devices": arguments.devices,
+        "latent": run.latent,
+        "images": arguments.batch,
+        "guided": not arguments.no_guidance,
+        "dtype": DTYPES[arguments.dtype],
+    }
 
 
 def _compile(run: _Request, arguments: argparse.Namespace, devices: int) -> CompiledStep:
-    return compile_step(
-        run.config,
-        run.unet,
-        run.scheduler,
-        run.target,
-        devices=devices,
-        latent=run.latent,
-        images=positive(arguments.batch, "--batch"),
-        guided=not arguments.no_guidance,
-        dtype=DTYPES[arguments.dtype],
-    )
+    positive(arguments.batch, "--batch")
+    shape = _shape(run, arguments) | {"devices": devices}
+    return compile_step(run.config, run.unet, run.scheduler, run.target, **shape)
 
 
-def _decoding(run: _Request, arguments: argparse.Namespace) -> dict[str, int]:
-    return compile_decoder(
-        run.config,
-        run.unet,
-        run.vae,
-        run.target,
-        devices=arguments.devices,
-        latent=run.latent,
-        images=arguments.batch,
-        guided=not arguments.no_guidance,
-        dtype=DTYPES[arguments.dtype],
-    )
+def _decoding(run: _Request, arguments: argparse.Namespace) -> tuple[dict[str, int], HloProgram]:
+    return compile_decoder(run.config, run.unet, run.vae, run.target, **_shape(run, arguments))
 
 
 def _link(given: str) -> float | None:

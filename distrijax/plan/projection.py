@@ -22,6 +22,7 @@ import math
 import time
 import warnings
 from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from distrijax.parallel.programs import compiled, options_for
 from distrijax.parallel.stages import Described, with_shardings
 from distrijax.plan.overlap import HloProgram, Instruction, Transfer, array_bytes
 from distrijax.plan.targets import GPUS, TPUS, Gpu, Tpu, compile_only_devices
-from distrijax.plan.traffic import main_step, stale_of
+from distrijax.plan.traffic import main_step, stale_of, step_kinds
 from distrijax.sampling.decode import DECODE, DecodeSpec
 from distrijax.sampling.layouts import layout_of
 from distrijax.schedulers import Scheduler
@@ -155,13 +156,56 @@ def compile_step(
         dtype=dtype,
         devices=targets,
     )
-    outlined = time.perf_counter() - start
-    platform = targets[0].platform
-    executable, compiling = _compiled(step, config, options, platform)
-    compiling["tracing"] += outlined
+    return _compile_step(step, target, mesh, config, options, time.perf_counter() - start)
+
+
+def compile_kinds(
+    config: DistriConfig,
+    unet: UNetConfig,
+    scheduler: Scheduler,
+    target: str,
+    sizes: Sequence[tuple[int, int] | None],
+    *,
+    devices: int,
+    latent: tuple[int, int],
+    images: int = 1,
+    guided: bool = True,
+    dtype: Any = jnp.bfloat16,
+) -> Iterator[tuple[Hashable, int, CompiledStep]]:
+    """Compiles a step of each kind that a run has; arguments as in `compile_step`, except `sizes`.
+
+    Args:
+        config: The run's configuration.
+        unet: The UNet's configuration.
+        scheduler: The run's scheduler.
+        target: A key of `distrijax.plan.targets.GPUS` or `TPUS`.
+        sizes: Of each step, the size of the deep part's map; None for that of the latents.
+        devices: Number of devices.
+        latent: Height and width of the latent.
+        images: Images of a call.
+        guided: Whether the guidance scale is above 1.
+        dtype: Of the weights and activations.
+
+    Yields:
+        Each kind, how many steps are of it, and the step.
+    """
+    mesh, targets = plan_mesh(config, devices, branches=unet.branches), compile_only_devices(target, devices)
+    shape = {"latent": latent, "images": images, "guided": guided, "dtype": dtype, "platform": targets[0].platform}
+    plan, described = step_kinds(config, unet, scheduler, mesh.build(targets), sizes, **shape)
+    for kind, count in Counter(plan.kinds).items():
+        yield kind, count, _compile_step(described[kind], target, mesh, config, None, 0.0)
+
+
+def _compile_step(
+    step: Described, target: str, mesh: MeshPlan, config: DistriConfig, options: Any, tracing: float
+) -> CompiledStep:
+    """Compiles a step; `tracing` is what describing it took, in seconds."""
+    device = {**GPUS, **TPUS}[target]
+    executable, compiling = _compiled(step, config, options, "gpu" if isinstance(device, Gpu) else "tpu")
+    compiling["tracing"] += tracing
     program = HloProgram(executable.as_text())
     temporaries = executable.memory_analysis().temp_size_in_bytes
-    return CompiledStep({**GPUS, **TPUS}[target], mesh, program, _memory(step, program, temporaries), compiling)
+    return CompiledStep(device, mesh, program, _memory(step, program, temporaries), compiling)
 
 
 def compile_decoder(
@@ -190,7 +234,7 @@ def compile_decoder(
         dtype: Of the run; the VAE's own may be wider.
 
     Returns:
-        Bytes on each device, by kind: weights, pixels and work.
+        Bytes on each device, by kind (weights, pixels and work), and the program.
     """
     targets = compile_only_devices(target, devices)
     mesh, platform = plan_mesh(config, devices, branches=unet.branches).build(targets), targets[0].platform
@@ -203,11 +247,23 @@ def compile_decoder(
     decoding = Described(DECODE, DecodeSpec(layout, form, dtype), model.params, (latents,))
     executable, _ = _compiled(decoding, config, {}, platform)
     analysis = executable.memory_analysis()
-    return {
+    memory = {
         "weights": _on_device(model.params),
         "pixels": analysis.output_size_in_bytes,
         "work": analysis.temp_size_in_bytes,
     }
+    return memory, HloProgram(executable.as_text())
+
+
+def decoder_seconds(program: HloProgram, gpu: Gpu, link: float | None = None) -> float:
+    """The projected seconds of decoding.
+
+    Args:
+        program: Of `compile_decoder`.
+        gpu: The device model.
+        link: Bytes per second received; None is the GPU's own link.
+    """
+    return total_seconds(_simulate(program, gpu, link or gpu.link))
 
 
 def _compiled(

@@ -9,24 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from distrijax.config import DistriConfig
 from distrijax.models.unet import abstract_unet
 from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.exchange import HALO, KV, MOMENTS, Stale
 from distrijax.parallel.layout import check_images
-from distrijax.parallel.mesh import CFG, MeshPlan, plan_mesh
+from distrijax.parallel.mesh import CFG, DATA, MeshPlan, plan_mesh
 from distrijax.parallel.platform import tracing_for
 from distrijax.parallel.stages import Described
 from distrijax.sampling.denoise import LoopSpec
 from distrijax.sampling.describe import describe_steps
 from distrijax.sampling.layouts import layout_of
-from distrijax.sampling.steps import plan_steps
+from distrijax.sampling.steps import StepPlan, plan_steps
 from distrijax.schedulers import Scheduler
 from distrijax.weights.models import UNET, Models
 from distrijax.weights.sharding import ModelLayout
@@ -156,15 +157,58 @@ def main_step(
         devices: Devices to compile for; None where the step is only traced.
         platform: JAX's platform whose parameter layout is used (default: that of `devices`, or a CPU's).
     """
-    check_images(images, mesh.data)
+    config = dataclasses.replace(config, sync_steps=())
+    sizes = [None] * (config.warmup_steps + 2)  # the fewest that have a displaced one
     where = mesh.abstract() if devices is None else mesh.build(devices)
-    layout = layout_of(config, where, unet, guided=guided, latent=latent)
     platform = platform or (devices[0].platform if devices else "cpu")
+    _, kinds = step_kinds(
+        config,
+        unet,
+        scheduler,
+        where,
+        sizes,
+        latent=latent,
+        images=images,
+        guided=guided,
+        dtype=dtype,
+        platform=platform,
+    )
+    return [*kinds.values()][-1]
+
+
+def step_kinds(
+    config: DistriConfig,
+    unet: UNetConfig,
+    scheduler: Scheduler,
+    mesh: Mesh | AbstractMesh,
+    sizes: Sequence[tuple[int, int] | None],
+    *,
+    latent: tuple[int, int],
+    images: int = 1,
+    guided: bool = True,
+    dtype: Any = jnp.bfloat16,
+    platform: str = "cpu",
+) -> tuple[StepPlan, dict[Hashable, Described]]:
+    """The kinds of a run's steps, and a program of one step of each kind.
+
+    Args:
+        config: The run's configuration.
+        unet: The UNet's configuration.
+        scheduler: The run's scheduler.
+        mesh: The mesh.
+        sizes: Of each step, the size of the deep part's map; None for that of the latents.
+        latent: Height and width of the latent.
+        images: Images of a call.
+        guided: Whether the guidance scale is above 1.
+        dtype: Of the weights and activations.
+        platform: JAX's platform whose parameter layout is used.
+    """
+    check_images(images, mesh.shape[DATA])
+    layout = layout_of(config, mesh, unet, guided=guided, latent=latent)
     form = ModelLayout.of(abstract_unet(unet), layout.parallelism, shard=config.shard_weights, platform=platform)
     loop = LoopSpec(layout, Models.of(**{UNET: form}), scheduler, dtype)
-    config = dataclasses.replace(config, sync_steps=())
-    plan = plan_steps(config, layout, config.warmup_steps + 2)  # the fewest that have a displaced one
-    return [*describe_steps(loop, plan, unet, images).values()][-1]
+    plan = plan_steps(config, layout, len(sizes), sizes)
+    return plan, describe_steps(loop, plan, unet, images)
 
 
 def stale_of(step: Described) -> Stale:

@@ -29,6 +29,9 @@ class Begin(Protocol):
     stream: Stream
     start: int
 
+    def facts(self) -> dict[str, Any]:
+        """What must be the same in all processes: arrays of numpy, or values whose `repr` says all."""
+
     def arguments(self, on: On, layout: Layout, steps: Any, sigma: float) -> tuple:
         """What `state` takes besides, placed.
 
@@ -57,6 +60,9 @@ class FromNoise:
     stream: ClassVar[Stream] = Stream.TEXT
     start: ClassVar[int] = 0
 
+    def facts(self):
+        return {}
+
     def arguments(self, on, layout, steps, sigma):
         return (on.put(np.float32(sigma), layout.sharding(P())),)
 
@@ -72,11 +78,15 @@ class FromLatents:
     Attributes:
         latents: The latents, without noise, on the host.
         start: The index in the schedule of the first step to make, in calls of the model.
+        stream: The stream of the call's noise.
     """
 
     latents: Float[np.ndarray, "b c h w"]
     start: int
-    stream: ClassVar[Stream] = Stream.IMAGE
+    stream: Stream = Stream.IMAGE
+
+    def facts(self):
+        return {"latents": self.latents, "start": self.start}
 
     def arguments(self, on, layout, steps, sigma):
         first = jax.tree.map(lambda column: column[0], steps)
@@ -95,12 +105,14 @@ class BeginSpec(NamedTuple):
         scheduler: The scheduler.
         channels: Channels of the latents.
         kind: The way to begin.
+        stream: The stream of the call's noise.
     """
 
     layout: Layout
     scheduler: Scheduler
     channels: int
     kind: type[Begin]
+    stream: Stream
 
 
 def begin(
@@ -122,7 +134,7 @@ def begin(
     layout = spec.layout
     keys = image_keys(seeds)
     if noise is None:
-        noise = draw_latents(layout, spec.channels, keys, spec.kind.stream)
+        noise = draw_latents(layout, spec.channels, keys, spec.stream)
     state = spec.kind.state(spec.scheduler, noise, *arguments)
     return jax.lax.with_sharding_constraint((keys, state), _begun(spec))
 
@@ -159,7 +171,7 @@ def run_begin(
         steps: The scheduler's constants of all steps to make.
         sigma: The standard deviation of the noise that a call without an image begins with.
     """
-    spec = BeginSpec(layout, scheduler, channels, type(way))
+    spec = BeginSpec(layout, scheduler, channels, type(way), way.stream)
     seeds = on.put(seeds, layout.sharding(P(DATA)))
     noise = None if noise is None else put_latents(on, layout, noise)
     return on.run(BEGIN, spec, (), seeds, noise, *way.arguments(on, layout, steps, sigma))

@@ -26,6 +26,7 @@ from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import CFG, DATA
 from distrijax.parallel.programs import Stage
 from distrijax.parallel.stages import On
+from distrijax.sampling.begin import Begin
 from distrijax.sampling.condition import conditioning_specs, guidance_weights, merge_lead_axes
 from distrijax.sampling.noise import band_noise
 from distrijax.sampling.steps import StepInputs, StepRule
@@ -36,12 +37,17 @@ from distrijax.weights.models import Models, NamedParams
 class AfterUpdate(Protocol):
     """What follows each update of the scheduler. The class is static; an object has a call's arrays."""
 
-    def arrays(self, on: On, layout: Layout) -> Any:
+    def facts(self) -> dict[str, Any]:
+        """What must be the same in all processes: arrays of numpy, or values whose `repr` says all."""
+
+    def arrays(self, on: On, layout: Layout, begin: Begin, steps: Any) -> Any:
         """What `update` takes besides, placed.
 
         Args:
             on: Where the call runs.
             layout: The layout of the latents.
+            begin: Where the call begins.
+            steps: The scheduler's constants of all steps to make, `[steps]` each.
         """
 
     @staticmethod
@@ -53,20 +59,24 @@ class AfterUpdate(Protocol):
         """
 
     @staticmethod
-    def update(state: Any, x: StepInputs, arrays: Any) -> Any:
+    def update(loop: LoopSpec, inputs: CallInputs, state: Any, x: StepInputs) -> Any:
         """The state to go on with, on one device.
 
         Args:
+            loop: What is static; its scheduler adds noise.
+            inputs: The inputs of the call: the images' keys, and this device's part of `arrays` as `after_update`.
             state: The scheduler's state after the step, of this device's rows.
             x: The step's constants.
-            arrays: This device's part of `arrays`.
         """
 
 
 class NoHook:
     """Nothing follows an update."""
 
-    def arrays(self, on, layout):
+    def facts(self):
+        return {}
+
+    def arrays(self, on, layout, begin, steps):
         return ()
 
     @staticmethod
@@ -74,7 +84,7 @@ class NoHook:
         return ()
 
     @staticmethod
-    def update(state, x, arrays):
+    def update(loop, inputs, state, x):
         return state
 
 
@@ -136,7 +146,7 @@ def call_inputs(
     keys: Key[Array, "images"],
     guidance_scale: float,
     guidance_rescale: float,
-    after_update: AfterUpdate,
+    after_update: Any = (),
 ) -> CallInputs:
     """What is constant over the steps of a call, on the devices.
 
@@ -147,14 +157,14 @@ def call_inputs(
         keys: The random key of each image, on the devices.
         guidance_scale: Scale of classifier-free guidance.
         guidance_rescale: As in a call; 0 for none.
-        after_update: What follows each update.
+        after_update: `AfterUpdate.arrays`.
     """
     weights = guidance_weights(guidance_scale, guided=layout.guided)
     rescale = None
     if layout.guided and guidance_rescale > 0:
         rescale = on.put(np.float32(guidance_rescale), layout.sharding(P()))
     weights = on.put(weights, layout.sharding(P(CFG) if layout.guided else P()))
-    return CallInputs(conditioning, weights, rescale, keys, after_update.arrays(on, layout))
+    return CallInputs(conditioning, weights, rescale, keys, after_update)
 
 
 def steps(
@@ -212,7 +222,12 @@ def _results(spec: StepsSpec) -> tuple:
     return layout.sharding(layout.latents), layout.sharding(layout.stale)
 
 
-STEPS = Stage(steps, _results, donate=(1, 2))
+def _same(spec: StepsSpec) -> tuple[int, int] | None:
+    """Steps that read what the step before published leave a state and publish of the same shapes."""
+    return (1, 2) if spec.keep and all(rule.reads for rule in spec.rules) else None
+
+
+STEPS = Stage(steps, _results, donate=(1, 2), same=_same)
 
 
 def run_steps(
@@ -325,7 +340,7 @@ def _step(
     if loop.scheduler.needs_noise:
         noise = band_noise(inputs.keys, number, first_row(shape[0], loop.layout.rows), tuple(shape))
     state = loop.scheduler.update(state, _guide(loop.layout, inputs, output), step, noise)
-    return loop.after_update.update(state, x, inputs.after_update)
+    return loop.after_update.update(loop, inputs, state, x)
 
 
 def _guide(layout: Layout, inputs: CallInputs, output: Float[Array, "k b h w c"]) -> Float[Array, "b h w c"]:

@@ -12,7 +12,7 @@ from distrijax.models.unet_config import UNetConfig
 from distrijax.parallel.stages import Described, Dry, with_shardings
 from distrijax.sampling.begin import FromNoise, run_begin
 from distrijax.sampling.condition import PromptInputs, run_condition
-from distrijax.sampling.denoise import STEPS, LoopSpec, NoHook, StepsSpec, call_inputs
+from distrijax.sampling.denoise import STEPS, AfterUpdate, LoopSpec, NoHook, StepsSpec, call_inputs
 from distrijax.sampling.steps import StepInputs, StepPlan
 
 PROMPT_TOKENS = 77
@@ -22,7 +22,9 @@ TIME_IDS = 6
 """SDXL's; a refiner has 5 and a wider pooled embedding, which leaves the shapes of the conditioning as they are."""
 
 
-def describe_steps(loop: LoopSpec, plan: StepPlan, unet: UNetConfig, images: int = 1) -> dict[Hashable, Described]:
+def describe_steps(
+    loop: LoopSpec, plan: StepPlan, unet: UNetConfig, images: int = 1, after_update: AfterUpdate | None = None
+) -> dict[Hashable, Described]:
     """A program of one step of each kind, by kind, in the order in which the kinds occur.
 
     Args:
@@ -30,6 +32,7 @@ def describe_steps(loop: LoopSpec, plan: StepPlan, unet: UNetConfig, images: int
         plan: The kinds of steps.
         unet: The UNet's configuration.
         images: How many images.
+        after_update: What follows each update; None for nothing.
     """
     on, layout, models = Dry(), loop.layout, loop.models
     shardings = jax.tree.map(layout.sharding, models.specs, is_leaf=lambda spec: isinstance(spec, P))
@@ -37,8 +40,10 @@ def describe_steps(loop: LoopSpec, plan: StepPlan, unet: UNetConfig, images: int
     conditioning = run_condition(on, layout, models, params, _empty_prompt(loop, unet, images))
     table, sigma = loop.scheduler.schedule(2)
     seeds, channels = np.zeros((images, 3), np.uint32), unet.out_channels
-    keys, state = run_begin(on, layout, loop.scheduler, channels, FromNoise(), seeds, None, table, sigma)
-    inputs = call_inputs(on, layout, conditioning, keys, 1.0, 0.0, NoHook())
+    begin = FromNoise()
+    keys, state = run_begin(on, layout, loop.scheduler, channels, begin, seeds, None, table, sigma)
+    arrays = (after_update or NoHook()).arrays(on, layout, begin, table)
+    inputs = call_inputs(on, layout, conditioning, keys, 1.0, 0.0, arrays)
     pieces = on.put((StepInputs.of(table).part(0, 1),), layout.sharding(P()))
     stale, before, described = {}, None, {}
     for kind in dict.fromkeys(plan.kinds):

@@ -15,15 +15,17 @@ from distrijax.parallel.mesh import DATA
 
 
 class Stream(enum.IntEnum):
-    """Where the numbers of an image's noise begin, by what a call begins with; so no two passes over an image share noise.
+    """Where the numbers of an image's noise begin, so that two passes over one image do not share noise.
 
-    The stream's own number is the noise that the call begins with, and the numbers after it are those of its steps.
+    The stream's own number is the noise that the pass begins with, and the numbers after it are those of its steps.
     """
 
     TEXT = 0
     """A call that begins with noise alone."""
     IMAGE = 2**30
-    """A call, or a second pass, that begins with an image to which noise is added."""
+    """A call that begins with an image to which noise is added, or a second pass after one from text."""
+    SECOND = 2**30 + 2**29
+    """A second pass of a call that begins with an image."""
 
 
 def image_keys(seeds: UInt32[Array, "b 3"]) -> Key[Array, "b"]:

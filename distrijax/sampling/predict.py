@@ -11,7 +11,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from distrijax.config import SplitScheme
+from distrijax.models.resize import resize
 from distrijax.models.unet import Times
+from distrijax.parallel.bands import Bands
 from distrijax.parallel.collectives import KeysValues, map_columns
 from distrijax.parallel.exchange import Exchange, WholeImage
 from distrijax.parallel.layout import Layout
@@ -51,6 +53,36 @@ class PredictNoise:
 
 
 PREDICT_NOISE = PredictNoise()
+
+
+@dataclasses.dataclass(frozen=True)
+class ShrinkDeep:
+    """The outermost layers at the latents' size, and the UNet's deep part at a smaller one.
+
+    A model then sees objects in the size that it was trained for. The map is resized after `conv_in`, and brought back before
+    the last layer, where `conv_in`'s own skip joins: Kohya's "deep shrink", at the outermost place.
+
+    Attributes:
+        latent: Rows and columns of the latents.
+        size: Rows and columns of the small map.
+        bands: How the latents' rows are divided.
+        small: How the small map's rows are divided.
+    """
+
+    latent: tuple[int, int]
+    size: tuple[int, int]
+    bands: Bands
+    small: Bands
+
+    def __call__(self, modules, sample, times, context, exchange, number):
+        unet, told, inner = modules[UNET], (times[UNET], context[UNET]), exchange.at(self.small)
+        (rows, columns), (small_rows, small_columns) = self.latent, self.size
+        outer = unet.enter(sample, *told, exchange)
+        x = resize(outer[0], exchange, "shrink", (rows, small_rows), small_columns, self.small)
+        skips = unet.encode([x], *told, inner)
+        x = unet.decode(unet.middle(skips[-1], *told, inner), skips[1:], *told, inner)
+        x = resize(x, inner, "enlarge", (small_rows, rows), columns, self.bands)
+        return unet.leave(x, outer, *told, exchange)
 
 
 @dataclasses.dataclass(frozen=True)

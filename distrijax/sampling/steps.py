@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from distrijax.config import DistriConfig, Parallelism, StepKind
+from distrijax.parallel.bands import Bands
 from distrijax.parallel.displaced import Strategy, strategy_of
 from distrijax.parallel.exchange import Exchange, Publishing, Stale, Synchronous
 from distrijax.parallel.layout import Layout
 from distrijax.sampling.noise import Stream
-from distrijax.sampling.predict import PREDICT_NOISE, IndependentPatches, Predictor
+from distrijax.sampling.predict import PREDICT_NOISE, IndependentPatches, Predictor, ShrinkDeep
 
 
 class StepInputs(NamedTuple):
@@ -131,6 +132,11 @@ class StepPlan(NamedTuple):
     kinds: Sequence[Hashable]
     rules: Mapping[Hashable, StepRule]
 
+    @property
+    def displaced(self) -> bool:
+        """Whether some steps read what the step before published."""
+        return any(rule.reads for rule in self.rules.values())
+
     def pieces(self, size: int) -> Iterator[tuple[int, int]]:
         """Yields start and stop of runs of steps of one kind.
 
@@ -144,22 +150,60 @@ class StepPlan(NamedTuple):
             start = end
 
 
-def plan_steps(config: DistriConfig, layout: Layout, steps: int) -> StepPlan:
+class SizedKind(NamedTuple):
+    """A kind of step whose deep part runs at a smaller size.
+
+    Attributes:
+        kind: What it reads of the rest of the image.
+        size: Rows and columns of the deep part's map.
+    """
+
+    kind: StepKind
+    size: tuple[int, int]
+
+
+def plan_steps(
+    config: DistriConfig,
+    layout: Layout,
+    steps: int,
+    sizes: Sequence[tuple[int, int] | None] | None = None,
+    predictor: Predictor = PREDICT_NOISE,
+) -> StepPlan:
     """The steps of a call: the one place that chooses their kinds.
+
+    Where the size of the deep part changes, a synchronous step makes the stale state anew.
 
     Args:
         config: What the user set.
         layout: The layout of the latents.
         steps: Number of steps.
+        sizes: Of each step, rows and columns of the deep part's map; None for those of the latents.
+        predictor: What steps predict with at the latents' size.
     """
+    sizes = [None] * steps if sizes is None else sizes
     kinds = config.step_kinds(steps)
     strategy = strategy_of(config, layout.patches) if layout.parallelism is Parallelism.PATCH else None
-    if strategy is None or StepKind.DISPLACED not in kinds:
-        naive = layout.parallelism is Parallelism.NAIVE_PATCH
-        rule = SynchronousSteps(IndependentPatches(layout) if naive else PREDICT_NOISE)
-        return StepPlan([StepKind.SYNCHRONOUS] * steps, {StepKind.SYNCHRONOUS: rule})
-    rules = {
-        StepKind.SYNCHRONOUS: SynchronousSteps(publishing=strategy.publishing),
-        StepKind.DISPLACED: DisplacedSteps(strategy),
-    }
-    return StepPlan(kinds, rules)
+    if strategy is None:
+        kinds = [StepKind.SYNCHRONOUS] * steps
+    changes = [number for number in range(1, steps) if sizes[number] != sizes[number - 1]]
+    for number in changes:
+        kinds[number] = StepKind.SYNCHRONOUS
+    if StepKind.DISPLACED not in kinds:
+        strategy = None
+
+    def rule(kind: StepKind, size: tuple[int, int] | None) -> StepRule:
+        predicts = predictor if size is None else _shrunk(layout, size)
+        if layout.parallelism is Parallelism.NAIVE_PATCH:
+            predicts = IndependentPatches(layout)
+        if kind is StepKind.DISPLACED:
+            return DisplacedSteps(strategy, predicts)
+        return SynchronousSteps(predicts, strategy and strategy.publishing)
+
+    named = [kind if size is None else SizedKind(kind, size) for kind, size in zip(kinds, sizes, strict=True)]
+    return StepPlan(
+        named, {name: rule(*each) for name, each in zip(named, zip(kinds, sizes, strict=True), strict=True)}
+    )
+
+
+def _shrunk(layout: Layout, size: tuple[int, int]) -> Predictor:
+    return ShrinkDeep(layout.latent, size, layout.bands, Bands.among(size[0], layout.patches, levels=layout.levels))

@@ -159,11 +159,31 @@ def test_areas_are_those_of_the_drawn_shapes(kind):
 
 
 def test_sizes_that_cannot_be_drawn_are_refused():
-    for size in ((100, 64), (64, 56), (520, 64)):
-        with refuses("multiples of 8", 64, 512, error=ValueError):
+    for size in ((100, 64), (64, 56), (1032, 64)):
+        with refuses("multiples of 8", 64, 1024, error=ValueError):
             scenes.example(0, 0, *size)
     with refuses("[height, width, 3]", error=ValueError):
         scenes.found(np.zeros((64, 64)), disc_scene())
+
+
+def test_copies_beside_the_shapes_are_counted():
+    scene, rng = disc_scene(), np.random.default_rng(0)
+    image = scenes.draw(scene, *SIZE, rng)
+    assert scenes.copies(image, scene) == 0
+    twice = image.copy()
+    twice[:20, -20:] = scenes.COLOURS["red"]
+    assert scenes.copies(twice, scene) == 1
+    twice[-3:, -3:] = scenes.COLOURS["red"]  # too small for a copy
+    assert scenes.copies(twice, scene) == 1
+    twice[-20:, -20:] = scenes.COLOURS["blue"]
+    assert scenes.copies(twice, scene) == 1
+
+
+def test_sharpness_is_the_largest_difference_of_edges():
+    stripes = np.zeros((64, 64, 3), np.float32)
+    stripes[:, ::8] = 0.3
+    assert scenes.sharpness(stripes) == pytest.approx(0.3)
+    assert scenes.sharpness(np.full((64, 64, 3), 0.7)) == 0
 
 
 class StandInPipeline:

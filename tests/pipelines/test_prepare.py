@@ -7,6 +7,7 @@ import inspect
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from calls import LATENT, PROMPT, SIZE
@@ -14,7 +15,8 @@ from facts import refuses
 from marks import slow_but
 
 from distrijax import DistriConfig, DistriSDPipeline, DistriSDXLPipeline
-from distrijax.parallel.stages import Dry, OnDevices
+from distrijax.parallel.stages import Described, Dry, OnDevices
+from distrijax.sampling.begin import put_latents
 
 CALL = SIZE | {"num_inference_steps": 5}
 
@@ -34,7 +36,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(["chunks"], CALLS))
+@pytest.mark.parametrize("case", slow_but(["chunks", "callback, padded"], CALLS))
 def test_a_prepared_call_compiles_nothing_more(case, shallow_checkpoint):
     settings, changes = CALLS[case]
     pipe, call = load(shallow_checkpoint, **settings), CALL | changes
@@ -50,6 +52,50 @@ def test_a_prepared_call_compiles_nothing_more(case, shallow_checkpoint):
     pipe.programs.prepare = note
     pipe(PROMPT, **call)
     assert ran == programs
+
+
+def test_a_call_that_is_prepared_again_is_not_traced_again(shallow_checkpoint, monkeypatch):
+    pipe = load(shallow_checkpoint, devices=2)
+    pipe.prepare(**CALL)
+    monkeypatch.setattr(Described, "trace", None)
+    pipe.prepare(**CALL)
+
+
+def test_a_hook_of_a_call_is_prepared_and_run(shallow_checkpoint):
+    """It pins half of the image, through the pipeline, dry and on devices."""
+    pipe, pinned = load(shallow_checkpoint, devices=4), np.full((1, *LATENT), 0.5, np.float32)
+    request = pipe._read(pipe.call_type.of(PROMPT, **CALL, output_type="latent"))._replace(after_update=PinTop(pinned))
+    pipe._run(Dry(pipe.programs), request, pipe._plan(request), pipe._unwatched)
+    count = pipe.programs.count
+    latents = np.asarray(pipe._generate(request).images)
+    assert pipe.programs.count == count
+    rows = LATENT[1] // 2
+    np.testing.assert_array_equal(latents[:, :, :rows], pinned[:, :, :rows])
+    assert np.abs(latents[:, :, rows:] - 0.5).min(initial=1) > 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PinTop:
+    """Puts the upper half of the image back after each update."""
+
+    image: np.ndarray
+
+    def facts(self):
+        return {"image": self.image}
+
+    def arrays(self, on, layout, begin, steps):
+        upper = np.zeros_like(self.image)
+        upper[:, :, : self.image.shape[2] // 2] = 1
+        return put_latents(on, layout, self.image), put_latents(on, layout, upper)
+
+    @staticmethod
+    def specs(layout):
+        return layout.latents
+
+    @staticmethod
+    def update(loop, inputs, state, x):
+        image, upper = inputs.after_update
+        return state._replace(latents=jnp.where(upper > 0, image, state.latents))
 
 
 def test_a_dry_call_describes_the_arrays_of_the_call(shallow_checkpoint, monkeypatch):
@@ -88,7 +134,7 @@ def test_what_a_call_refuses_preparing_refuses(shallow_checkpoint):
     assert pipe.programs.count == count
 
 
-OTHER_IN_DIFFUSERS = {"seed", "chunk_size", "scheduler", "callback_on_step_end", "output_type"}
+OTHER_IN_DIFFUSERS = {"seed", "chunk_size", "large", "scheduler", "callback_on_step_end", "output_type"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +158,7 @@ def test_the_calls_signature_is_diffusers(kind, oracle):
 
 def test_positional_arguments_are_the_prompts(shallow_checkpoint):
     call = DistriSDXLPipeline.call_type.of("one", "two", height=64)
+    assert DistriSDXLPipeline.call_type.of(call) is call
     assert (call.prompt, call.prompt_2, call.height) == ("one", "two", 64)
     with refuses("3", "prompt"):
         DistriSDXLPipeline.call_type.of("one", "two", 64)

@@ -351,7 +351,7 @@ def test_the_whole_of_sdxl_at_3840_fits_in_less_than_the_originals_buffers(split
     assert whole.memory["weights"] == 2 * (2_567_463_684 - once + once // 8)
     exposed = [transfer for transfer in whole.program.transfers if not (transfer.asynchronous and transfer.hidden_by)]
     assert {(transfer.kind, transfer.received) for transfer in exposed} <= exceptions(3840, split_batch)
-    decoding = compile_decoder(
+    decoding, _ = compile_decoder(
         DistriConfig(split_batch=split_batch), SDXL_BASE, SDXL_VAE, "a100-sxm-80gb", devices=8, latent=(480, 480)
     )
     assert decoding["weights"] == 2 * 83_653_863
@@ -402,7 +402,7 @@ def test_a_decoder_is_compiled_in_the_precision_it_will_have(force_upcast, monke
     half, full = (
         compile_decoder(
             DistriConfig(), configs.unet, vae, "a100-sxm-80gb", devices=1, latent=(8, 8), dtype=DTYPES[dtype]
-        )
+        )[0]
         for dtype in ("float16", "float32")
     )
     assert half["weights"] * (1 if force_upcast else 2) == full["weights"]

@@ -17,10 +17,12 @@ from unet_configs import BASE, FULL_BASE
 from distrijax import DistriConfig, plan_mesh
 from distrijax.convert.sources import open_checkpoint
 from distrijax.models.unet_config import UNetConfig
+from distrijax.parallel.collectives import FIRST, LAST
+from distrijax.parallel.exchange import KV
 from distrijax.parallel.programs import compiled, options_for
 from distrijax.pipelines.loading import read_configs
 from distrijax.plan.overlap import HloProgram, array_bytes
-from distrijax.plan.traffic import Traffic, main_step, traffic
+from distrijax.plan.traffic import Traffic, main_step, stale_of, step_kinds, traffic
 from distrijax.schedulers import load_scheduler
 
 PERMUTE = "collective-permute"
@@ -50,6 +52,24 @@ def test_full_size_model_exchanges_as_much_as_the_original(side, billions):
     assert planned.received["moments"] == 7 * planned.stale["moments"]
     fresh = 2 * 2 * latent * 4 * 2  # a row of the latent from above and from below, in two branches of bfloat16
     assert planned.received["halo"] == planned.stale["halo"] + fresh
+
+
+def test_a_shrunk_step_exchanges_keys_and_values_of_the_small_map():
+    """At half the height and width a quarter of them."""
+    config, unet = DistriConfig(split_batch=False, warmup_steps=0), UNetConfig.from_dict(BASE)
+    mesh = plan_mesh(config, 4).abstract()
+    sizes = [(16, 16)] * 2 + [None] * 2
+    plan, described = step_kinds(config, unet, load_scheduler(DDIM), mesh, sizes, latent=(32, 32))
+    assert len(plan.kinds) == 4 and len(described) == 4
+    small, full = ([*described.values()][index] for index in (1, 3))
+    keys = [
+        sum(math.prod(leaf.shape) for (kind, _), leaf in stale_of(step).items() if kind == KV) for step in (small, full)
+    ]
+    assert keys[1] == 4 * keys[0]
+    assert stale_of(small).keys() > stale_of(full).keys()  # what resizing asks of the neighbours
+    assert {name for kind, name in stale_of(small).keys() - stale_of(full).keys()} <= {
+        name + end for name in ("shrink", "enlarge") for end in (FIRST, LAST)
+    }
 
 
 @slow

@@ -344,7 +344,7 @@ def test_a_call_begins_with_an_image_and_the_images_own_noise_on_any_mesh(plan, 
     step = jax.tree.map(lambda column: column[0], scheduler.schedule(8, 4)[0])
     image, seeds = jnp.asarray(normal(*SHAPE, seed=2)), np.array([[1, 0, 0], [2, 0, 0]], np.uint32)
     run = jax.jit(begin, static_argnums=0)
-    spec = BeginSpec(layout, scheduler, SHAPE[-1], FromLatents)
+    spec = BeginSpec(layout, scheduler, SHAPE[-1], FromLatents, Stream.IMAGE)
     made_keys, state = run(spec, (), seeds, None, image, step)
     expected = scheduler.add_noise(image, band_noise(made_keys, int(Stream.IMAGE), 0, SHAPE[1:]), step)
     assert relative_error(state.latents, expected) < 1e-6
@@ -354,10 +354,10 @@ def test_a_call_begins_with_an_image_and_the_images_own_noise_on_any_mesh(plan, 
 
 
 def test_no_two_passes_over_an_image_share_noise():
-    text, image = (StepInputs.of(Step(np.linspace(900, 0, 1000)), stream=stream).number for stream in Stream)
-    drawn = {*text.tolist(), *image.tolist(), *map(int, Stream)}
-    assert len(drawn) == 2 * 1000 + 2
-    np.testing.assert_array_equal(text % 2, image % 2)  # naive_patch alternates alike
+    numbers = [StepInputs.of(Step(np.linspace(900, 0, 1000)), stream=stream).number for stream in Stream]
+    assert len({*np.concatenate(numbers).tolist(), *map(int, Stream)}) == len(Stream) * (1000 + 1)
+    for number in numbers:  # naive_patch alternates alike
+        np.testing.assert_array_equal(number % 2, numbers[0] % 2)
     first = draw_latents(Layout(ONE.build(jax.devices()[:1]), False, (8, 4)), 3, keys())
     again = draw_latents(Layout(ONE.build(jax.devices()[:1]), False, (8, 4)), 3, keys(), Stream.IMAGE)
     assert relative_error(again, first) > 1

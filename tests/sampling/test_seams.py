@@ -21,8 +21,11 @@ from distrijax.parallel.displaced import Displaced, Strategy
 from distrijax.parallel.exchange import Synchronous, WholeImage
 from distrijax.parallel.layout import Layout
 from distrijax.parallel.mesh import MeshPlan
-from distrijax.sampling.condition import CONDITION, PromptInputs, guidance_weights
-from distrijax.sampling.denoise import CallInputs, LoopSpec, NoHook, StepsSpec, steps
+from distrijax.parallel.programs import Programs
+from distrijax.parallel.stages import OnDevices
+from distrijax.sampling.begin import FromNoise
+from distrijax.sampling.condition import CONDITION, PromptInputs
+from distrijax.sampling.denoise import LoopSpec, NoHook, StepsSpec, call_inputs, steps
 from distrijax.sampling.noise import image_keys
 from distrijax.sampling.steps import DisplacedSteps, StepInputs, StepPlan, SynchronousSteps
 from distrijax.schedulers import load_scheduler
@@ -68,9 +71,9 @@ class Run:
         prompt = PromptInputs(normal(2, 1, 7, SMALL["cross_attention_dim"], seed=3))
         conditioning = jax.jit(CONDITION.function, static_argnums=0)((layout, models), self.params, prompt)
         keys = image_keys(jnp.zeros((1, 3), jnp.uint32))
-        self.inputs = CallInputs(
-            conditioning, guidance_weights(3.0, guided=True), None, keys, hook.arrays(None, layout)
-        )
+        on, table = OnDevices(Programs("cpu")), SCHEDULER.schedule(6)[0]
+        arrays = hook.arrays(on, layout, FromNoise(), table)
+        self.inputs = call_inputs(on, layout, conditioning, keys, 3.0, 0.0, arrays)
 
     def __call__(self, rules, *pieces, state=None, stale=None):
         """Latents and stale state after pieces of steps by these rules."""
@@ -133,17 +136,20 @@ def test_models_that_share_paths_are_noticed():
 class PinLeftHalf:
     """Puts the left half of the image back after each update."""
 
-    def arrays(self, on, layout):
-        return {"image": normal(*LATENTS, seed=9)}
+    def facts(self):
+        return {}
+
+    def arrays(self, on, layout, begin, steps):
+        return {"image": on.put(normal(*LATENTS, seed=9), layout.sharding(layout.latents))}
 
     @staticmethod
     def specs(layout):
         return layout.latents
 
     @staticmethod
-    def update(state, x, arrays):
+    def update(loop, inputs, state, x):
         left = jnp.arange(state.latents.shape[2]) < state.latents.shape[2] // 2
-        return state._replace(latents=jnp.where(left[None, None, :, None], arrays["image"], state.latents))
+        return state._replace(latents=jnp.where(left[None, None, :, None], inputs.after_update["image"], state.latents))
 
 
 def test_a_hook_after_the_update_pins_half_the_image():

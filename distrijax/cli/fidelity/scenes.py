@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from scipy import ndimage
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
@@ -204,15 +205,15 @@ def draw(scene: Scene, height: int, width: int, rng: np.random.Generator) -> UIn
 
     Args:
         scene: The scene.
-        height: Pixels, a multiple of 8 from 64 to 512.
+        height: Pixels, a multiple of 8 from 64 to 1024.
         width: Pixels, likewise.
         rng: Source of the variation.
 
     Raises:
         ValueError: For another height or width.
     """
-    if any(side % 8 or not 64 <= side <= 512 for side in (height, width)):
-        raise ValueError(f"the image size is {height}x{width}; height and width must be multiples of 8 from 64 to 512")
+    if any(side % 8 or not 64 <= side <= 1024 for side in (height, width)):
+        raise ValueError(f"the image size is {height}x{width}; height and width must be multiples of 8 from 64 to 1024")
     light, dark = (np.float32(tone) for tone in BACKGROUNDS[scene.background])
     pattern = _pattern(scene.texture, height, width)[..., None]
     image = (light + (dark - light) * pattern) * _vignette(height, width) * np.float32(rng.uniform(0.96, 1.03))
@@ -349,6 +350,36 @@ def found(image: np.ndarray, scene: Scene) -> list[bool]:
         enough = 0.35 * shape.area / (np.pi * PLACE_RADIUS**2)
         results.append(bool(here.argmax() == colour and here[colour] >= enough))
     return results
+
+
+def copies(image: np.ndarray, scene: Scene) -> int:
+    """How many blobs of the shapes' colours lie outside of the shapes' places: copies beside what was asked for.
+
+    A blob is a connected region that is at least as large as a tenth of the shape of its colour.
+
+    Args:
+        image: `[h, w, 3]`, uint8, or float from 0 to 1.
+        scene: What the image should show.
+    """
+    labels = _nearest_colour(image)
+    outside = ~np.any([_disc(shape.place, *labels.shape) for shape in scene.shapes], axis=0)
+    count = 0
+    for shape in scene.shapes:
+        blobs, number = ndimage.label((labels == list(COLOURS).index(shape.colour)) & outside)
+        least = 0.1 * shape.area * min(labels.shape) ** 2
+        count += int(np.sum(np.bincount(blobs.ravel(), minlength=number + 1)[1:] >= least))
+    return count
+
+
+def sharpness(image: np.ndarray) -> float:
+    """The 99.5th percentile of differences between neighbouring pixels, of the mean of the colours.
+
+    Args:
+        image: `[h, w, 3]`, float from 0 to 1.
+    """
+    gray = np.asarray(image, np.float32).mean(-1)
+    steps = [np.abs(np.diff(gray, axis=axis)).ravel() for axis in (0, 1)]
+    return float(np.percentile(np.concatenate(steps), 99.5))
 
 
 # White and black look alike as shapes and as backgrounds, so these two have no soft tones of their own.
