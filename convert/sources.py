@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -26,7 +26,7 @@ from distrijax.json_config import read_json
 from distrijax.models.families import PARTS
 from distrijax.weights import hub
 from distrijax.weights.checkpoint import Checkpoint
-from distrijax.weights.recipe import Recipe
+from distrijax.weights.recipe import Additions, Recipe, check_names
 from distrijax.weights.tensors import Tensors
 
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_model.bin")
@@ -35,26 +35,47 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 
 
 def open_checkpoint(
-    source: str | Path | Recipe, *, token: str | bool | None = None, offline: bool = False, weights: bool = True
+    source: str | Path | Recipe,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    **additions: Unpack[Additions],
 ) -> Checkpoint:
     """A checkpoint with all that goes on top of it; nothing of its weights is read but names and shapes.
 
     Args:
-        source: Its name, or a recipe.
+        source: Its name, or a recipe, which has all that goes on top.
+        variant: Of the weight files in a folder, such as "fp16".
+        revision: The hub's branch, tag or commit.
         token: Of the hub.
         offline: Whether to use only what was fetched from the hub before.
         weights: Whether its weights are needed, or configurations alone.
+        **additions: How a single file is read, and what goes on top of the checkpoint.
 
     Raises:
         CheckpointError: For what is not found, is no model, or does not fit together.
+        InvalidArgument: For arguments that there are not or that cannot be used.
     """
-    recipe = source if isinstance(source, Recipe) else Recipe(source)
+    check_names(additions, open_checkpoint)
+    recipe = _recipe(source, variant=variant, revision=revision, **additions)
     if not weights and not recipe.additions.keys() - {"variant", "revision"}:
         options = {"revision": recipe.revision, "token": token, "offline": offline}
         folder = hub.find(recipe.source, parts=PARTS, weights=False, **options)
         if (folder / "model_index.json").is_file():
             return from_folder(folder, weights=False)
     return assemble(recipe, token=token, offline=offline)[0]
+
+
+def _recipe(source: str | Path | Recipe, **given: Any) -> Recipe:
+    """The recipe that is given, or that its parts make."""
+    if not isinstance(source, Recipe):
+        return Recipe(source, **given)
+    if fixed := [name for name, value in given.items() if value]:
+        raise InvalidArgument(f"{', '.join(fixed)} is given beside a recipe; put it into the recipe")
+    return source
 
 
 def find_source(recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Path:
@@ -70,29 +91,44 @@ def assemble(
 
     Raises CheckpointError for what is not found, is no model, or does not fit together.
     """
-    find = partial(hub.find, token=token, offline=offline)
-    source = find_source(recipe, token=token, offline=offline)
-    loras = [_lora(_find_lora(file, find), file, weight) for file, weight in recipe.loras]
-    checkpoint, mapping = _source(source, recipe, find)
-    for what, taken_from, replaced in ((recipe.unet, unet_from, with_unet), (recipe.vae, vae_from, with_vae)):
-        if what is not None:
-            config, tensors = _model(find(what, parts=("",), index="config.json"), what, taken_from)
+    found = _find_all(recipe, token=token, offline=offline)
+    loras = [_lora(found[f"lora {file}"], file, weight) for file, weight in recipe.loras]
+    checkpoint, mapping = _source(found["model"], recipe, found.get("config"))
+    for part, taken_from, replaced in (("unet", unet_from, with_unet), ("vae", vae_from, with_vae)):
+        if part in found:
+            what = getattr(recipe, part)
+            config, tensors = _model(found[part], what, taken_from)
             checkpoint = replaced(checkpoint, tensors, what, config)
-    embeddings = [_embedding(find(file, parts=(), file=EMBEDDING_FILE), file, word) for file, word in recipe.embeddings]
+    embeddings = [_embedding(found[f"embedding {file}"], file, word) for file, word in recipe.embeddings]
     checkpoint = with_embeddings(with_loras(checkpoint, loras), embeddings)
-    return dataclasses.replace(checkpoint, what=recipe.source), mapping
+    return dataclasses.replace(checkpoint, what=recipe.source, recipe=recipe, found=found), mapping
 
 
-def _source(source: Path, recipe: Recipe, find: Callable[..., Path]) -> tuple[Checkpoint, list[Mapped]]:
+def _find_all(recipe: Recipe, *, token: str | bool | None, offline: bool) -> dict[str, Path]:
+    """`Checkpoint.found` of a recipe."""
+    find = partial(hub.find, token=token, offline=offline)
+    found = {"model": find_source(recipe, token=token, offline=offline)}
+    if found["model"].is_dir():
+        alone = ("ema", "config", "prediction_type")
+        if given := [name for name in alone if getattr(recipe, name)]:
+            raise InvalidArgument(
+                f"{recipe.source} is a folder, which has its own configurations; leave out {' and '.join(given)}"
+            )
+    elif recipe.config:
+        found["config"] = find(recipe.config, parts=PARTS, weights=False)
+    for part in ("unet", "vae"):
+        if (what := getattr(recipe, part)) is not None:
+            found[part] = find(what, parts=("",), index="config.json")
+    found |= {f"lora {file}": _find_lora(file, find) for file, _ in recipe.loras}
+    return found | {f"embedding {file}": find(file, parts=(), file=EMBEDDING_FILE) for file, _ in recipe.embeddings}
+
+
+def _source(source: Path, recipe: Recipe, config: Path | None) -> tuple[Checkpoint, list[Mapped]]:
     """The source alone. In a folder all tensors stay what they are."""
     if not source.is_dir():
-        given = read_files(find(recipe.config, parts=PARTS, weights=False)) if recipe.config else ({}, None)
+        given = read_files(config) if config else ({}, None)
         options = {"ema": recipe.ema, "prediction_type": recipe.prediction_type}
         return convert_original(open_tensors(source), recipe.source, config=given[0], files=given[1], **options)
-    if recipe.ema or recipe.config or recipe.prediction_type:
-        raise InvalidArgument(
-            f"{recipe.source} is a folder, which has its own configurations; leave out --ema, --config and --prediction-type"
-        )
     checkpoint = from_folder(source, variant=recipe.variant)
     names = [f"{part}.{name}" for part, tensors in checkpoint.tensors.items() for name in tensors]
     return checkpoint, [Mapped(name, (name,), SAME) for name in names]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
 import math
 import numbers
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,3 +182,21 @@ def check_choice(value: Any, allowed: tuple, name: str) -> None:
     """
     if value not in allowed:
         raise InvalidArgument(f"{name} is {value!r}; supported: {', '.join(map(repr, allowed))}")
+
+
+def check_argument(name: Any, names: Iterable[str], what: str) -> None:
+    """Checks that there is an argument of a name.
+
+    Args:
+        name: As a caller gave it.
+        names: Of all arguments.
+        what: Whose they are, for the error.
+
+    Raises:
+        InvalidArgument: If there is none; the error tells the nearest one.
+    """
+    names = tuple(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, 1)
+        advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise InvalidArgument(f"{what} has no argument {name!s:.60}; {advice}")

@@ -88,4 +88,5 @@ def _replaced(
     config = merge_configs(part, inferred, held, given or {}, what)
     check_complete(dataclasses.replace(checkpoint, configs={part: config}, tensors={part: tensors}, what=what))
     replaced = checkpoint.with_tensors(part, tensors)
-    return dataclasses.replace(replaced, configs={**checkpoint.configs, part: config})
+    origins = {**checkpoint.origins, part: what}
+    return dataclasses.replace(replaced, configs={**checkpoint.configs, part: config}, origins=origins)

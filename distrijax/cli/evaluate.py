@@ -31,6 +31,7 @@ from distrijax.cli.fidelity.grid import AXES, Axis, Setting, label, settings, te
 from distrijax.cli.fidelity.metrics import NOT_AVAILABLE, Fid, Lpips, OptionalMetric, compare
 from distrijax.cli.fidelity.prompts import Prompts, coco_prompts, file_prompts, scene_prompts
 from distrijax.cli.fidelity.results import Results
+from distrijax.cli.fidelity.versions import version_of
 from distrijax.cli.options import (
     Parser,
     add_model_flags,
@@ -59,6 +60,7 @@ class Job(NamedTuple):
         model: The checkpoint.
         name: Its name in the results.
         additions: What goes on top of it, for the results.
+        versions: The versions of its files and folders, for the results.
         configs: Its configurations.
         loading: Keyword arguments of `load_pipeline`.
         call: Keyword arguments of the pipeline's calls.
@@ -69,6 +71,7 @@ class Job(NamedTuple):
     model: Checkpoint
     name: str
     additions: dict[str, Any]
+    versions: dict[str, str]
     configs: Configs
     loading: dict[str, Any]
     call: dict[str, Any]
@@ -212,8 +215,17 @@ def read_job(arguments: argparse.Namespace, prompts: Prompts) -> Job:
         "guidance_scale": arguments.guidance_scale,
     }
     loading = {"scheduler": arguments.scheduler, "dtype": find_dtype(arguments.dtype)}
+    found = {what: path for what, path in checkpoint.found.items() if what != "model" or arguments.model}
     return Job(
-        checkpoint, name, recipe.additions, configs, loading, call, prompts, min(arguments.batch, len(prompts.texts))
+        model=checkpoint,
+        name=name,
+        additions=recipe.additions,
+        versions={f"version of {what}": version_of(path) for what, path in found.items()},
+        configs=configs,
+        loading=loading,
+        call=call,
+        prompts=prompts,
+        batch=min(arguments.batch, len(prompts.texts)),
     )
 
 
@@ -221,8 +233,8 @@ def _common(job: Job) -> dict[str, Any]:
     """What all rows of a folder of results were made with."""
     return {
         "model": job.name,
-        "variant": None,
         **job.additions,
+        **job.versions,
         **job.loading,
         "dtype": job.loading["dtype"].name,
         **job.call,

@@ -7,7 +7,7 @@ from typing import Any
 
 from distrijax.config import DistriConfig
 from distrijax.pipelines.build import Pipeline
-from distrijax.pipelines.loading import find_family, opened
+from distrijax.pipelines.loading import check_arguments, find_family, opened
 from distrijax.pipelines.sd import DistriSDPipeline
 from distrijax.pipelines.sdxl import DistriSDXLPipeline
 from distrijax.weights.checkpoint import Checkpoint
@@ -34,6 +34,7 @@ def load_pipeline(
         CheckpointError: As `from_pretrained`, and for checkpoints of other families.
         InvalidArgument: As `from_pretrained`.
     """
+    check_arguments(arguments, Pipeline.from_pretrained)
     said = {name: arguments.pop(name) for name in OPENING if name in arguments}
     checkpoint = opened(pretrained_model_name_or_path, **said)
     family = find_family(checkpoint)

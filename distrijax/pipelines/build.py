@@ -17,7 +17,7 @@ from distrijax.parallel.processes import check_agreement, versions, warm_up_coll
 from distrijax.parallel.programs import MAX_PROGRAMS
 from distrijax.parallel.stages import Dry, On, OnDevices
 from distrijax.pipelines.call import Call, PipelineOutput, Request, Size
-from distrijax.pipelines.loading import abstract_components, opened, read_components, read_configs
+from distrijax.pipelines.loading import abstract_components, check_arguments, opened, read_components, read_configs
 from distrijax.pipelines.prompt import Embeddings, Prompts
 from distrijax.pipelines.run import After, Runner
 from distrijax.sampling.begin import put_latents
@@ -82,6 +82,7 @@ class Pipeline(Runner):
             CheckpointError: For a checkpoint that is incomplete or of another family, and what does not fit on top of it.
             InvalidArgument: For other arguments that cannot be used, such as more devices than JAX shows.
         """
+        check_arguments(additions, cls.from_pretrained)
         config = DistriConfig() if distri_config is None else distri_config
         if not isinstance(config, DistriConfig):
             raise InvalidArgument(
@@ -99,7 +100,8 @@ class Pipeline(Runner):
         )
         configs = read_configs(checkpoint, scheduler, scheduler_options, needed=cls.family)
         model = (configs.family.name, configs.unet, configs.vae, configs.text_encoders)
-        check_agreement(devices, lambda: {**versions(), "config": config, "model": repr(model), "dtype": dtype.name})
+        facts = {"config": config, "model": repr(model), "dtype": dtype.name}
+        check_agreement(devices, lambda: {**versions(), **facts, **checkpoint.recipe.facts})
         mesh = plan_mesh(config, len(devices), branches=configs.unet.branches).build(devices)
         warm_up_collectives(mesh)
         components = abstract_components(
@@ -148,7 +150,7 @@ class Pipeline(Runner):
 
     def _prepare_first(self, compile_for: Mapping[str, Any]) -> None:
         """`prepare`, of arguments in a mapping."""
-        if not isinstance(compile_for, Mapping):
+        if not isinstance(compile_for, Mapping) or not all(isinstance(name, str) for name in compile_for):
             raise InvalidArgument(
                 f"compile_for is {compile_for!r:.60}; give a dict of arguments of the pipeline's call"
             )

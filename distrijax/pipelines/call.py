@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -19,7 +18,7 @@ from distrijax.sampling.begin import Begin, FromNoise
 from distrijax.sampling.denoise import AfterUpdate, NoHook
 from distrijax.sampling.predict import PREDICT_NOISE, Predictor
 from distrijax.schedulers import Scheduler
-from distrijax.validate import check_choice, finite_number, host_array, positive, scalar
+from distrijax.validate import check_argument, check_choice, finite_number, host_array, positive, scalar
 
 Size = tuple[int, int]
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
@@ -161,10 +160,7 @@ class Call:
         for name in named:
             if name in given:
                 raise InvalidArgument(f"{name} is given twice; give it once")
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-                raise InvalidArgument(f"a call has no argument {name}; {advice}")
+            check_argument(name, names, "a call")
         return cls(**given, **named)
 
 

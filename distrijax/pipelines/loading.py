@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distrijax.config import Parallelism
+from distrijax.config import DistriConfig, Parallelism
 from distrijax.convert.sources import open_checkpoint
 from distrijax.errors import CheckpointError, InvalidArgument, checkpoint_errors
 from distrijax.json_config import ModelConfig
@@ -26,7 +26,7 @@ from distrijax.validate import check_choice
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.load import check_tensors, load_module
 from distrijax.weights.names import current_name
-from distrijax.weights.recipe import Additions, Recipe
+from distrijax.weights.recipe import Additions, check_names
 from distrijax.weights.sharding import Model, ModelLayout
 
 
@@ -56,6 +56,23 @@ class Configs(NamedTuple):
     scheduler: Scheduler
 
 
+def check_arguments(given: Mapping[str, Any], load: Callable) -> None:
+    """Checks the names of arguments of `from_pretrained`.
+
+    Args:
+        given: Arguments by name.
+        load: `from_pretrained`.
+
+    Raises:
+        InvalidArgument: For the first one that there is not, and for a DistriConfig by the name of another argument.
+    """
+    check_names(given, load)
+    if isinstance(given.get("config"), DistriConfig):
+        raise InvalidArgument(
+            "config is a DistriConfig, and names a single file's configurations; give it as distri_config"
+        )
+
+
 def opened(
     name: str | Path | Checkpoint,
     *,
@@ -78,16 +95,11 @@ def opened(
     Raises:
         CheckpointError: For what cannot be found or read, or does not fit together.
         InvalidArgument: For additions of other types, and for any to an opened checkpoint.
-        TypeError: For an unknown argument.
     """
-    if unknown := additions.keys() - Additions.__annotations__:
-        raise TypeError(
-            f"{', '.join(sorted(unknown))} is no argument; what goes on top is {', '.join(Additions.__annotations__)}"
-        )
+    additions = {"variant": variant, "revision": revision, **additions}
     if not isinstance(name, Checkpoint):
-        recipe = Recipe(name, variant=variant, revision=revision, **additions)
-        return open_checkpoint(recipe, token=token, offline=local_files_only)
-    if given := [key for key, value in {"variant": variant, "revision": revision, **additions}.items() if value]:
+        return open_checkpoint(name, token=token, offline=local_files_only, **additions)
+    if given := [key for key, value in additions.items() if value]:
         raise InvalidArgument(f"{', '.join(given)} of an opened checkpoint is fixed; give it to open_checkpoint")
     if not name.tensors:
         raise InvalidArgument(f"{name.what} was opened without weights; open it with weights=True")
@@ -185,7 +197,7 @@ def abstract_components(
         form = ModelLayout.of(abstract(build), parallelism, shard=shard_weights, platform=platform)
         if checkpoint.tensors:
             held = {current_name(name): tensor for name, tensor in checkpoint.tensors[name].items()}
-            check_tensors(held, zip(form.paths, form.shapes, strict=True), f"{checkpoint.what}/{name}")
+            check_tensors(held, zip(form.paths, form.shapes, strict=True), checkpoint.origin(name))
         return Model.of(config, form, mesh, dtype)
 
     def text_encoder(name: str, config: CLIPTextConfig) -> Model:
@@ -211,7 +223,7 @@ def read_components(components: Components, checkpoint: Checkpoint, family: Fami
     """
 
     def read(name: str, model: Model) -> Model:
-        place, what = model.form.make_placer(mesh), f"{checkpoint.what}/{name}"
+        place, what = model.form.make_placer(mesh), checkpoint.origin(name)
         tensors = checkpoint.tensors[name]
         module = load_module(model.form.abstract(), tensors, what, dtype=model.dtype, place=place)
         return model._replace(params=model.form.fuse_params(module))

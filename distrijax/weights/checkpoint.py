@@ -8,8 +8,10 @@ sources (folder, single file, hub)  --->  Checkpoint  --->  devices; or a folder
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+from distrijax.weights.recipe import Recipe
 from distrijax.weights.tensors import Tensors
 
 
@@ -23,6 +25,10 @@ class Checkpoint:
         tensors: Of each model, with PyTorch's names and layouts; empty where only configurations were asked for.
         files: Of the tokenizers, by path: `tokenizer/vocab.json`.
         what: Where it comes from, for errors.
+        origins: Where single parts come from that were put in the place of its own, by part.
+        recipe: What it was made of; by default of a source alone.
+        found: Where the files and folders that it was opened from are on this machine, by what they are: `model`, `vae`,
+            `lora FILE`, ...
     """
 
     index: dict[str, Any]
@@ -30,6 +36,13 @@ class Checkpoint:
     tensors: dict[str, Tensors]
     files: dict[str, bytes]
     what: str = "the checkpoint"
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    recipe: Recipe = dataclasses.field(default_factory=lambda: Recipe("the checkpoint"))
+    found: dict[str, Path] = dataclasses.field(default_factory=dict)
+
+    def origin(self, part: str) -> str:
+        """Where a part comes from, for errors."""
+        return self.origins.get(part, f"{self.what}/{part}")
 
     def with_tensors(self, part: str, tensors: Tensors) -> Checkpoint:
         """With other weights of one part."""

@@ -120,6 +120,19 @@ def find(
     return Path(_ask_hub(name, partial(snapshot_download, remote.repository, allow_patterns=needed, **options)))
 
 
+def commit_of(path: Path) -> str | None:
+    """The commit of a file or folder in the hub's cache; None for any other.
+
+    Args:
+        path: As `find` returns it.
+    """
+    parts = path.parts
+    for repository, folder, commit in zip(parts, parts[1:], parts[2:], strict=False):
+        if repository.startswith("models--") and folder == "snapshots":
+            return commit
+    return None
+
+
 def _listing(repository: str, **options) -> list[str] | None:
     """The paths of a repository's files; None if the hub cannot be reached."""
     try:

@@ -84,7 +84,10 @@ def load_module(module: Module, tensors: Mapping[str, Tensor], what: str, *, dty
         if not stored.finite:
             broken.append(name)
     if broken:
-        raise _refused(what, {"not finite": broken})
+        raise CheckpointError(
+            f"{what} has numbers that are not finite (NaN or infinity); fetch it again, or use another: "
+            + summary({"not finite": broken})
+        )
     return nnx.merge(graph, abstract)
 
 
@@ -124,13 +127,8 @@ def check_tensors(tensors: Mapping[str, Tensor], params: Iterable[tuple[ParamPat
         ],
     }
     if any(problems.values()):
-        raise _refused(what, {problem: names for problem, names in problems.items() if names})
-
-
-def _refused(what: str, problems: Problems) -> CheckpointError:
-    return CheckpointError(
-        f"{what} does not hold the model that its config.json describes; fetch it again: {summary(problems)}"
-    )
+        found = summary({problem: names for problem, names in problems.items() if names})
+        raise CheckpointError(f"{what} does not hold the model that its config.json describes; fetch it again: {found}")
 
 
 def save_module(module: nnx.Module, config: dict[str, Any], folder: Path, *, stem: str, dtype: np.dtype) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from distrijax.errors import InvalidArgument
+from distrijax.validate import check_argument, flag
 
 _TAIL = re.compile(r"(.+):([^/\\:]+)")
 """A file and what stands after its last colon; a colon before a slash belongs to hf:// or a drive."""
@@ -70,6 +73,10 @@ class Recipe:
             if not isinstance(value := getattr(self, name), str | Path | None) or (name == "source" and not value):
                 raise InvalidArgument(f"{name} of a checkpoint is {value!r:.80}; give a path or a hub id")
             object.__setattr__(self, name, None if value is None else str(value))
+        for name in ("variant", "revision", "prediction_type"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise InvalidArgument(f"{name} of a checkpoint is {value!r:.80}; give a text, or None for the default")
+        object.__setattr__(self, "ema", flag(self.ema, "ema"))
         object.__setattr__(self, "loras", _pairs("loras", self.loras, 1.0))
         object.__setattr__(self, "embeddings", _pairs("embeddings", self.embeddings, None))
 
@@ -92,6 +99,34 @@ class Recipe:
             for field in dataclasses.fields(self)[1:]
             if (value := getattr(self, field.name)) not in (None, False, ())
         }
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What several processes that load the checkpoint must have in common, by name: how its source is read, and what goes on
+        top. Of files it has the base names, for their folders may differ between hosts."""
+        values = {name: getattr(self, name) for name in ("variant", "revision", "ema", "prediction_type")}
+        parts = {name: None if (file := getattr(self, name)) is None else _base(file) for name in ("unet", "vae")}
+        loras = [(_base(file), float(weight)) for file, weight in self.loras]
+        embeddings = [(_base(file), word) for file, word in self.embeddings]
+        return {
+            name: repr(value) for name, value in {**values, **parts, "loras": loras, "embeddings": embeddings}.items()
+        }
+
+
+def check_names(given: Mapping[str, Any], function: Callable) -> None:
+    """Checks that a function that takes `Additions` beside its own parameters has arguments of these names.
+
+    Args:
+        given: Arguments by name.
+        function: The function.
+
+    Raises:
+        InvalidArgument: For the first one that it lacks; the error tells the nearest one.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    own = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    for name in given:
+        check_argument(name, (*own, *Additions.__annotations__), function.__name__)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +156,11 @@ def _weighted(text: str) -> tuple[str, float]:
         return file, 1.0 if weight is None else float(weight)
     except ValueError:
         raise InvalidArgument(f"--lora is {text}; give FILE or FILE:WEIGHT, such as {file}:0.8") from None
+
+
+def _base(file: str) -> str:
+    """The last part of a path, a hub id or a URL."""
+    return os.path.basename(os.path.abspath(file))
 
 
 def _pairs(name: str, given: Any, default: Any) -> tuple[tuple[str, Any], ...]:

@@ -206,7 +206,7 @@ def test_prompts_come_in_full_batches_each_with_the_seed_of_its_index(stand_in, 
 def test_nothing_is_generated_or_measured_twice(done, shallow_checkpoint, monkeypatch):
     before = (done / "fidelity.csv").read_bytes()
     monkeypatch.setattr(evaluate, "load_pipeline", refuse)
-    monkeypatch.setattr(evaluate, "measure", refuse)
+    monkeypatch.setattr(evaluate, "_measure", refuse)
     run(shallow_checkpoint, done)
     assert (done / "fidelity.csv").read_bytes() == before
 

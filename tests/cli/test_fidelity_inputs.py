@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import jax
+import numpy as np
 import pytest
 from coco_folder import coco
 from facts import refuses, says
+from safetensors.numpy import save_file
+from tiny_pipeline import TEXT_WIDTH
 
 from distrijax import DistriConfig, Parallelism, SplitScheme, SyncMode
 from distrijax.cli import evaluate
 from distrijax.cli.fidelity import grid, prompts
+from distrijax.cli.fidelity.results import Results
+from distrijax.cli.fidelity.versions import version_of
 
 
 def test_the_grid_has_every_mode_once():
@@ -113,3 +119,42 @@ def test_prompts_of_a_file_are_its_lines(tmp_path):
     (tmp_path / "prompts.txt").write_text("a ★\n\n b \nc\n", encoding="utf-8")
     assert prompts.file_prompts(tmp_path / "prompts.txt", None).texts == ["a ★", "b", "c"]
     assert prompts.file_prompts(tmp_path / "prompts.txt", 2).texts == ["a ★", "b"]
+
+
+@pytest.fixture
+def adapted(tiny_sd_checkpoints, tmp_path) -> list[str]:
+    """Flags of a model with an embedding and a VAE on top; the embedding's file is `tmp_path / "word.safetensors"`."""
+    save_file({"<thing>": np.ones((1, TEXT_WIDTH), np.float32)}, tmp_path / "word.safetensors")
+    model = tiny_sd_checkpoints[1]
+    return ["--model", str(model), "--embedding", f"{tmp_path / 'word.safetensors'}:<thing>", "--vae", f"{model}/vae"]
+
+
+def open_results(folder, *flags: str) -> None:
+    Results(folder, evaluate._common(evaluate.read_job(evaluate.parse(flags), prompts.scene_prompts(1))))
+
+
+def test_results_of_an_adapted_model_are_gone_on_with_and_not_mixed_with_others(adapted, tmp_path):
+    output, word = tmp_path / "results", tmp_path / "word.safetensors"
+    open_results(output, *adapted)
+    open_results(output, *adapted)
+    for fewer, told in ((adapted[:-2], "vae"), ([*adapted[:2], *adapted[4:]], "embeddings")):
+        with refuses("--output", told):
+            open_results(output, *fewer)
+    os.utime(word, (1, 1))
+    with refuses("--output", "version of embedding", str(word), "1970"):
+        open_results(output, *adapted)
+
+
+def test_the_version_of_a_model_is_the_hubs_commit_or_the_state_of_its_files(tmp_path):
+    commit = tmp_path / "models--owner--name" / "snapshots" / "0123abcd"
+    model = tmp_path / "model"
+    for folder in (commit, model):
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "weights").write_bytes(b"1234")
+    assert version_of(commit) == version_of(commit / "unet" / "weights") == "commit 0123abcd"
+    before = version_of(model)
+    (model / "results").mkdir()
+    (model / "results" / "picture").write_bytes(b"1")
+    assert version_of(model) == before
+    (model / "unet" / "weights").write_bytes(b"123")
+    assert version_of(model) != before

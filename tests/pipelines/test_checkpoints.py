@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from facts import refuses
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from tiny_pipeline import TEXT_WIDTH
 
@@ -21,6 +22,7 @@ from distrijax.convert.layouts.folder import from_folder, write_folder
 from distrijax.convert.layouts.original import to_original
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.sources import open_checkpoint
+from distrijax.pipelines import build
 from distrijax.pipelines.build import Pipeline
 from distrijax.weights.recipe import Recipe
 
@@ -116,6 +118,9 @@ def test_what_is_opened_is_loaded_several_times(folder, single):
     assert_same(type(one).from_single_file(single, config, config=str(folder), dtype="bfloat16"), one)
     with refuses("vae", "variant", "open_checkpoint", error=InvalidArgument):
         load_pipeline(checkpoint, config, vae="x", variant="fp16")
+    adapted = open_checkpoint(folder, vae=folder / "vae")
+    assert adapted.recipe == Recipe(folder, vae=folder / "vae")
+    assert_same(load_pipeline(adapted, config, dtype="bfloat16"), one)
     with refuses("weights", error=InvalidArgument):
         load_pipeline(open_checkpoint(folder, weights=False), config)
 
@@ -127,18 +132,78 @@ def test_wrong_additions_are_refused(tiny_sd_checkpoints, tmp_path):
         ({"loras": [("a", 1, 2)]}, ["loras"]),
         ({"loras": {"a": "much"}}, ["a"]),
         ({"vae": 5}, ["vae", 5]),
-        ({"ema": True}, ["folder", "--ema"]),
+        ({"ema": True}, ["folder", "ema"]),
     ):
         with refuses(*told):
             DistriSDPipeline.from_pretrained(folder, config, **given)
-    with pytest.raises(TypeError, match="lora"):
-        load_pipeline(folder, config, lora="a")
+    for given, told in (
+        ({"lora": "a"}, ["lora", "loras"]),
+        ({"torch_dtype": "float32"}, ["torch_dtype", "dtype"]),
+        ({"scheduler_option": {}}, ["scheduler_options"]),
+        ({"config": config}, ["config", "distri_config"]),
+        ({"compile_for": {1: 2}}, ["compile_for", "{1: 2}"]),
+    ):
+        for load in (load_pipeline, DistriSDPipeline.from_pretrained, DistriSDPipeline.from_single_file):
+            with refuses(*told, error=InvalidArgument):
+                load(folder, **given)
+    for given, told in (({"lora": "a"}, "loras"), ({"ofline": True}, "offline")):
+        with refuses(*given, told, error=InvalidArgument):
+            open_checkpoint(folder, **given)
+    with refuses("vae", "recipe", error=InvalidArgument):
+        open_checkpoint(Recipe(folder), vae=folder / "vae")
     (tmp_path / "empty").mkdir()
     for name, index in (("vae", "config.json"), ("unet", "config.json")):
         with refuses(f"{tmp_path / 'empty'}/{index}", "folder", error=CheckpointError):
             load_pipeline(folder, config, **{name: tmp_path / "empty"})
     with refuses("prediction_type", "noise", error=InvalidArgument):
         load_pipeline(folder, config, scheduler_options={"prediction_type": "noise"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_numbers_that_are_not_finite_are_told_of_the_file_that_has_them(part, tiny_sd_checkpoints, tmp_path):
+    folder, other = tiny_sd_checkpoints[1], tmp_path / "other"
+    shutil.copytree(folder / part, other)
+    (weights,) = other.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["conv_out.bias" if part == "unet" else "decoder.conv_out.bias"][0] = np.nan
+    save_file(tensors, weights)
+    with refuses(str(other), "not finite", "conv_out.bias", error=CheckpointError) as caught:
+        load_pipeline(folder, DistriConfig(devices=1), **{part: other})
+    assert str(folder) not in str(caught.value) and "config.json" not in str(caught.value)
+
+
+class Compared(Exception):
+    """Instead of the rest of loading."""
+
+
+def test_processes_compare_what_is_on_top_of_the_model(tiny_sd_checkpoints, tmp_path, monkeypatch):
+    folder, here, there = tiny_sd_checkpoints[1], tmp_path / "here", tmp_path / "there"
+    for made in (here, there):
+        made.mkdir()
+        for word in ("a", "b"):
+            save_file({word: np.ones((1, TEXT_WIDTH), np.float32)}, made / f"{word}.safetensors")
+
+    def compared(_, facts):
+        found.update(facts())
+        raise Compared
+
+    def facts_of(**additions) -> dict[str, object]:
+        found.clear()
+        with pytest.raises(Compared):
+            load_pipeline(folder, DistriConfig(devices=1), **additions)
+        return dict(found)
+
+    found: dict[str, object] = {}
+    monkeypatch.setattr(build, "check_agreement", compared)
+    alike = [facts_of(embeddings={made / "a.safetensors": "<a>"}, vae=f"{folder}/vae") for made in (here, there)]
+    assert alike[0] == alike[1]
+    for other, name in (
+        ({"embeddings": {here / "b.safetensors": "<a>"}, "vae": f"{folder}/vae"}, "embeddings"),
+        ({"embeddings": {here / "a.safetensors": "<b>"}, "vae": f"{folder}/vae"}, "embeddings"),
+        ({"embeddings": {here / "a.safetensors": "<a>"}}, "vae"),
+    ):
+        differing = facts_of(**other)
+        assert {each for each, value in alike[0].items() if differing[each] != value} == {name}
 
 
 def test_a_lora_on_weights_of_8_bits_is_not_rounded_away(tiny_sd_checkpoints, tmp_path):

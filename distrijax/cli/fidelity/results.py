@@ -28,6 +28,9 @@ bytes that the device which receives most receives in a step for one image; byte
 
 COLUMNS = (*(axis.field for axis in AXES), *FIGURES)
 
+MAX_SHOWN = 250
+"""Most characters of two values that an error shows; a list of prompts has more."""
+
 Row = dict[str, str]
 
 
@@ -36,13 +39,14 @@ class Results:
 
     Args:
         folder: Where the results are, or will be.
-        common: What all rows have in common.
+        common: What all rows have in common, by name; None is the same as a name that is left out.
 
     Raises:
         InvalidArgument: For a folder whose rows have other values in common.
     """
 
     def __init__(self, folder: Path, common: Mapping[str, Any]):
+        common = json.loads(json.dumps(common))  # as it is read back: lists in the place of tuples
         self.folder = folder
         self.table = folder / "fidelity.csv"
         about = folder / "settings.json"
@@ -148,9 +152,10 @@ class Results:
         return self.images(setting) / f"{index:05}.png"
 
     def _check(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        for name in new:
-            if old.get(name) != new[name]:
-                values = "" if isinstance(new[name], list) else f" ({old.get(name)}, now {new[name]})"
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                values = f" ({old.get(name)}, now {new.get(name)})"
+                values = values if len(values) <= MAX_SHOWN else ""
                 raise InvalidArgument(
                     f"--output {self.folder} was made with other {name}{values}; choose another folder, or the same settings"
                 )
