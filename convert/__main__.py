@@ -17,16 +17,12 @@ if __name__ == "__main__":
     end_on_interrupt()  # before imports that take seconds
 
 import argparse
-import dataclasses
 import enum
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from distrijax.atomic_write import atomic_write
 from distrijax.convert.complete import check_complete
@@ -36,12 +32,11 @@ from distrijax.convert.layouts.original import to_original
 from distrijax.convert.progress import with_progress
 from distrijax.convert.readers.safetensors_files import write_safetensors
 from distrijax.convert.sources import assemble, find_source
-from distrijax.errors import CheckpointError, DistriError, DistriWarning, InvalidArgument
+from distrijax.errors import DistriError, DistriWarning, InvalidArgument
 from distrijax.weights import hub
 from distrijax.weights.checkpoint import Checkpoint
 from distrijax.weights.dtypes import DTYPES
 from distrijax.weights.recipe import Recipe, add_flags
-from distrijax.weights.tensors import FLOATS, Tensor
 
 
 class Format(enum.StrEnum):
@@ -134,7 +129,7 @@ def write(checkpoint: Checkpoint, kind: Format, arguments: argparse.Namespace) -
     """Writes a checkpoint in a format."""
     destination: Path = arguments.destination
     if arguments.dtype:
-        checkpoint = _cast(checkpoint, np.dtype(DTYPES[arguments.dtype]))
+        checkpoint = checkpoint.cast(DTYPES[arguments.dtype])
     with (
         with_progress(checkpoint, destination.name) as seen,
         atomic_write(destination, replace=arguments.force, durable=True) as beside,
@@ -164,29 +159,6 @@ def _format(arguments: argparse.Namespace) -> Format:
             f"name {destination.with_suffix(SINGLE).name}, or a folder"
         )
     return kind
-
-
-def _cast(checkpoint: Checkpoint, dtype: np.dtype) -> Checkpoint:
-    """The checkpoint in another precision. Reading a tensor raises CheckpointError where it overflows."""
-
-    def checked(name: str, array: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            result = array.astype(dtype)
-        if not np.isfinite(result).all() and np.isfinite(array).all():
-            raise CheckpointError(
-                f"{name} has numbers that {dtype} does not hold; choose another --dtype, or a smaller weight of a LoRA"
-            )
-        return result
-
-    def cast(name: str, tensor: Tensor) -> Tensor:
-        same = tensor.dtype == dtype or tensor.dtype not in FLOATS
-        return tensor if same else tensor.then(partial(checked, name), dtype=dtype)
-
-    tensors = {
-        part: {name: cast(f"{part}.{name}", tensor) for name, tensor in held.items()}
-        for part, held in checkpoint.tensors.items()
-    }
-    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _bytes(size: str) -> int:

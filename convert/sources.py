@@ -60,22 +60,13 @@ def open_checkpoint(
         InvalidArgument: For arguments that there are not or that cannot be used.
     """
     check_names(additions, open_checkpoint)
-    recipe = _recipe(source, variant=variant, revision=revision, **additions)
+    recipe = Recipe.given(source, variant=variant, revision=revision, **additions)
     if not weights and not recipe.additions.keys() - {"variant", "revision"}:
         options = {"revision": recipe.revision, "token": token, "offline": offline}
         folder = hub.find(recipe.source, parts=PARTS, weights=False, **options)
         if (folder / "model_index.json").is_file():
             return from_folder(folder, weights=False)
     return assemble(recipe, token=token, offline=offline)[0]
-
-
-def _recipe(source: str | Path | Recipe, **given: Any) -> Recipe:
-    """The recipe that is given, or that its parts make."""
-    if not isinstance(source, Recipe):
-        return Recipe(source, **given)
-    if fixed := [name for name, value in given.items() if value]:
-        raise InvalidArgument(f"{', '.join(fixed)} is given beside a recipe; put it into the recipe")
-    return source
 
 
 def find_source(recipe: Recipe, *, token: str | bool | None = None, offline: bool = False) -> Path:

@@ -8,11 +8,15 @@ sources (folder, single file, hub)  --->  Checkpoint  --->  devices; or a folder
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from distrijax.errors import CheckpointError
 from distrijax.weights.recipe import Recipe
-from distrijax.weights.tensors import Tensors
+from distrijax.weights.tensors import FLOATS, Tensor, Tensors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,3 +57,33 @@ class Checkpoint:
         return {
             name.removeprefix(f"{folder}/"): data for name, data in self.files.items() if name.startswith(f"{folder}/")
         }
+
+    def cast(self, dtype: Any) -> Checkpoint:
+        """In another precision.
+
+        Args:
+            dtype: Of the weights; tensors of whole numbers stay what they are.
+
+        Raises:
+            CheckpointError: When a tensor is read that overflows.
+        """
+
+        def cast(name: str, tensor: Tensor) -> Tensor:
+            same = tensor.dtype == dtype or tensor.dtype not in FLOATS
+            return tensor if same else tensor.then(partial(_cast, name, np.dtype(dtype)), dtype=dtype)
+
+        tensors = {
+            part: {name: cast(f"{part}.{name}", tensor) for name, tensor in held.items()}
+            for part, held in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=tensors)
+
+
+def _cast(name: str, dtype: np.dtype, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not np.isfinite(result).all() and np.isfinite(array).all():
+        raise CheckpointError(
+            f"{name} has numbers that {dtype} does not hold; choose another dtype, or a smaller weight of a LoRA"
+        )
+    return result

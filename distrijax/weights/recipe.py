@@ -91,6 +91,23 @@ class Recipe:
             embeddings=tuple(_tail(text) for text in arguments.embedding),
         )
 
+    @classmethod
+    def given(cls, source: str | Path | Recipe, **others: Any) -> Recipe:
+        """A recipe that is given, or made of its parts.
+
+        Args:
+            source: A recipe, or the source of one.
+            **others: The other fields; none beside a recipe.
+
+        Raises:
+            InvalidArgument: For fields beside a recipe.
+        """
+        if not isinstance(source, Recipe):
+            return cls(source, **others)
+        if fixed := [name for name, value in others.items() if value]:
+            raise InvalidArgument(f"{', '.join(fixed)} is given beside a recipe; put it into the recipe")
+        return source
+
     @property
     def additions(self) -> dict[str, Any]:
         """What is not as it is by default, but the source."""
