@@ -142,6 +142,14 @@ def check_file(path: Path, flag: str) -> None:
     Raises:
         InvalidArgument: If the file cannot be written.
     """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that the file system does not take
+        raise InvalidArgument(
+            f"{flag} {path.name:.40}... cannot be written ({error.strerror}); choose another name"
+        ) from None
     if path.is_dir():
         raise InvalidArgument(f"{flag} {path} is a folder; give the name of a file")
     try:

@@ -45,6 +45,9 @@ def begin(*, several: bool = False) -> None:
     if several and (given or tasks() != 1):
         _continue_in_child()
     end_on_interrupt()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a name is no reason to lose an image
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _continue_in_child() -> None:

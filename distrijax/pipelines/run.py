@@ -26,7 +26,7 @@ from distrijax.parallel.programs import MAX_PROGRAMS, Programs, Stage, check_eag
 from distrijax.parallel.stages import On, OnDevices
 from distrijax.pipelines.call import Call, PipelineOutput, Request, Size, given_latents, image_seeds, to_pil
 from distrijax.pipelines.loading import Components
-from distrijax.pipelines.progress import Progress
+from distrijax.pipelines.progress import NO_MESH, Progress
 from distrijax.pipelines.prompt import Embeddings, PromptEncoder
 from distrijax.sampling.begin import put_latents, run_begin
 from distrijax.sampling.condition import PromptInputs, run_condition
@@ -124,7 +124,7 @@ class Runner:
         planned, call = self._plan(request), request.call
         result = self._run(OnDevices(self.programs), request, planned, self._watched)
         if call.output_type == "latent":
-            return PipelineOutput(jnp.moveaxis(result, -1, 1))
+            return PipelineOutput(_channels_first(result))
         return self._images(planned.loop.layout, result, call.output_type)
 
     def _plan(self, request: Request) -> Planned:
@@ -344,7 +344,7 @@ class Runner:
 
     def _run_callback(self, on: On, layout: Layout, call: Call, step: int, timestep: float, state: State) -> State:
         """Hands the latents to the callback, and returns the state to go on with."""
-        before = jnp.moveaxis(self._crop(on, layout, state.latents), -1, 1)
+        before = _channels_first(self._crop(on, layout, state.latents))
         returned = call.callback_on_step_end(self, step, timestep, {"latents": before})
         if returned is None:
             return state
@@ -384,6 +384,11 @@ class Runner:
 
     def _decoder(self, layout: Layout) -> DecodeSpec:
         return DecodeSpec(layout, self._vae.form, self._vae.dtype)
+
+
+def _channels_first(latents: Float[Array, "b h w c"]) -> Float[Array, "b c h w"]:
+    with jax.set_mesh(NO_MESH):  # the caller may have set a mesh of other devices
+        return jnp.moveaxis(latents, -1, 1)
 
 
 def crop_latents(

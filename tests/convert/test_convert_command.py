@@ -215,7 +215,7 @@ def test_inspect_says_what_a_file_is_and_what_is_odd(single, model, tmp_path, ca
     ("flags", "told"),
     {
         "nowhere.safetensors OUT": ["nowhere.safetensors", "folder"],
-        "MODEL OUT --ema": ["folder", "--ema"],
+        "MODEL OUT --ema": ["folder", "ema"],
         "MODEL OUT --lora x.safetensors:much": ["--lora", "x.safetensors:much", "FILE:WEIGHT"],
         "nowhere.safetensors OUT --max-shard-size 5G": ["--max-shard-size", "5G", "KB", "MB"],
         "nowhere.safetensors OUT.safetensors --max-shard-size 5G": ["--max-shard-size", "5G", "KB", "MB"],

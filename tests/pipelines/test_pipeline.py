@@ -21,8 +21,7 @@ from oracle import psnr, relative_error
 from PIL import Image
 from tiny_pipeline import TEXT_WIDTH, load_torch_pipeline
 
-from distrijax import DistriConfig, DistriError, DistriSDXLPipeline, DistriWarning
-from distrijax.pipelines.call import image_seeds
+from distrijax import DistriConfig, DistriSDXLPipeline, DistriWarning
 from distrijax.sampling.begin import BEGIN
 from distrijax.sampling.denoise import STEPS
 from distrijax.sampling.steps import SynchronousSteps
@@ -242,32 +241,6 @@ def test_seeds_draw_different_noise(one):
     assert relative_error(generated(one, seed=1 + 2**32), generated(one, seed=1)) > 0.1
     assert relative_error(generated(one, seed=1), generated(one, seed=2)) > 0.1
     np.testing.assert_array_equal(generated(one, seed=[1]), generated(one, seed=1))
-
-
-@pytest.mark.parametrize("array", [np.array, jnp.asarray, torch.tensor])
-def test_seeds_may_be_arrays_of_any_library(array):
-    np.testing.assert_array_equal(image_seeds(array(3), 2), image_seeds(3, 2))
-    np.testing.assert_array_equal(image_seeds(array([3, 4]), 2), image_seeds([3, 4], 2))
-    np.testing.assert_array_equal(image_seeds([array(3), 4], 2), image_seeds([3, 4], 2))
-    for wrong in (array(True), array(1.0), array(-1), array([[3], [4]]), np.array("3")):
-        with pytest.raises(DistriError, match=r"\bseed\b"):
-            image_seeds(wrong, 2)
-
-
-@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
-def test_keys_of_jax_are_seeds(implementation):
-    """A key is one seed, not two; `jax.random.key(3)` is the seed 3."""
-    key, raw = jax.random.key(3, impl=implementation), jax.random.PRNGKey(3)
-    np.testing.assert_array_equal(image_seeds(key, 2), image_seeds(3, 2))
-    np.testing.assert_array_equal(image_seeds(raw, 2), image_seeds(3, 2))
-    both = [jax.random.key(3, impl=implementation), jax.random.key(2**32 - 1, impl=implementation)]
-    np.testing.assert_array_equal(image_seeds(both, 2), image_seeds([3, 2**32 - 1], 2))
-    split = jax.random.split(jax.random.key(0), 2)
-    words = np.asarray(jax.random.key_data(split))
-    np.testing.assert_array_equal(image_seeds(split, 2), np.stack([words[:, 1], words[:, 0], [0, 0]], 1))
-    np.testing.assert_array_equal(image_seeds(jax.random.key_data(split), 2), image_seeds(split, 2))
-    with refuses("seed", 2, 3):
-        image_seeds(split, 3)
 
 
 def test_the_guidance_scale_may_be_an_array_without_dimensions(one):
