@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 from distrijax.cli.compile_cache import remove_unfinished
+
+XLA_LOG = re.compile(r"[IWE]\d{4} ")
+"""Of older versions, which log the processor's features for each program that they load."""
 
 SCRIPT = """
 import sys
@@ -59,7 +63,8 @@ def test_entries_that_cannot_be_read_are_replaced_and_the_oldest_are_removed(tmp
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if not XLA_LOG.match(line)]
+    assert (done.returncode, said) == (0, []), done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["distrijax"]
 
 
