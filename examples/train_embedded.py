@@ -40,7 +40,7 @@ What is known so far:
 - A step of the UNet at 128 x 128 takes 0.7 s of CPU time for 16 scenes in float32 (11.3 M parameters, without text encoders;
   it has 9.0 M now); in bfloat16 it took 1.5 times as long. 256 x 256 costs about four times that.
 - In float16 autoencoder, text encoders and UNet take 24 MB together (0.98 M, 2.08 M and 9.03 M parameters).
-- No UNet has been trained yet. `texts`, `cache`, `unet` and `sheet` have not been run as commands; tests cover the loop, the
+- No UNet has been trained yet. `texts`, `cache` and `unet` have not been run as commands; tests cover the loop, the
   lessons of the text encoders and the cache, not yet the UNet's loss and the sampler in embedded/painting.py. `vae` has run.
 """
 
