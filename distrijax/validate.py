@@ -144,8 +144,8 @@ def check_file(path: Path, flag: str) -> None:
     """
     try:
         path.lstat()
-    except FileNotFoundError:
-        pass
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # of the folder, below
     except OSError as error:  # a name that the file system does not take
         raise InvalidArgument(
             f"{flag} {path.name:.40}... cannot be written ({error.strerror}); choose another name"
